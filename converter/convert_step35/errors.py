@@ -1,0 +1,34 @@
+"""The errors of the converter, as one tree.
+
+    ConvertError            one clear line; the command prints `convert-step35: error: ...` and exits 1
+    ├── CheckpointError     the input checkpoint is damaged, incomplete or hostile
+    ├── GgufError           a GGUF file is damaged or hostile
+    ├── PlanError           a recipe, a type, an imatrix or a target size can't be honoured
+    └── OutputError         no space, nothing to resume, or the result can't be published
+"""
+
+
+class ConvertError(Exception):
+    """What went wrong, where, what was wanted, what was found and what to do, in one line."""
+
+
+class CheckpointError(ConvertError):
+    """The input checkpoint is damaged, incomplete or hostile."""
+
+
+class GgufError(ConvertError):
+    """A GGUF file is damaged or hostile."""
+
+
+class PlanError(ConvertError):
+    """A recipe, a type, an imatrix or a target size can't be honoured."""
+
+
+class OutputError(ConvertError):
+    """The output can't be stored, resumed or published."""
+
+
+def quoted(value: object, max_chars: int = 80) -> str:
+    """Text from an untrusted file, made safe for one error line: quoted, escaped and cut."""
+    text = value if isinstance(value, str) else str(value)
+    return ascii(text) if len(text) <= max_chars else ascii(text[:max_chars]) + "..."
