@@ -1,0 +1,516 @@
+"""llama.cpp, typed: the one module that imports llama_cpp.
+
+Everything unstable is here: the pinned version's structs, its C++-mangled symbols, its log and its
+return codes. Every failure leaves as one of our errors. Views into llama.cpp's buffers (logits,
+hidden states) are valid until the next decode on the same context.
+"""
+
+import ctypes
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp.llama_cpp as C
+import numpy as np
+from llama_cpp import __version__ as binding_version
+
+from step35.errors import Cancelled, ModelError, NativeError
+
+PINNED_VERSION = "0.3.36"
+ARCHITECTURE = "step35"
+LOAD_MODES = {
+    "auto": C.LLAMA_LOAD_MODE_AUTO,
+    "none": C.LLAMA_LOAD_MODE_NONE,
+    "mmap": C.LLAMA_LOAD_MODE_MMAP,
+    "mlock": C.LLAMA_LOAD_MODE_MMAP_MLOCK,
+    "direct_io": C.LLAMA_LOAD_MODE_DIRECT_IO,
+}
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30}
+
+log = logging.getLogger("step35.llama_cpp")
+log.addHandler(logging.NullHandler())  # without it, Python prints a library's warnings on stderr
+
+
+# llama.cpp's log
+
+_LEVELS = {2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+_ERROR = 4
+_last_errors: deque[str] = deque(maxlen=4)
+
+
+@C.llama_log_callback
+def _route_log(level: int, text: bytes, _: object) -> None:
+    line = text.decode(errors="replace").strip()
+    if not line:
+        return
+    if level == _ERROR:
+        _last_errors.append(line)
+    log.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
+
+
+def _reason() -> str:
+    reason = "; ".join(_last_errors) or "no reason given"
+    _last_errors.clear()
+    return reason
+
+
+# symbols outside the stable C interface
+
+
+def _bind(name: str, mangled: str, argtypes: list, restype: object):
+    for symbol in (name, mangled):
+        function = getattr(C._lib, symbol, None)
+        if function is not None:
+            function.argtypes, function.restype = argtypes, restype
+            return function
+    raise NativeError(
+        f"libllama lacks {name} (looked for {name} and {mangled}): expected llama-cpp-python "
+        f"{PINNED_VERSION}, got {binding_version}; pip install llama-cpp-python=={PINNED_VERSION}"
+    )
+
+
+_context_p = C.llama_context_p_ctypes
+_set_nextn = _bind(
+    "llama_set_embeddings_nextn",
+    "_Z26llama_set_embeddings_nextnP13llama_contextbb",
+    [_context_p, ctypes.c_bool, ctypes.c_bool],
+    None,
+)
+_get_nextn = _bind(
+    "llama_get_embeddings_nextn", "_Z26llama_get_embeddings_nextnP13llama_context", [_context_p], ctypes.c_void_p
+)
+_set_head = _bind(
+    "llama_set_nextn_layer_offset",
+    "_Z28llama_set_nextn_layer_offsetP13llama_contexti",
+    [_context_p, ctypes.c_int32],
+    None,
+)
+
+
+class _GgufParams(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+_p = ctypes.c_void_p
+_gguf_open = _bind("gguf_init_from_file", "", [ctypes.c_char_p, _GgufParams], _p)
+_gguf_free = _bind("gguf_free", "", [_p], None)
+_gguf_find_key = _bind("gguf_find_key", "", [_p, ctypes.c_char_p], ctypes.c_int64)
+_gguf_find_tensor = _bind("gguf_find_tensor", "", [_p, ctypes.c_char_p], ctypes.c_int64)
+_gguf_kv_type = _bind("gguf_get_kv_type", "", [_p, ctypes.c_int64], ctypes.c_int)
+_gguf_u16 = _bind("gguf_get_val_u16", "", [_p, ctypes.c_int64], ctypes.c_uint16)
+_gguf_u32 = _bind("gguf_get_val_u32", "", [_p, ctypes.c_int64], ctypes.c_uint32)
+_gguf_str = _bind("gguf_get_val_str", "", [_p, ctypes.c_int64], ctypes.c_char_p)
+_GGUF_U16, _GGUF_U32, _GGUF_STRING = 2, 4, 8
+
+
+# the file
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What a GGUF's header says, before any weight is read."""
+
+    path: Path
+    n_trunk_layers: int
+    has_trunk: bool
+    n_declared_heads: int
+    n_heads: int
+    """MTP heads whose tensors are in the file: all declared ones or none."""
+
+
+def read_facts(path: Path) -> FileFacts:
+    """Reads a GGUF's header; raises ModelError unless it is a Step-3.5 trunk, its MTP heads, or both."""
+    _check_file(path)
+    with _open_gguf(path) as gguf:
+        architecture = _text(gguf, "general.architecture")
+        if architecture != ARCHITECTURE:
+            raise ModelError(
+                f"not a Step-3.5 model: {path} expected general.architecture={ARCHITECTURE}, "
+                f"got {architecture!r}; convert a checkpoint with convert-step35"
+            )
+        n_layers = _number(gguf, f"{ARCHITECTURE}.block_count")
+        n_heads = _number(gguf, f"{ARCHITECTURE}.nextn_predict_layers", 0)
+        n_shards = _number(gguf, "split.count", 1)
+    return _facts(path, n_layers - n_heads, n_heads, _shards(path, n_shards))
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"no model file: {path} doesn't exist or isn't a file")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"not a GGUF file: {path} expected the magic b'GGUF', got {magic!r}")
+
+
+def _facts(path: Path, n_trunk: int, n_heads: int, shards: list[Path]) -> FileFacts:
+    wanted = [b"blk.0.attn_norm.weight"]
+    wanted += [b"blk.%d.nextn.eh_proj.weight" % (n_trunk + head) for head in range(n_heads)]
+    found: set[bytes] = set()
+    for shard in shards:
+        with _open_gguf(shard) as gguf:
+            found.update(name for name in wanted if _gguf_find_tensor(gguf, name) >= 0)
+    n_found = len(found & set(wanted[1:]))
+    if n_found not in (0, n_heads):
+        raise ModelError(
+            f"incomplete MTP heads: {path} expected {n_heads} (nextn_predict_layers), got {n_found}; "
+            "convert the checkpoint again, or make a side file with convert-step35 run --mtp only"
+        )
+    return FileFacts(path, n_trunk, wanted[0] in found, n_heads, n_found)
+
+
+def _shards(path: Path, n_shards: int) -> list[Path]:
+    if n_shards <= 1:
+        return [path]
+    stem, _, _ = path.name.rpartition("-00001-of-")
+    if not stem:
+        raise ModelError(f"not the first shard: {path} expected a name with -00001-of-{n_shards:05}; open that one")
+    return [path.with_name(f"{stem}-{i:05}-of-{n_shards:05}.gguf") for i in range(1, n_shards + 1)]
+
+
+@contextmanager
+def _open_gguf(path: Path) -> Iterator[int]:
+    _check_file(path)
+    gguf = _gguf_open(os.fsencode(path), _GgufParams(True, None))
+    if not gguf:
+        raise ModelError(f"unreadable GGUF header: {path}: {_reason()}; download or convert it again")
+    try:
+        yield gguf
+    finally:
+        _gguf_free(gguf)
+
+
+def _number(gguf: int, key: str, default: int | None = None) -> int:
+    index = _gguf_find_key(gguf, key.encode())
+    if index < 0 and default is not None:
+        return default
+    kind = _gguf_kv_type(gguf, index) if index >= 0 else None
+    if kind == _GGUF_U32:
+        return _gguf_u32(gguf, index)
+    if kind == _GGUF_U16:
+        return _gguf_u16(gguf, index)
+    raise ModelError(f"bad metadata: {key} expected an unsigned integer, got {'nothing' if kind is None else f'type {kind}'}")
+
+
+def _text(gguf: int, key: str) -> str:
+    index = _gguf_find_key(gguf, key.encode())
+    if index < 0 or _gguf_kv_type(gguf, index) != _GGUF_STRING:
+        return ""
+    return _gguf_str(gguf, index).decode(errors="replace")
+
+
+# the model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a GGUF is loaded."""
+
+    path: Path
+    load_heads: bool = False
+    n_gpu_layers: int = -1
+    load_mode: str = "auto"
+    vocab_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ContextOptions:
+    """The size of a context; `n_ctx` cells are shared by its `n_seq` sequences."""
+
+    n_ctx: int
+    n_batch: int
+    n_seq: int = 1
+    n_threads: int = 0
+    n_threads_batch: int = 0
+    n_outputs: int = 0
+    """Rows of logits a decode may ask for; 0 = n_batch."""
+    kv_type: str = "f16"
+    flash_attention: bool | None = None
+    offload_kqv: bool = True
+    op_offload: bool = True
+
+
+class Model:
+    """A loaded GGUF: weights and vocabulary. Opens contexts on itself."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        _start_backend()
+        self.facts = read_facts(options.path)
+        self._handle = _load(options)
+        self._vocab = C.llama_model_get_vocab(self._handle)
+        self.n_vocab: int = C.llama_vocab_n_tokens(self._vocab)
+        self.n_embd: int = C.llama_model_n_embd(self._handle)
+        self.n_swa: int = C.llama_model_n_swa(self._handle)
+        self.n_ctx_train: int = C.llama_model_n_ctx_train(self._handle)
+        self.n_heads = self.facts.n_heads if options.load_heads else 0
+        self.n_bytes: int = C.llama_model_size(self._handle)
+        self.n_params: int = C.llama_model_n_params(self._handle)
+        self.bos: int = C.llama_vocab_bos(self._vocab)
+        self.eos: int = C.llama_vocab_eos(self._vocab)
+        self.add_bos: bool = C.llama_vocab_get_add_bos(self._vocab)
+
+    def close(self) -> None:
+        if self._handle:
+            C.llama_model_free(self._handle)
+            self._handle = None
+
+    def open_trunk(self, options: ContextOptions) -> "Context":
+        """Opens a context over the trunk's layers."""
+        return Context(self, options)
+
+    def open_head(self, head: int, options: ContextOptions) -> "Context":
+        """Opens a context over one MTP head; its rows are (token, hidden state)."""
+        return Context(self, options, head=head)
+
+    # tokens and text
+
+    def tokenize(self, text: bytes, *, add_bos: bool, parse_special: bool) -> list[int]:
+        room = len(text) + 8
+        tokens = (C.llama_token * room)()
+        n = C.llama_tokenize(self._vocab, text, len(text), tokens, room, add_bos, parse_special)
+        if n < 0:
+            raise NativeError(f"tokenization failed: {len(text)} bytes expected at most {room} tokens, got {-n}")
+        return tokens[:n]
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """Returns a token's bytes; control tokens are empty unless `special`."""
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = C.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+    def is_eog(self, token: int) -> bool:
+        return C.llama_vocab_is_eog(self._vocab, token)
+
+    def metadata(self, key: str) -> str | None:
+        """Returns a scalar metadata value as text."""
+        room = 256
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = C.llama_model_meta_val_str(self._handle, key.encode(), buffer, room)
+            if n < room:
+                return buffer.value.decode(errors="replace") if n >= 0 else None
+            room = n + 1
+
+
+_started = False
+
+
+def _start_backend() -> None:
+    global _started
+    C.llama_log_set(_route_log, None)
+    if not _started:
+        C.llama_backend_init()
+        _started = True
+
+
+def _load(options: ModelOptions) -> object:
+    params = C.llama_model_default_params()
+    params.n_gpu_layers = options.n_gpu_layers
+    params.load_mode = LOAD_MODES[options.load_mode]
+    params.load_mtp = options.load_heads
+    params.vocab_only = options.vocab_only
+    _last_errors.clear()
+    handle = C.llama_model_load_from_file(os.fsencode(options.path), params)
+    if not handle:
+        raise ModelError(f"can't load {options.path}: {_reason()}; if a download was cut short, fetch the file again")
+    return handle
+
+
+# a context
+
+
+def _abort_address() -> int:
+    """strlen as the abort callback: it sees a flag byte without entering Python at every graph node."""
+    return ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value or 0
+
+
+class _Batch:
+    """A llama_batch over numpy arrays; `embd` rows come with the tokens when n_embd > 0."""
+
+    def __init__(self, n_max: int, n_embd: int) -> None:
+        self.token = np.zeros(n_max, np.int32)
+        self.pos = np.zeros(n_max, np.int32)
+        self.seq = np.zeros(n_max, np.int32)
+        self.output = np.zeros(n_max, np.int8)
+        self.embd = np.zeros((n_max, n_embd), np.float32) if n_embd else None
+        self._one = np.ones(n_max, np.int32)
+        self._seq_rows = (self.seq.ctypes.data + 4 * np.arange(n_max)).astype(np.uint64)
+        self.c = C.llama_batch()
+        for field, array in self._pointers():
+            kind = dict(C.llama_batch._fields_)[field]
+            setattr(self.c, field, ctypes.cast(array.ctypes.data, kind))
+
+    def _pointers(self) -> Iterator[tuple[str, np.ndarray]]:
+        yield from (("token", self.token), ("pos", self.pos), ("n_seq_id", self._one))
+        yield from (("seq_id", self._seq_rows), ("logits", self.output))
+        if self.embd is not None:
+            yield "embd", self.embd
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one sequence in a batch: consecutive tokens, from `start`.
+
+    `outputs` is how many of the last rows return logits. `hidden` (len(tokens), n_embd) float32 goes
+    with the tokens in a head's context and is None in the trunk's.
+    """
+
+    seq: int
+    start: int
+    tokens: Sequence[int]
+    outputs: int = 0
+    hidden: np.ndarray | None = None
+
+
+class Context:
+    """KV cells and a compute graph over the trunk, or over one MTP head."""
+
+    def __init__(self, model: Model, options: ContextOptions, head: int | None = None) -> None:
+        self.model = model
+        self.n_batch = options.n_batch
+        self._ctx = self._open(model, options, head)
+        self._memory = C.llama_get_memory(self._ctx)
+        self._batch = _Batch(options.n_batch, model.n_embd if head is not None else 0)
+        self._n_outputs = self._n_rows = 0
+        self._abort = ctypes.create_string_buffer(b"", 2)
+        self._stop_decode = C.ggml_abort_callback(_abort_address())
+        C.llama_set_abort_callback(self._ctx, self._stop_decode, ctypes.cast(self._abort, ctypes.c_void_p))
+        self._hidden_rows_are_outputs = head is not None
+        if head is not None:
+            _set_head(self._ctx, head)
+            _set_nextn(self._ctx, True, True)
+
+    @staticmethod
+    def _open(model: Model, options: ContextOptions, head: int | None) -> object:
+        params = C.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, options.n_batch, options.n_batch
+        params.n_seq_max, params.n_outputs_max = options.n_seq, options.n_outputs
+        if options.n_threads:
+            params.n_threads = options.n_threads
+            params.n_threads_batch = options.n_threads_batch or options.n_threads
+        params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
+        params.ctx_type = C.LLAMA_CONTEXT_TYPE_DEFAULT if head is None else C.LLAMA_CONTEXT_TYPE_MTP
+        params.offload_kqv, params.op_offload = options.offload_kqv, options.op_offload
+        params.swa_full, params.kv_unified, params.no_perf = False, True, True
+        _last_errors.clear()
+        ctx = C.llama_init_from_model(model._handle, params)
+        if not ctx:
+            raise NativeError(
+                f"can't open a context of {options.n_ctx} tokens, {options.n_seq} sequences, batch {options.n_batch}: "
+                f"{_reason()}; ask for a smaller context"
+            )
+        return ctx
+
+    def close(self) -> None:
+        if self._ctx:
+            C.llama_free(self._ctx)
+            self._ctx = None
+
+    @property
+    def n_ctx(self) -> int:
+        return C.llama_n_ctx(self._ctx)
+
+    # decoding
+
+    def extract_hidden(self, on: bool) -> None:
+        """Whether the trunk's decodes return the pre-norm hidden state of every row."""
+        _set_nextn(self._ctx, on, False)
+
+    def cancel(self) -> None:
+        """Makes the running decode, or the next one, raise Cancelled. Callable from any thread."""
+        self._abort[0] = b"\x01"
+
+    def decode(self, rows: Sequence[Rows]) -> None:
+        """Decodes rows of one or several sequences in one graph run; len(rows) must be at most n_batch."""
+        n = self._fill(rows)
+        self._batch.c.n_tokens = n
+        code = C.llama_decode(self._ctx, self._batch.c)
+        if code:
+            self._raise(code, n)
+        self._n_rows = n
+
+    def _fill(self, rows: Sequence[Rows]) -> int:
+        batch, at, self._n_outputs = self._batch, 0, 0
+        if sum(len(r.tokens) for r in rows) > self.n_batch:
+            raise NativeError(f"batch too long: expected at most {self.n_batch} rows, got {sum(len(r.tokens) for r in rows)}")
+        for r in rows:
+            end = at + len(r.tokens)
+            batch.token[at:end] = r.tokens
+            batch.pos[at:end] = np.arange(r.start, r.start + len(r.tokens))
+            batch.seq[at:end] = r.seq
+            batch.output[at:end] = 0
+            batch.output[end - r.outputs : end] = 1
+            if batch.embd is not None:
+                batch.embd[at:end] = r.hidden
+            self._n_outputs += r.outputs
+            at = end
+        return at
+
+    def _raise(self, code: int, n_rows: int) -> None:
+        reason = _reason()
+        if code == 2:
+            self._abort[0] = b"\x00"
+            raise Cancelled("decode cancelled")
+        if code == 1:
+            raise NativeError(f"no room in the KV cache for {n_rows} more tokens of {self.n_ctx}; end or shorten a session")
+        raise NativeError(f"llama_decode of {n_rows} tokens failed with code {code}: {reason}")
+
+    def logits(self) -> np.ndarray:
+        """Returns a view (n_outputs, n_vocab) float32 of the last decode's output rows, in batch order."""
+        return _view(C.llama_get_logits(self._ctx), self._n_outputs, self.model.n_vocab)
+
+    def hidden(self) -> np.ndarray:
+        """Returns a view (rows, n_embd) float32 of pre-norm hidden states.
+
+        The trunk returns every row of the last decode, a head its output rows; both in batch order.
+        """
+        n_rows = self._n_outputs if self._hidden_rows_are_outputs else self._n_rows
+        return _view(_get_nextn(self._ctx), n_rows, self.model.n_embd)
+
+    # the KV cache
+
+    def truncate(self, seq: int, n_keep: int) -> None:
+        """Forgets a sequence's cells from position `n_keep` on."""
+        C.llama_memory_seq_rm(self._memory, seq, n_keep, -1)
+
+    def copy(self, source: int, target: int) -> None:
+        """Lets `target` share the cells of `source`."""
+        C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def held_from(self, seq: int) -> int:
+        """Returns the first position whose sliding-window cells still exist; 0 for an empty sequence."""
+        return max(C.llama_memory_seq_pos_min(self._memory, seq), 0)
+
+    def save_state(self, seq: int, *, window_only: bool = False) -> bytes:
+        """Returns a sequence's cells; `window_only` leaves the full-attention layers out."""
+        flags = C.LLAMA_STATE_SEQ_FLAGS_SWA_ONLY if window_only else 0
+        n_bytes = C.llama_state_seq_get_size_ext(self._ctx, seq, flags)
+        buffer = (ctypes.c_uint8 * n_bytes)()
+        n_written = C.llama_state_seq_get_data_ext(self._ctx, buffer, n_bytes, seq, flags)
+        if n_written != n_bytes:
+            raise NativeError(f"saving sequence {seq} failed: expected {n_bytes} bytes, got {n_written}")
+        return bytes(buffer)
+
+    def load_state(self, seq: int, state: bytes, *, window_only: bool = False) -> None:
+        """Puts saved cells back; without `window_only` the sequence must be empty."""
+        flags = C.LLAMA_STATE_SEQ_FLAGS_SWA_ONLY if window_only else 0
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        n_read = C.llama_state_seq_set_data_ext(self._ctx, buffer, len(state), seq, flags)
+        if n_read != len(state):
+            raise NativeError(f"restoring sequence {seq} failed: {_reason()}; expected {len(state)} bytes, got {n_read}")
+
+
+def _view(pointer: object, n_rows: int, width: int) -> np.ndarray:
+    address = pointer if isinstance(pointer, int) else ctypes.cast(pointer, ctypes.c_void_p).value
+    if not address:
+        raise NativeError(f"llama.cpp returned no rows: expected {n_rows} of width {width}")
+    return np.frombuffer((ctypes.c_float * (n_rows * width)).from_address(address), np.float32).reshape(n_rows, width)

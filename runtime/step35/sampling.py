@@ -1,0 +1,144 @@
+"""Choosing a token: truncation, temperature and noise keyed by (seed, position). Pure maths.
+
+The token at a position is argmax(log p + Gumbel noise) over the truncated target distribution. The
+noise depends only on the seed, the position and the token, so the text doesn't depend on how the
+position was reached: drafted or not, alone or in a batch. A draft that is chosen with the same noise
+agrees with the target far more often than a greedy one.
+
+Truncation follows llama.cpp's order: bias, penalties, top_k, top_p, min_p, then temperature.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from step35.errors import SettingsError
+
+DRAFT_MIN_P = 1e-4  # a draft needs no tail: tokens this far below the best are left out
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy, top_k 0 and top_p 1 truncate nothing."""
+
+    temperature: float = 0.6
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    seed: int = 0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_last_n: int = 64
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_k", self.top_k, 0, 2**31)
+        _check("top_p", self.top_p, 0.0, 1.0)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("seed", self.seed, 0, 2**64 - 1)
+        _check("repeat_penalty", self.repeat_penalty, 0.01, 100.0)
+        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check("penalty_last_n", self.penalty_last_n, 0, 2**31)
+
+    @property
+    def changes_logits(self) -> bool:
+        return bool(self.logit_bias) or self.penalizes
+
+    @property
+    def penalizes(self) -> bool:
+        return self.repeat_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise SettingsError(f"bad sampling value: {name} expected {low} to {high}, got {value}")
+
+
+def adjust(logits: np.ndarray, sampling: Sampling, history: Sequence[int]) -> np.ndarray:
+    """Returns logits with the bias and the penalties of the last tokens of `history` applied."""
+    if not sampling.changes_logits:
+        return logits
+    adjusted = logits.copy()
+    for token, bias in sampling.logit_bias.items():
+        adjusted[token] += bias
+    if sampling.penalizes and sampling.penalty_last_n:
+        _penalize(adjusted, sampling, Counter(history[-sampling.penalty_last_n :]))
+    return adjusted
+
+
+def _penalize(logits: np.ndarray, sampling: Sampling, counts: Mapping[int, int]) -> None:
+    ids = np.fromiter(counts, np.int64, len(counts))
+    n = np.fromiter(counts.values(), np.float32, len(counts))
+    values = logits[ids]
+    values = np.where(values > 0, values / sampling.repeat_penalty, values * sampling.repeat_penalty)
+    logits[ids] = values - n * sampling.frequency_penalty - sampling.presence_penalty
+
+
+def truncate(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Returns the token ids that top_k, top_p and min_p leave; at least the best one."""
+    ids = np.flatnonzero(logits > -np.inf)
+    if 0 < sampling.top_k < len(ids):
+        ids = ids[np.argpartition(logits[ids], -sampling.top_k)[-sampling.top_k :]]
+    if sampling.top_p < 1:
+        ids = _nucleus(logits, ids, sampling.top_p)
+    if sampling.min_p > 0:
+        values = logits[ids]
+        ids = ids[values >= values.max() + np.log(sampling.min_p)]
+    return ids
+
+
+def _nucleus(logits: np.ndarray, ids: np.ndarray, top_p: float) -> np.ndarray:
+    """Returns the smallest set of most probable ids whose probability reaches `top_p`."""
+    values = logits[ids]
+    weights = np.exp(values - values.max())
+    total = float(weights.sum(dtype=np.float64))
+    # All ids under this weight together hold less than 1 - top_p: none of them is in the nucleus.
+    likely = np.flatnonzero(weights > (1 - top_p) * total / len(ids))
+    likely = likely[np.argsort(-weights[likely], kind="stable")]
+    reached = np.cumsum(weights[likely], dtype=np.float64)
+    n_keep = int(np.searchsorted(reached, top_p * total)) + 1
+    return ids[likely[:n_keep]]
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+def gumbel(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
+    """Returns Gumbel noise (len(ids),) float64, a function of seed, position and token alone.
+
+    splitmix64 (Steele, Lea, Flood 2014) over the token id, keyed by seed and position.
+    """
+    key = _mix(_mix(seed & _MASK) + (position + 1) * _GOLDEN & _MASK)
+    x = ids.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    uniform = ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
+
+
+def _mix(x: int) -> int:
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
+    return x ^ x >> 31
+
+
+def choose(logits: np.ndarray, sampling: Sampling, position: int) -> int:
+    """Returns the token for a position from its adjusted logits."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    ids = truncate(logits, sampling)
+    scores = logits[ids] / sampling.temperature + gumbel(sampling.seed, position, ids)
+    return int(ids[scores.argmax()])
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Returns log softmax, float64."""
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
