@@ -347,7 +347,7 @@ def _fp8_pair(name: str, shape: tuple[int, ...], seed: int) -> dict[str, Stored]
 
 
 def random_tensors(
-    shapes: Mapping[str, tuple[int, ...]], *, dtype: str, fp8_experts: bool, seed: int
+    shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", fp8_experts: bool = False, seed: int = 0
 ) -> dict[str, Stored]:
     """Returns random tensors of `dtype`; the router bias is F32 in every release."""
     tensors: dict[str, Stored] = {}
