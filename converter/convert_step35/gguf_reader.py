@@ -18,7 +18,7 @@ from convert_step35.regular_file import is_lfs_pointer, open_regular, read_exact
 # Far beyond any real model: a vocabulary of 128 896 tokens with its merges takes 6 MB and 0.5 million array elements.
 MAX_HEADER_BYTES = 256 * 2**20
 MAX_KEYS = 65_536
-MAX_ARRAY_ELEMENTS = 8_000_000
+MAX_ARRAY_ELEMENTS = 4_000_000
 MAX_TENSORS = 100_000
 
 MAX_KEY_BYTES = 65_535
@@ -43,6 +43,9 @@ _DTYPES = {
     GGUFValueType.BOOL: np.dtype("<u1"),
 }
 
+
+# Q8_1 and Q8_K hold activations while llama.cpp computes; no file has them, and gguf 0.19.0 has the size of Q8_1 wrong.
+_STORED_TYPES = GGML_QUANT_SIZES.keys() - {GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K}
 
 # A value's type and, for an array, the type of its elements.
 ValueType = tuple[GGUFValueType, GGUFValueType | None]
@@ -249,10 +252,9 @@ def _tensor_info(header: _Header) -> _TensorInfo:
 
 def _ggml_type(header: _Header, name: str) -> GGMLQuantizationType:
     number = header.integer(4, f"the type of {quoted(name)}")
-    try:
-        return GGMLQuantizationType(number)
-    except ValueError as exc:
-        raise header.damaged(f"expected a known ggml type for {quoted(name)}, got type {number}") from exc
+    if number not in _STORED_TYPES:
+        raise header.damaged(f"expected a known ggml type for {quoted(name)}, got type {number}")
+    return GGMLQuantizationType(number)
 
 
 def _tensor_bytes(header: _Header, name: str, ggml_type: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
