@@ -1,0 +1,261 @@
+"""The `convert-step35` command: plan, run, verify, inspect, recipes."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from gguf import LlamaFileType
+from rich.console import Console
+
+from convert_step35 import __version__, tables
+from convert_step35.conversion import Tools, convert
+from convert_step35.errors import ConvertError, OutputError
+from convert_step35.ggml import load_ggml
+from convert_step35.gguf_model import architecture_of, open_model
+from convert_step35.imatrix import read_imatrix
+from convert_step35.inspection import inspect_file
+from convert_step35.mapping import MtpMode, map_tensors
+from convert_step35.models import load_models
+from convert_step35.output import partial_path, write_atomically
+from convert_step35.plan import Plan, Wishes
+from convert_step35.presets import PRESETS
+from convert_step35.progress import progress_bar
+from convert_step35.recipes import parse_override
+from convert_step35.report import build_report, plan_entries, report_path, to_json, totals
+from convert_step35.sizes import format_size, parse_size
+from convert_step35.verification import Verdict, check_metadata, check_report, check_rows, compare
+from convert_step35.workspace import Workspace, fingerprint, open_workspace
+
+_EXAMPLES = """
+\b
+Examples:
+  convert-step35 plan  Step-3.5-Flash --type MOE_IQ4_XS
+  convert-step35 run   Step-3.5-Flash step35.gguf --target-size 105GiB
+  convert-step35 verify step35.gguf --against Step-3.5-Flash
+"""
+
+
+def main() -> None:
+    """Run the command; errors of ours become one line on stderr and exit code 1."""
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("convert-step35: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (ConvertError, OSError) as exc:
+        if debug:
+            traceback.print_exc()
+        print(f"convert-step35: error: {exc}", file=sys.stderr)
+        sys.exit(1)
+
+
+@click.group(epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="convert-step35")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Step-3.5 checkpoints to GGUF, in one pass, at any ggml type."""
+
+
+def _what_to_make(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that plan and run share."""
+    options = [
+        click.option("--type", "type_name", metavar="T", help="A preset, a recipe or a ggml type; see `convert-step35 recipes`."),
+        click.option("--target-size", metavar="SIZE", help="Instead of --type: the best recipe whose file fits, such as 103GiB."),
+        click.option("--tensor-type", "overrides", multiple=True, metavar="REGEX=TYPE", help="Type of the matrices whose GGUF name matches; repeatable, the first match wins."),
+        click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama-imatrix, in GGUF form."),
+        click.option("--mtp", type=click.Choice([mode.value for mode in MtpMode]), default="keep", show_default=True, help="MTP heads: in the file, in a file beside it, not at all, or nothing but them."),
+        click.option("--split-max-size", metavar="SIZE", help="Write shards with at most this much data each, such as 45GB."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_threads_option = click.option("--threads", type=click.IntRange(1, 1024), default=None, help="Threads.  [default: one a core]")
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_what_to_make
+@_json_option
+def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
+    """Print every tensor's type and size, and the totals, without reading tensor data."""
+    workspace, made = _plan(checkpoint, Path(f"{checkpoint.resolve().name}.gguf"), **choices)
+    if as_json:
+        print(to_json({"recipe": made.recipe, "notes": list(made.notes), "totals": totals(made), "files": _files(made), "tensors": plan_entries(made)}), end="")
+        return
+    console = Console()
+    console.print(tables.checkpoint_line(workspace))
+    console.print(tables.plan_table(made, workspace.checkpoint.arch.n_trunk))
+    console.print(tables.plan_totals(made))
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@_what_to_make
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole.")
+@click.option("--restart", is_flag=True, help="Drop an unfinished conversion instead of going on with it.")
+@_threads_option
+@_json_option
+def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: int | None, as_json: bool, **choices: Any) -> None:
+    """Convert CHECKPOINT to OUT (.gguf). Killed at any moment, the same command goes on from there."""
+    workspace, made = _plan(checkpoint, _gguf_path(out), **choices)
+    journal = out.with_name(out.name + ".journal")
+    if restart:
+        _drop_unfinished(made, journal)
+    _refuse_existing(made, journal, overwrite)
+    report = _convert(workspace, made, journal, threads)
+    if as_json:
+        print(to_json(report), end="")
+        return
+    Console().print(tables.report_summary(made, report))
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), metavar="CKPT", help="Also convert parts of this checkpoint again and compare bytes.")
+@click.option("--full", is_flag=True, help="With --against: compare every byte, which takes as long as converting.")
+@click.option("--imatrix", type=click.Path(path_type=Path), help="With --against: the imatrix that the file was made with.")
+@_threads_option
+@_json_option
+def verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, threads: int | None, as_json: bool) -> None:
+    """Check a finished GGUF: structure, every row, the report's digests and, if given, its checkpoint."""
+    verdict = _verify(file, against, full, imatrix, threads or _cores())
+    if as_json:
+        print(to_json({"ok": not verdict.problems, "tensors": verdict.n_tensors, "digests": verdict.n_digests, "compared_chunks": verdict.n_compared_chunks, "problems": list(verdict.problems)}), end="")
+    else:
+        Console().print(tables.verdict(file, verdict))
+    if verdict.problems:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_json_option
+def inspect(file: Path, as_json: bool) -> None:
+    """Say what a GGUF file holds and what is wrong with it; exit code 1 if something is."""
+    found = inspect_file(file, load_models())
+    if as_json:
+        print(to_json(found.as_json()), end="")
+    else:
+        Console().print(tables.inspection(found))
+    if found.problems:
+        sys.exit(1)
+
+
+@cli.command()
+@_json_option
+def recipes(as_json: bool) -> None:
+    """List what --type takes: this project's recipes, and llama-quantize's presets."""
+    known = load_models().recipes
+    if as_json:
+        print(to_json({"recipes": {name: recipe.about for name, recipe in known.items()}, "presets": list(PRESETS)}), end="")
+        return
+    Console().print(tables.recipe_table(known, PRESETS))
+
+
+def _plan(
+    checkpoint: Path,
+    out: Path,
+    type_name: str | None,
+    target_size: str | None,
+    overrides: tuple[str, ...],
+    imatrix: Path | None,
+    mtp: str,
+    split_max_size: str | None,
+) -> tuple[Workspace, Plan]:
+    if type_name is not None and target_size is not None:
+        raise click.UsageError("give --type or --target-size, not both")
+    models = load_models()
+    mode = MtpMode(mtp)
+    wishes = Wishes(
+        out=out,
+        type_name=type_name or (None if target_size else "Q8_0"),
+        target_bytes=parse_size(target_size) if target_size else None,
+        overrides=tuple(parse_override(text) for text in overrides),
+        mtp=mode,
+        split_max_bytes=parse_size(split_max_size) if split_max_size else None,
+    )
+    workspace = open_workspace(checkpoint, models, mtp=mode, imatrix_path=imatrix)
+    return workspace, workspace.plan(wishes, models)
+
+
+def _gguf_path(out: Path) -> Path:
+    if out.suffix != ".gguf":
+        raise click.UsageError(f"OUT expected a name that ends in .gguf, got {out}")
+    if not out.parent.is_dir():
+        raise OutputError(f"no such folder: {out.parent}; create it first")
+    return out
+
+
+def _drop_unfinished(made: Plan, journal: Path) -> None:
+    for path in (journal, *(partial_path(file.path) for file in made.files)):
+        path.unlink(missing_ok=True)
+
+
+def _refuse_existing(made: Plan, journal: Path, overwrite: bool) -> None:
+    existing = [file.path for file in made.files if file.path.exists()]
+    if existing and not overwrite and not journal.exists():
+        raise OutputError(f"{existing[0]} exists; choose another name or pass --overwrite")
+
+
+def _convert(workspace: Workspace, made: Plan, journal: Path, threads: int | None) -> dict[str, Any]:
+    ggml = load_ggml()
+    prints = fingerprint(workspace, made, ggml)
+    reports: list[dict[str, Any]] = []
+
+    def report(results: list[Any]) -> None:
+        reports.append(build_report(made, results, prints))
+        write_atomically(report_path(journal.with_suffix("")), to_json(reports[0]))
+
+    for note in made.notes:
+        print(f"convert-step35: note: {note}", file=sys.stderr)
+    with progress_bar(made) as on_progress:
+        tools = Tools(workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress)
+        convert(made, journal, prints, tools, report)
+    return reports[0]
+
+
+def _verify(file: Path, against: Path | None, full: bool, imatrix_path: Path | None, n_threads: int) -> Verdict:
+    models, ggml = load_models(), load_ggml()
+    problems = list(inspect_file(file, models).problems)
+    model = open_model(file)
+    digests, bad_rows = check_rows(model, ggml, n_threads)
+    n_digests, changed = check_report(model, digests)
+    n_compared, differing = _compare(model, against, full, imatrix_path, n_threads) if against is not None else (0, [])
+    return Verdict(len(digests), n_digests, n_compared, tuple(problems + bad_rows + changed + differing))
+
+
+def _compare(model: Any, against: Path, full: bool, imatrix_path: Path | None, n_threads: int) -> tuple[int, list[str]]:
+    has_trunk = "blk.0.attn_norm.weight" in model.tensors
+    workspace = open_workspace(against, load_models(), mtp=MtpMode.KEEP if has_trunk else MtpMode.ONLY)
+    has_mtp = architecture_of(model).n_mtp > 0
+    mapped = map_tensors(workspace.checkpoint.arch, trunk=has_trunk, mtp=has_mtp)
+    expected = workspace.subject.entries(mapped, with_mtp=has_mtp, ftype=LlamaFileType.GUESSED, recipe="")
+    imatrix = read_imatrix(imatrix_path) if imatrix_path is not None else None
+    n, problems = compare(
+        model, workspace.checkpoint, mapped, load_ggml(), imatrix, n_threads=n_threads, chunks_per_tensor=None if full else 4
+    )
+    return n, check_metadata(model, expected) + problems
+
+
+def _files(made: Plan) -> list[dict[str, Any]]:
+    return [{"name": file.path.name, "n_bytes": file.n_bytes, "size": format_size(file.n_bytes), "tensors": len(file.tensors)} for file in made.files]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main()

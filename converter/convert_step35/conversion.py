@@ -1,0 +1,246 @@
+"""Runs a plan: all threads read, quantize and write chunks; a journal thread makes them durable.
+
+Each worker takes the next chunk in the order of the source files, so reads are sequential; the kernel reads
+ahead of them, and one worker's I/O overlaps the others' arithmetic. Output offsets are final, so order is free.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+
+import numpy as np
+
+from convert_step35.checkpoint import Checkpoint
+from convert_step35.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
+from convert_step35.errors import OutputError
+from convert_step35.ggml import Ggml, row_bytes
+from convert_step35.imatrix import Imatrix
+from convert_step35.journal import Done, Journal
+from convert_step35.mapping import MappedTensor
+from convert_step35.measure import Errors, error_sums, refuse_non_finite, squared_sum, tensor_errors
+from convert_step35.output import Output
+from convert_step35.plan import Plan, PlannedTensor
+from convert_step35.rows import RowReader
+
+_SYNC_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """A finished tensor: the digest of its bytes as read back, and what quantization did to it."""
+
+    tensor: PlannedTensor
+    sha256: str
+    errors: Errors
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What the workers share."""
+
+    checkpoint: Checkpoint
+    ggml: Ggml
+    imatrix: Imatrix | None
+    n_threads: int
+    on_progress: Callable[[PlannedTensor, Chunk], None]
+
+
+def convert(
+    plan: Plan,
+    journal_path: Path,
+    fingerprint: dict[str, str],
+    tools: Tools,
+    before_publish: Callable[[list[TensorResult]], None],
+) -> list[TensorResult]:
+    """Write every tensor of the plan and publish the files; returns one result a tensor, in plan order.
+
+    Any error or interrupt leaves the partial files and the journal, and the same call goes on from there.
+    """
+    tools.ggml.prepare({tensor.kind for tensor in plan.tensors})
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(journal_path, fingerprint))
+        output = stack.enter_context(Output(plan.files))
+        reader = stack.enter_context(RowReader(tools.checkpoint, tools.ggml))
+        results = _Conversion(plan.tensors, journal, output, reader, tools).run()
+        before_publish(results)
+        output.publish()
+        journal.remove()
+    return results
+
+
+@dataclass(slots=True)
+class _Buffers:
+    """One worker's memory: 4 MiB, whatever the tensor."""
+
+    raw: np.ndarray
+    rows: np.ndarray
+    packed: np.ndarray
+    restored: np.ndarray
+
+    @classmethod
+    def for_tensors(cls, tensors: Sequence[PlannedTensor]) -> "_Buffers":
+        n = max(CHUNK_WEIGHTS, max(tensor.mapped.row_size for tensor in tensors))
+        return cls(np.empty(4 * n, np.uint8), np.empty(n, np.float32), np.empty(4 * n, np.uint8), np.empty(n, np.float32))
+
+
+class _Conversion:
+    """One run over the chunks that are not yet done."""
+
+    def __init__(self, tensors: Sequence[PlannedTensor], journal: Journal, output: Output, reader: RowReader, tools: Tools) -> None:
+        self._tensors = tensors
+        self._journal = journal
+        self._output = output
+        self._reader = reader
+        self._tools = tools
+        self._lock = Lock()
+        self._stop = Event()
+        self._failures: list[BaseException] = []
+        self._finished: SimpleQueue[Done | None] = SimpleQueue()
+        self._records: dict[int, dict[int, Done]] = {i: {} for i in range(len(tensors))}
+        self._results: dict[int, TensorResult] = {}
+        for done in journal.done:
+            self._records[done.tensor][done.chunk] = done
+
+    def run(self) -> list[TensorResult]:
+        work = self._work()
+        workers = [Thread(target=self._guarded, args=(self._worker, work), daemon=True) for _ in range(self._tools.n_threads)]
+        recorder = Thread(target=self._guarded, args=(self._record,), daemon=True)
+        recorder.start()
+        for worker in workers:
+            worker.start()
+        try:
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.2)
+        finally:
+            # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
+            self._stop.set()
+            for worker in workers:
+                worker.join()
+            self._finished.put(None)
+            recorder.join()
+        if self._failures:
+            raise self._failures[0]
+        return [self._results[i] for i in range(len(self._tensors))]
+
+    def _guarded(self, target: Callable[..., None], *arguments: object) -> None:
+        try:
+            target(*arguments)
+        except BaseException as exc:
+            self._failures.append(exc)
+            self._stop.set()
+
+    def _work(self) -> Iterator[tuple[int, Chunk | None]]:
+        """Chunks to convert in the order of the source, and None for a tensor that the journal has whole."""
+        for index in sorted(range(len(self._tensors)), key=self._source_order):
+            tensor = self._tensors[index].mapped
+            if len(self._records[index]) == n_chunks(tensor):
+                yield index, None
+                continue
+            done = set(self._records[index])
+            for chunk in chunks(tensor):
+                if chunk.index not in done:
+                    yield index, chunk
+
+    def _source_order(self, index: int) -> tuple[str, int]:
+        source = self._tensors[index].mapped.source
+        if source is None:
+            return "", 0
+        stored = self._tools.checkpoint.sources[source].weight
+        return stored.path.name, stored.offset
+
+    def _worker(self, work: Iterator[tuple[int, Chunk | None]]) -> None:
+        buffers = _Buffers.for_tensors(self._tensors)
+        while not self._stop.is_set():
+            with self._lock:
+                item = next(work, None)
+            if item is None:
+                return
+            index, chunk = item
+            if chunk is None or self._finish_chunk(index, self._convert(index, chunk, buffers)):
+                self._finish_tensor(index, buffers)
+
+    def _convert(self, index: int, chunk: Chunk, buffers: _Buffers) -> Done:
+        planned, tensor = self._tensors[index], self._tensors[index].mapped
+        rows = self._reader.read(tensor, chunk, buffers.rows, buffers.raw)
+        refuse_non_finite(rows, tensor)
+        packed = self._quantize(planned, chunk, rows, buffers.packed)
+        self._output.write(index, packed, _offset(planned, chunk))
+        restored = buffers.restored[: rows.size].reshape(rows.shape)
+        self._tools.ggml.dequantize(planned.kind, packed, restored)
+        max_error, squared_error = error_sums(rows, restored)
+        self._tools.on_progress(planned, chunk)
+        return Done(index, chunk.index, zlib.crc32(packed), max_error, squared_error, squared_sum(rows))
+
+    def _quantize(self, planned: PlannedTensor, chunk: Chunk, rows: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+        n_bytes = self._tools.ggml.quantize(planned.kind, rows, buffer, self._importance(planned.mapped, chunk))
+        packed = buffer[:n_bytes]
+        if not self._tools.ggml.is_valid(planned.kind, packed):
+            raise OutputError(f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type")
+        return packed
+
+    def _importance(self, tensor: MappedTensor, chunk: Chunk) -> np.ndarray | None:
+        imatrix = self._tools.imatrix
+        entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
+        return entry.weights(chunk.expert) if entry is not None else None
+
+    def _finish_chunk(self, index: int, done: Done) -> bool:
+        """Note a converted chunk; True for the one that makes its tensor whole."""
+        self._finished.put(done)
+        with self._lock:
+            records = self._records[index]
+            records[done.chunk] = done
+            return len(records) == n_chunks(self._tensors[index].mapped)
+
+    def _finish_tensor(self, index: int, buffers: _Buffers) -> None:
+        """Read a whole tensor back, check every chunk's CRC and digest it."""
+        planned, records = self._tensors[index], self._records[index]
+        sha = hashlib.sha256()
+        for chunk in chunks(planned.mapped):
+            if self._stop.is_set():
+                return
+            sha.update(self._checked(index, chunk, buffers))
+        ordered = [records[i] for i in sorted(records)]
+        self._results[index] = TensorResult(planned, sha.hexdigest(), tensor_errors(planned.mapped, ordered))
+
+    def _checked(self, index: int, chunk: Chunk, buffers: _Buffers) -> np.ndarray:
+        """The chunk's bytes as the file has them; a chunk that an earlier run left damaged is converted again."""
+        planned = self._tensors[index]
+        data = buffers.packed[: chunk.n_rows * row_bytes(planned.kind, planned.mapped.row_size)]
+        self._output.read(index, data, _offset(planned, chunk))
+        if zlib.crc32(data) == self._records[index][chunk.index].crc:
+            return data
+        done = self._convert(index, chunk, buffers)
+        self._finished.put(done)
+        self._records[index][chunk.index] = done
+        self._output.read(index, data, _offset(planned, chunk))
+        if zlib.crc32(data) != done.crc:
+            raise OutputError(f"the disk returns other bytes than were written: {planned.mapped.name}, chunk {chunk.index}; check the disk")
+        return data
+
+    def _record(self) -> None:
+        """The journal thread: sync the data, then append its records, every 256 MiB or so."""
+        batch: list[Done] = []
+        n_bytes = 0
+        while (done := self._finished.get()) is not None:
+            batch.append(done)
+            planned = self._tensors[done.tensor]
+            n_bytes += chunk_at(planned.mapped, done.chunk).n_rows * row_bytes(planned.kind, planned.mapped.row_size)
+            if n_bytes >= _SYNC_BYTES:
+                self._flush(batch)
+                batch, n_bytes = [], 0
+        self._flush(batch)
+
+    def _flush(self, batch: list[Done]) -> None:
+        if batch:
+            self._output.sync()
+            self._journal.append(batch)
+
+
+def _offset(planned: PlannedTensor, chunk: Chunk) -> int:
+    return planned.offset + chunk.first_row * row_bytes(planned.kind, planned.mapped.row_size)

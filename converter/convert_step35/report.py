@@ -1,0 +1,72 @@
+"""The report beside a finished file: what every tensor became, and totals."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from convert_step35.conversion import TensorResult
+from convert_step35.plan import Plan, PlannedTensor
+
+REPORT_SUFFIX = ".report.json"
+
+
+def report_path(out: Path) -> Path:
+    return out.with_name(out.name + REPORT_SUFFIX)
+
+
+def build_report(plan: Plan, results: Sequence[TensorResult], fingerprint: dict[str, str]) -> dict[str, Any]:
+    """The report as JSON data; the same input and command give the same report."""
+    return {
+        "recipe": plan.recipe,
+        "fingerprint": fingerprint,
+        "notes": list(plan.notes),
+        "files": [{"name": file.path.name, "bytes": file.n_bytes, "tensors": len(file.tensors)} for file in plan.files],
+        "totals": totals(plan),
+        "tensors": [{**entry, **_measured(result)} for entry, result in zip(plan_entries(plan), results, strict=True)],
+    }
+
+
+def totals(plan: Plan) -> dict[str, Any]:
+    """Weights, bytes, bits a weight, and bytes by type."""
+    by_type: dict[str, int] = {}
+    for tensor in plan.tensors:
+        by_type[tensor.kind.name] = by_type.get(tensor.kind.name, 0) + tensor.n_bytes
+    n_data = sum(by_type.values())
+    return {
+        "tensors": len(plan.tensors),
+        "weights": plan.n_weights,
+        "bytes": plan.n_bytes,
+        "bits_per_weight": round(n_data * 8 / plan.n_weights, 4),
+        "bytes_by_type": dict(sorted(by_type.items(), key=lambda item: -item[1])),
+    }
+
+
+def plan_entries(plan: Plan) -> list[dict[str, Any]]:
+    """Every tensor of a plan as JSON data."""
+    return [{"file": file.path.name, **tensor_entry(tensor)} for file in plan.files for tensor in file.tensors]
+
+
+def tensor_entry(tensor: PlannedTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.mapped.name,
+        "source": tensor.mapped.source,
+        "type": tensor.kind.name,
+        "shape": list(tensor.mapped.shape),
+        "offset": tensor.offset,
+        "n_bytes": tensor.n_bytes,
+    }
+
+
+def to_json(data: Any) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def _measured(result: TensorResult) -> dict[str, Any]:
+    errors = {key: _rounded(value) for key, value in asdict(result.errors).items() if value is not None}
+    return {"sha256": result.sha256, **errors}
+
+
+def _rounded(value: float | int) -> float | int:
+    return float(f"{value:.6g}") if isinstance(value, float) else value

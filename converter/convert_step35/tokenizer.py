@@ -1,0 +1,215 @@
+"""The tokenizer of a checkpoint, read from tokenizer.json and tokenizer_config.json as llama.cpp needs it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+
+from convert_step35.errors import CheckpointError, quoted
+from convert_step35.strict_json import read_json
+
+MAX_TOKENIZER_BYTES = 64 * 1024**2
+MAX_TEMPLATE_CHARS = 256 * 1024
+
+# DeepSeek-V3's pre-tokenizer, the only one that llama.cpp's `deepseek-v3` stands for.
+_SPLITS = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+PRE_TOKENIZER = "deepseek-v3"
+
+# Tokens that llama.cpp ends generation at by their text alone (llama-vocab.cpp, special_eog_ids).
+_END_BY_TEXT = {"<|im_end|>", "<｜end▁of▁sentence｜>"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A BPE vocabulary of exactly `vocab_size` rows, unused ones included.
+
+    `merges` has one "left right" string each. `special_ids` maps bos, eos, pad, ... to ids; `add_flags` says
+    which of them llama.cpp adds to a prompt. `end_ids` are the ids that end generation.
+    """
+
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    merges: tuple[str, ...]
+    special_ids: dict[str, int]
+    add_flags: dict[str, bool]
+    end_ids: tuple[int, ...]
+    chat_template: str | None
+
+
+def read_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...], config: dict[str, Any]) -> Tokenizer:
+    """Read and check the folder's tokenizer; CheckpointError says what llama.cpp could not represent."""
+    data = read_json(folder / "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES)
+    settings = read_json(folder / "tokenizer_config.json", max_bytes=MAX_TOKENIZER_BYTES)
+    model = _bpe(data)
+    _check_pre_tokenizer(data.get("pre_tokenizer"))
+    added = _added_tokens(data)
+    tokens, types = _vocabulary(model, added, vocab_size)
+    special_ids = _special_ids(settings, added, config, vocab_size)
+    return Tokenizer(
+        tokens=tokens,
+        types=types,
+        merges=_merges(model),
+        special_ids=_with_end_ids(special_ids, eos_token_ids, tokens),
+        add_flags=_add_flags(data.get("post_processor"), settings),
+        end_ids=tuple(sorted({*eos_token_ids, *([special_ids["eos"]] if "eos" in special_ids else [])})),
+        chat_template=_chat_template(folder, settings),
+    )
+
+
+def _bpe(data: dict[str, Any]) -> dict[str, Any]:
+    model = data.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise CheckpointError(f"tokenizer.json: model expected BPE with a vocab, got {quoted(model.get('type') if isinstance(model, dict) else model)}")
+    if not all(type(i) is int for i in model["vocab"].values()):
+        raise CheckpointError("tokenizer.json: model.vocab expected whole numbers as ids")
+    return model
+
+
+def _check_pre_tokenizer(pre: Any) -> None:
+    """Recognise DeepSeek-V3's pre-tokenizer by its structure: three isolated splits, then bytes."""
+    steps = pre.get("pretokenizers") if isinstance(pre, dict) and pre.get("type") == "Sequence" else None
+    want = [_split(pattern) for pattern in _SPLITS]
+    got = [_split_of(step) for step in steps[:-1]] if isinstance(steps, list) else None
+    if got != want or not _is_byte_level(steps[-1]):
+        raise CheckpointError(f"tokenizer.json: pre_tokenizer expected DeepSeek-V3's (three splits and ByteLevel), got {quoted(pre, 200)}; llama.cpp would split text otherwise")
+
+
+def _split(pattern: str) -> tuple[str, str, bool]:
+    return pattern, "Isolated", False
+
+
+def _split_of(step: Any) -> tuple[Any, Any, Any] | None:
+    if not isinstance(step, dict) or step.get("type") != "Split" or not isinstance(step.get("pattern"), dict):
+        return None
+    return step["pattern"].get("Regex"), step.get("behavior"), step.get("invert", False)
+
+
+def _is_byte_level(step: Any) -> bool:
+    return isinstance(step, dict) and step.get("type") == "ByteLevel" and step.get("use_regex", True) is False and step.get("add_prefix_space") is False
+
+
+def _added_tokens(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    entries = data.get("added_tokens", [])
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and type(e.get("id")) is int and isinstance(e.get("content"), str) for e in entries):
+        raise CheckpointError("tokenizer.json: added_tokens expected entries with id and content")
+    return {entry["content"]: entry for entry in entries}
+
+
+def _vocabulary(model: dict[str, Any], added: dict[str, dict[str, Any]], vocab_size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    ids = {**model["vocab"], **{text: entry["id"] for text, entry in added.items()}}
+    by_id = {i: text for text, i in ids.items()}
+    if len(by_id) != len(ids) or min(by_id) < 0 or max(by_id) >= vocab_size:
+        raise CheckpointError(f"tokenizer.json: expected one token for each id under {vocab_size}, got {len(ids)} tokens with ids {min(by_id)} to {max(by_id)}")
+    tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(vocab_size))
+    types = tuple(int(_token_type(by_id.get(i), added)) for i in range(vocab_size))
+    return tokens, types
+
+
+def _token_type(text: str | None, added: dict[str, dict[str, Any]]) -> TokenType:
+    if text is None:
+        return TokenType.UNUSED
+    if text not in added:
+        return TokenType.NORMAL
+    is_control = added[text].get("special") is True or _looks_special(text)
+    return TokenType.CONTROL if is_control else TokenType.USER_DEFINED
+
+
+def _looks_special(text: str) -> bool:
+    """Upstream's rule for control tokens that a checkpoint doesn't mark as special."""
+    return (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
+
+
+def _merges(model: dict[str, Any]) -> tuple[str, ...]:
+    """Merges as "left right"; in the newer pair form a space inside a part becomes its byte-level letter."""
+    merges = model.get("merges", [])
+    if all(isinstance(m, str) for m in merges):
+        return tuple(merges)
+    if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(part, str) for part in m) for m in merges):
+        raise CheckpointError("tokenizer.json: model.merges expected pairs of strings")
+    return tuple(" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges)
+
+
+_SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def _special_ids(settings: dict[str, Any], added: dict[str, dict[str, Any]], config: dict[str, Any], vocab_size: int) -> dict[str, int]:
+    """Ids by name: the text in tokenizer_config.json first, the plain id in config.json for the rest."""
+    ids: dict[str, int] = {}
+    for name in _SPECIAL_NAMES:
+        entry = settings.get(f"{name}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(text, str) and text in added:
+            ids[name] = added[text]["id"]
+    for name in _SPECIAL_NAMES:
+        value = config.get(f"{name}_token_id", config.get("text_config", {}).get(f"{name}_token_id"))
+        if name not in ids and type(value) is int and 0 <= value < vocab_size:
+            ids[name] = value
+    return ids
+
+
+def _with_end_ids(ids: dict[str, int], eos_token_ids: tuple[int, ...], tokens: tuple[str, ...]) -> dict[str, int]:
+    """Give the end ids that llama.cpp would not find by their text the free keys: eos, eot, eom."""
+    hidden = [i for i in eos_token_ids if tokens[i] not in _END_BY_TEXT and i != ids.get("eos")]
+    free = [name for name in ("eos", "eot", "eom") if name not in ids]
+    if "eot" in free and any(tokens[i] == "<|im_end|>" for i in eos_token_ids):
+        # llama.cpp takes the turn's end as eot by its text, unless the key says otherwise.
+        free.remove("eot")
+    if len(hidden) > len(free):
+        raise CheckpointError(f"config.json: eos_token_id expected at most {len(free)} ids beyond those llama.cpp knows by text, got {hidden}")
+    return {**ids, **dict(zip(free, hidden))}
+
+
+def _add_flags(post_processor: Any, settings: dict[str, Any]) -> dict[str, bool]:
+    """Which special tokens are added to a prompt; the post-processor wins over tokenizer_config.json, as upstream."""
+    flags: dict[str, bool] = {}
+    for step in _post_steps(post_processor):
+        if step.get("type") == "ByteLevel":
+            flags.setdefault("bos", False)
+            flags.setdefault("eos", False)
+        elif step.get("type") == "TemplateProcessing":
+            flags.update(_template_flags(step, settings))
+    for name in _SPECIAL_NAMES:
+        value = settings.get(f"add_{name}_token")
+        if isinstance(value, bool):
+            flags.setdefault(name, value)
+    return flags
+
+
+def _post_steps(post_processor: Any) -> list[dict[str, Any]]:
+    if not isinstance(post_processor, dict):
+        return []
+    steps = post_processor.get("processors", [post_processor])
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def _template_flags(step: dict[str, Any], settings: dict[str, Any]) -> dict[str, bool]:
+    single = step.get("single", [])
+    if not isinstance(single, list) or len(single) < 2:
+        return {}
+    flags = {}
+    for name, piece in (("bos", single[0]), ("eos", single[-1])):
+        token = piece.get("SpecialToken", {}).get("id") if isinstance(piece, dict) else None
+        if token is not None:
+            entry = settings.get(f"{name}_token")
+            flags[name] = token == (entry.get("content") if isinstance(entry, dict) else entry)
+    return flags
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """tokenizer_config.json's template, or chat_template.jinja beside it."""
+    template = settings.get("chat_template")
+    path = folder / "chat_template.jinja"
+    if template is None and path.is_file():
+        if path.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
+            raise CheckpointError(f"{path}: expected at most {4 * MAX_TEMPLATE_CHARS} bytes, got {path.stat().st_size}")
+        template = path.read_text(encoding="utf-8")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"tokenizer_config.json: chat_template expected one template, got {quoted(template)}")
+    if template is not None and len(template) > MAX_TEMPLATE_CHARS:
+        raise CheckpointError(f"chat template: expected at most {MAX_TEMPLATE_CHARS} characters, got {len(template)}")
+    return template
