@@ -93,9 +93,9 @@ def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
     if as_json:
         print(to_json({"recipe": made.recipe, "notes": list(made.notes), "totals": totals(made), "files": _files(made), "tensors": plan_entries(made)}), end="")
         return
-    console = Console()
+    console = _console()
     console.print(tables.checkpoint_line(workspace))
-    console.print(tables.plan_table(made, workspace.checkpoint.arch.n_trunk))
+    console.print(tables.plan_table(made))
     console.print(tables.plan_totals(made))
 
 
@@ -118,7 +118,7 @@ def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: in
     if as_json:
         print(to_json(report), end="")
         return
-    Console().print(tables.report_summary(made, report))
+    _console().print(tables.report_summary(made, report))
 
 
 @cli.command()
@@ -134,7 +134,7 @@ def verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, t
     if as_json:
         print(to_json({"ok": not verdict.problems, "tensors": verdict.n_tensors, "digests": verdict.n_digests, "compared_chunks": verdict.n_compared_chunks, "problems": list(verdict.problems)}), end="")
     else:
-        Console().print(tables.verdict(file, verdict))
+        _console().print(tables.verdict(file, verdict))
     if verdict.problems:
         sys.exit(1)
 
@@ -148,7 +148,7 @@ def inspect(file: Path, as_json: bool) -> None:
     if as_json:
         print(to_json(found.as_json()), end="")
     else:
-        Console().print(tables.inspection(found))
+        _console().print(tables.inspection(found))
     if found.problems:
         sys.exit(1)
 
@@ -161,7 +161,7 @@ def recipes(as_json: bool) -> None:
     if as_json:
         print(to_json({"recipes": {name: recipe.about for name, recipe in known.items()}, "presets": list(PRESETS)}), end="")
         return
-    Console().print(tables.recipe_table(known, PRESETS))
+    _console().print(tables.recipe_table(known, PRESETS))
 
 
 def _plan(
@@ -251,6 +251,12 @@ def _compare(model: Any, against: Path, full: bool, imatrix_path: Path | None, n
 
 def _files(made: Plan) -> list[dict[str, Any]]:
     return [{"name": file.path.name, "n_bytes": file.n_bytes, "size": format_size(file.n_bytes), "tensors": len(file.tensors)} for file in made.files]
+
+
+def _console() -> Console:
+    """Stdout as wide as the terminal; a file or a pipe is not a reason to fold lines."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def _cores() -> int:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from convert_step35.inspection import Inspection, group_of
+from convert_step35.inspection import Inspection
 from convert_step35.models import Recipe
 from convert_step35.plan import Plan
 from convert_step35.presets import Preset
@@ -36,12 +36,12 @@ def checkpoint_line(workspace: Workspace) -> Text:
     )
 
 
-def plan_table(plan: Plan, n_trunk: int) -> Table:
-    """Every tensor, then nothing: totals come after."""
-    table = _table("tensor", "group", "shape", "type", "bytes", right=("bytes",))
+def plan_table(plan: Plan) -> Table:
+    """Every tensor in file order."""
+    table = _table("tensor", "shape", "type", "bytes", right=("bytes",))
     for tensor in plan.tensors:
         shape = " x ".join(str(n) for n in tensor.mapped.shape)
-        table.add_row(tensor.mapped.name, group_of(tensor.mapped.name, n_trunk), shape, tensor.kind.name, f"{tensor.n_bytes:,}")
+        table.add_row(tensor.mapped.name, shape, tensor.kind.name, f"{tensor.n_bytes:,}")
     return table
 
 

@@ -16,7 +16,7 @@ MAX_TEMPLATE_CHARS = 256 * 1024
 _SPLITS = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 PRE_TOKENIZER = "deepseek-v3"
 
@@ -86,7 +86,12 @@ def _split(pattern: str) -> tuple[str, str, bool]:
 def _split_of(step: Any) -> tuple[Any, Any, Any] | None:
     if not isinstance(step, dict) or step.get("type") != "Split" or not isinstance(step.get("pattern"), dict):
         return None
-    return step["pattern"].get("Regex"), step.get("behavior"), step.get("invert", False)
+    return _spelled(step["pattern"].get("Regex")), step.get("behavior"), step.get("invert", False)
+
+
+def _spelled(pattern: Any) -> Any:
+    """An expression in one spelling: quotes bare, line ends as escapes."""
+    return pattern.replace('\\"', '"').replace("\r", r"\r").replace("\n", r"\n") if isinstance(pattern, str) else pattern
 
 
 def _is_byte_level(step: Any) -> bool:

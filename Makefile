@@ -1,0 +1,33 @@
+# `make demo` and `make test` each do all their set-up: a virtual environment, the install, the build of llama-cpp-python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+DEMO := demo
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DEMO="$(DEMO)" sh docs/demo.sh
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+# The build of llama-cpp-python takes minutes; pip keeps the wheel it builds, so it happens once a machine.
+$(VENV)/.installed: pyproject.toml | $(VENV)/.created
+	@echo "Installing step35; the first build of llama-cpp-python takes a few minutes ..."
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.installed
+	@echo "Installing the test tools and torch ..."
+	$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "step35 needs Python 3.11 or newer, got " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO)
