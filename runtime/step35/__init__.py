@@ -8,7 +8,7 @@ _HOMES = {
     "Cancelled": "errors",
     "ContextFull": "errors",
     "Engine": "engine",
-    "EngineOptions": "engine",
+    "EngineOptions": "options",
     "ModelError": "errors",
     "NativeError": "errors",
     "Sampling": "sampling",

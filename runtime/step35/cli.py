@@ -11,6 +11,7 @@ import click
 
 from step35 import __version__
 from step35.errors import Step35Error
+from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES, EngineOptions
 
 if TYPE_CHECKING:
     from step35.generation import Stats
@@ -32,19 +33,46 @@ def cli(debug: bool) -> None:
         logging.basicConfig(level=logging.DEBUG, stream=sys.stderr, format="%(name)s: %(message)s")
 
 
+_MODEL_OPTIONS = (
+    click.argument("model", type=click.Path(path_type=Path)),
+    click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none."),
+    click.option("--draft", type=click.Choice(DRAFT_MODES), default="auto", show_default=True, help="How to draft."),
+    click.option("-c", "--ctx", "n_ctx", default=32768, show_default=True, help="Context size in tokens."),
+    click.option("-b", "--batch", "n_batch", default=512, show_default=True, help="Prompt tokens per decode."),
+    click.option("-t", "--threads", "n_threads", default=0, help="CPU threads; default llama.cpp's choice."),
+    click.option("--ngl", "n_gpu_layers", default=-1, show_default=True, help="Layers on the GPU; -1 is all."),
+    click.option("--load-mode", type=click.Choice(LOAD_MODES), default="auto", show_default=True, help="How weights are read."),
+    click.option("--kv-type", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Type of the KV cache."),
+)
+_SAMPLING_OPTIONS = (
+    click.option("--temp", default=0.6, show_default=True, help="Temperature; 0 is greedy."),
+    click.option("--top-k", default=0, show_default=True, help="Keep the k most probable tokens; 0 is all."),
+    click.option("--top-p", default=0.95, show_default=True, help="Keep the most probable tokens up to this sum."),
+    click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below this share of the best."),
+    click.option("--seed", default=0, show_default=True, help="The same seed gives the same text."),
+)
+
+
+def _with(options: tuple):
+    def decorate(function):
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@_with(_MODEL_OPTIONS)
 @click.option("-p", "--prompt", help="The text to continue.")
 @click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="Read the text from a file; - is stdin.")
 @click.option("-n", "--n-predict", default=256, show_default=True, help="Tokens to generate; -1 fills the context.")
-@click.option("--temp", default=0.6, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same text.")
-@click.option("-c", "--ctx", "n_ctx", default=32768, show_default=True, help="Context size in tokens.")
-@click.option("-t", "--threads", "n_threads", default=0, help="CPU threads; default llama.cpp's choice.")
+@_with(_SAMPLING_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
-def generate(model, prompt, prompt_file, n_predict, temp, seed, n_ctx, n_threads, as_json) -> None:
+def generate(prompt, prompt_file, n_predict, temp, top_k, top_p, min_p, seed, as_json, **engine_options) -> None:
     """Continues a text: the text on stdout, a summary on stderr."""
-    from step35.engine import Engine, EngineOptions
+    from step35.chooser import Chooser
+    from step35.engine import Engine
     from step35.generation import begin
     from step35.generation import generate as run
     from step35.sampling import Sampling
@@ -53,9 +81,11 @@ def generate(model, prompt, prompt_file, n_predict, temp, seed, n_ctx, n_threads
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the text with either -p TEXT or -f FILE")
     text = prompt if prompt is not None else prompt_file.read()
-    sampling = Sampling(temperature=temp, seed=seed)
-    with Engine(EngineOptions(model, n_ctx=n_ctx, n_threads=n_threads)) as engine, engine.open_session() as session:
-        turn = begin(session, engine.tokenize(text), sampling, n_predict)
+    sampling = Sampling(temp, top_k, top_p, min_p, seed)
+    with Engine(EngineOptions(**engine_options)) as engine, engine.open_session() as session:
+        for note in engine.notes:
+            click.echo(f"step35: {note}", err=True)
+        turn = begin(session, engine.tokenize(text), Chooser(sampling), n_predict)
         pieces = []
         for piece in stream_text(run(turn), engine.model.piece):
             pieces.append(piece)
@@ -68,7 +98,7 @@ def generate(model, prompt, prompt_file, n_predict, temp, seed, n_ctx, n_threads
         click.echo(summary_line(turn.stats), err=True)
 
 
-def summary(stats: "Stats") -> dict[str, float | int]:
+def summary(stats: "Stats") -> dict[str, object]:
     """Returns a turn's counts and speeds under the names that --json prints."""
     return {
         "n_prompt": stats.n_prompt,
@@ -76,15 +106,26 @@ def summary(stats: "Stats") -> dict[str, float | int]:
         "n_decoded": stats.n_decoded,
         "prefill_tps": round(stats.prefill_tps, 2),
         "decode_tps": round(stats.decode_tps, 2),
+        "n_cycles": stats.n_cycles,
+        "n_drafted": stats.n_drafted,
+        "n_accepted": stats.n_accepted,
+        "drafted_per_head": stats.drafted_per_head,
+        "accepted_per_head": stats.accepted_per_head,
+        "mean_depth": round(stats.mean_depth, 3),
     }
 
 
 def summary_line(stats: "Stats") -> str:
     """Returns the counts and speeds in one line."""
-    return (
+    line = (
         f"prefill {stats.n_prompt - stats.n_reused} tokens, {stats.prefill_tps:.1f} tok/s · "
         f"decode {stats.n_decoded} tokens, {stats.decode_tps:.1f} tok/s"
     )
+    if not stats.n_drafted:
+        return line
+    heads = " ".join(f"{a}/{d}" for a, d in zip(stats.accepted_per_head, stats.drafted_per_head, strict=True))
+    per_head = f", per head {heads}" if heads else ""
+    return f"{line} · accepted {stats.n_accepted} of {stats.n_drafted} drafted{per_head}, mean depth {stats.mean_depth:.2f}"
 
 
 def main() -> None:

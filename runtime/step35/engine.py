@@ -1,71 +1,109 @@
 """The engine: a loaded model with its open contexts. Sessions live in it as sequences."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from step35.errors import ContextFull, SettingsError
+import numpy as np
+
+from step35.drafting import Drafter
+from step35.errors import ContextFull, ModelError, SettingsError
+from step35.mtp import REDONE, Heads
+from step35.options import EngineOptions, ModelOptions
+from step35.rows import Rows
+from step35.session import Session
 
 if TYPE_CHECKING:
-    from step35.native import Model, ModelOptions
-    from step35.session import Session
+    from step35.native import Model
 
-MAX_SEQUENCES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What is loaded, and how large; `n_ctx` tokens are shared by all sessions."""
-
-    model: Path
-    n_ctx: int = 32768
-    n_batch: int = 512
-    n_sessions: int = 1
-    n_threads: int = 0
-    n_gpu_layers: int = -1
-    load_mode: str = "auto"
-    kv_type: str = "f16"
-
-    def __post_init__(self) -> None:
-        _check("n_batch", self.n_batch, 8, 1 << 16)
-        _check("n_sessions", self.n_sessions, 1, MAX_SEQUENCES)
-        _check("n_threads", self.n_threads, 0, 4096)
-        _check("n_ctx", self.n_ctx, 8, 1 << 30)
+HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
+CALIBRATED_WIDTHS = (1, 2, 3, 4, 8)
 
 
-def _check(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise SettingsError(f"bad engine option: {name} expected {low} to {high}, got {value}")
-
-
-def _load(options: "ModelOptions") -> "Model":
+def _load(options: ModelOptions) -> "Model":
     from step35.native import Model
 
     return Model(options)
 
 
 class Engine:
-    """A loaded model. `load_model` is the seam where tests put a fake llama.cpp."""
+    """A loaded model. `load_model` is the seam where tests put a fake llama.cpp.
 
-    def __init__(self, options: EngineOptions, *, load_model: Callable[["ModelOptions"], "Model"] = _load) -> None:
-        from step35.native import ContextOptions, ModelOptions
+    `notes` tells in plain words what differs from what was asked for.
+    """
 
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        load_model: "Callable[[ModelOptions], Model]" = _load,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.options = options
-        self.model = load_model(
-            ModelOptions(options.model, n_gpu_layers=options.n_gpu_layers, load_mode=options.load_mode)
-        )
+        self.clock = clock
+        self.notes: list[str] = []
+        self._closers: list[Callable[[], None]] = []
+        try:
+            self._open(load_model)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, load_model: "Callable[[ModelOptions], Model]") -> None:
+        options = self.options
+        wants_heads = options.draft not in ("off", "ngram")
+        self.model = self._load_trunk(load_model, wants_heads and options.mtp is None)
         self.n_ctx = _context_size(options, self.model)
-        self.trunk = self.model.open_trunk(
-            ContextOptions(
-                self.n_ctx, options.n_batch, options.n_sessions, n_threads=options.n_threads, kv_type=options.kv_type
-            )
-        )
+        self.window = self.model.n_swa
+        self.trunk = self.model.open_trunk(options.context(n_outputs=_n_outputs(options)))
+        self._closers.append(self.trunk.close)
+        self.drafter = Drafter(options.draft, self._open_heads(load_model) if wants_heads else None, self.clock)
         self._free_sequences = list(range(options.n_sessions))[::-1]
+        self._sessions: list[Session] = []
+        if options.draft in ("auto", "ngram"):
+            self._calibrate()
+
+    def _load_trunk(self, load_model: "Callable[[ModelOptions], Model]", with_heads: bool) -> "Model":
+        options = self.options
+        model = load_model(ModelOptions(options.model, with_heads, options.n_gpu_layers, options.load_mode))
+        self._closers.append(model.close)
+        if not model.facts.has_trunk:
+            raise ModelError(
+                f"no trunk: {options.model} holds only MTP heads; give the model's file, and this one with --mtp"
+            )
+        return model
+
+    def _open_heads(self, load_model: "Callable[[ModelOptions], Model]") -> Heads | None:
+        model = self._head_model(load_model)
+        if not model.n_heads:
+            self.notes.append(f"{model.facts.path} has no MTP heads: running without them")
+            return None
+        depth = int(self.options.draft) if self.options.draft.isdigit() else model.n_heads
+        n_batch = max(HEAD_BATCH, REDONE * self.options.n_sessions)
+        contexts = []
+        for head in range(min(depth, model.n_heads)):
+            contexts.append(model.open_head(head, self.options.context(n_batch=n_batch, n_outputs=n_batch)))
+            self._closers.append(contexts[-1].close)
+        return Heads(contexts, self.window, self.model.n_embd)
+
+    def _head_model(self, load_model: "Callable[[ModelOptions], Model]") -> "Model":
+        if self.options.mtp is None:
+            return self.model
+        model = load_model(ModelOptions(self.options.mtp, True, self.options.n_gpu_layers, self.options.load_mode))
+        self._closers.append(model.close)
+        for name in ("n_vocab", "n_embd", "n_swa", "vocab_digest"):
+            wanted, got = getattr(self.model, name), getattr(model, name)
+            if wanted != got:
+                raise ModelError(
+                    f"the MTP file doesn't belong to the model: {self.options.mtp} expected {name}={wanted} "
+                    f"as in {self.options.model}, got {got}; make it from the same checkpoint"
+                )
+        return model
 
     def close(self) -> None:
-        self.trunk.close()
-        self.model.close()
+        """Frees everything, contexts before their models."""
+        while self._closers:
+            self._closers.pop()()
 
     def __enter__(self) -> Self:
         return self
@@ -73,25 +111,64 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def open_session(self) -> "Session":
-        """Returns a new empty session; close it to give its sequence back."""
-        from step35.session import Session
+    # sessions
 
+    def open_session(self) -> Session:
+        """Returns a new empty session; close it to give its sequence back."""
         if not self._free_sequences:
             raise ContextFull(
                 f"no free session: all {self.options.n_sessions} are open; close one or load with more sessions"
             )
-        return Session(self, self._free_sequences.pop())
+        session = Session(self, self._free_sequences.pop())
+        self._sessions.append(session)
+        return session
 
-    def release(self, seq: int) -> None:
-        """Forgets a closed session's cells."""
-        self.trunk.truncate(seq, 0)
-        self._free_sequences.append(seq)
+    def release(self, session: Session) -> None:
+        """Takes a closed session's sequence back."""
+        self._sessions.remove(session)
+        self._free_sequences.append(session.seq)
+
+    @property
+    def n_free_cells(self) -> int:
+        """Tokens that still fit into the context that all sessions share."""
+        return self.n_ctx - sum(session.n_kv for session in self._sessions)
+
+    def cancel(self) -> None:
+        """Makes the running step, or the next one, raise Cancelled. Callable from any thread or handler."""
+        self.trunk.cancel()
+
+    # text
 
     def tokenize(self, text: str, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:
         """Returns token ids; `add_bos` None follows the model's own setting."""
         add_bos = self.model.add_bos if add_bos is None else add_bos
         return self.model.tokenize(text.encode(), add_bos=add_bos, parse_special=parse_special)
+
+    # calibration
+
+    def _calibrate(self) -> None:
+        """Measures one decode of each width and each head, after one that builds the graph."""
+        costs = self.drafter.controller.costs
+        for width in CALIBRATED_WIDTHS:
+            rows = Rows(0, 0, [0] * width, outputs=width)
+            costs.observe_verify(width, self._time_second(self.trunk, rows))
+        hidden = np.zeros((REDONE, self.model.n_embd), np.float32)
+        for head, context in enumerate(self.drafter.heads.contexts if self.drafter.heads else ()):
+            costs.observe_draft(head, self._time_second(context, Rows(0, 0, [0] * REDONE, REDONE, hidden)))
+
+    def _time_second(self, context, rows: Rows) -> float:
+        seconds = 0.0
+        for _ in range(2):
+            started = self.clock()
+            context.decode([rows])
+            context.logits()
+            seconds = self.clock() - started
+            context.truncate(rows.seq, 0)
+        return seconds
+
+
+def _n_outputs(options: EngineOptions) -> int:
+    return min(options.n_batch, max(CALIBRATED_WIDTHS) * options.n_sessions)
 
 
 def _context_size(options: EngineOptions, model: "Model") -> int:

@@ -1,24 +1,37 @@
-"""Generation: turns that extend sessions, advanced together, one decode a step."""
+"""Generation: turns that extend sessions, advanced together, one trunk decode a step.
 
-import time
+A step feeds each turn's known but undecoded tokens, followed by its drafts, and returns logits from
+the last known token on. The tokens chosen from them are kept as long as they equal the drafts; the
+first that doesn't replaces its draft and ends the step. So the text is the same whatever was drafted.
+"""
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from step35.chooser import Chooser
+from step35.drafting import Cycle
 from step35.engine import Engine
-from step35.native import Rows
-from step35.sampling import Sampling, adjust, choose
+from step35.errors import ContextFull
+from step35.rows import Rows
 from step35.session import Session
 
 
 @dataclass(slots=True)
 class Stats:
-    """What a turn cost: counts of tokens and seconds of wall time."""
+    """What a turn cost: counts of tokens, seconds of wall time, and how drafting went."""
 
     n_prompt: int = 0
     n_reused: int = 0
     prefill_s: float = 0.0
     n_decoded: int = 0
     decode_s: float = 0.0
+    n_cycles: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+    drafted_per_head: list[int] = field(default_factory=list)
+    accepted_per_head: list[int] = field(default_factory=list)
 
     @property
     def prefill_tps(self) -> float:
@@ -28,15 +41,37 @@ class Stats:
     def decode_tps(self) -> float:
         return self.n_decoded / self.decode_s if self.decode_s else 0.0
 
+    @property
+    def mean_depth(self) -> float:
+        return self.n_drafted / self.n_cycles if self.n_cycles else 0.0
+
+    def count_cycle(self, source: str, n_drafted: int, n_accepted: int) -> None:
+        self.n_cycles += 1
+        self.n_drafted += n_drafted
+        self.n_accepted += n_accepted
+        if source == "mtp":
+            _count_up_to(self.drafted_per_head, n_drafted)
+            _count_up_to(self.accepted_per_head, n_drafted, n_accepted)
+
+
+def _count_up_to(counts: list[int], n_heads: int, n: int | None = None) -> None:
+    counts += [0] * (n_heads - len(counts))
+    for head in range(n_heads if n is None else n):
+        counts[head] += 1
+
 
 @dataclass(slots=True)
 class Turn:
-    """A session being extended; `finish` is None until it is 'stop' or 'length'."""
+    """A session being extended; `finish` is None until it is 'stop' or 'length'.
+
+    `marks` are prompt lengths at which a checkpoint is kept on the way.
+    """
 
     session: Session
-    sampling: Sampling
+    chooser: Chooser
     n_predict: int
     n_prompt: int
+    marks: tuple[int, ...] = ()
     finish: str | None = None
     stats: Stats = field(default_factory=Stats)
 
@@ -44,81 +79,194 @@ class Turn:
     def generated(self) -> list[int]:
         return self.session.tokens[self.n_prompt :]
 
+    @property
+    def n_todo(self) -> int:
+        return len(self.session.tokens) - self.session.n_kv
 
-def begin(session: Session, prompt: Sequence[int], sampling: Sampling, n_predict: int) -> Turn:
-    """Syncs a session to a prompt and returns the turn that will extend it."""
-    n_reused = session.sync(prompt)
+
+def begin(
+    session: Session, prompt: Sequence[int], chooser: Chooser, n_predict: int = -1, marks: Sequence[int] = ()
+) -> Turn:
+    """Syncs a session to a prompt and returns the turn that will extend it.
+
+    `n_predict` -1 fills the context. Without `marks`, one checkpoint is kept before the prompt's last
+    message, where the next turn is most likely to part from this one.
+    """
+    plan = session.sync(prompt)
     room = session.engine.n_ctx - len(prompt)
-    turn = Turn(session, sampling, min(n_predict, room) if n_predict >= 0 else room, len(prompt))
-    turn.stats = Stats(n_prompt=len(prompt), n_reused=n_reused)
+    turn = Turn(session, chooser, min(n_predict, room) if n_predict >= 0 else room, len(prompt))
+    turn.marks = tuple(marks) or _last_message(prompt, session.engine.model.turn_start)
+    turn.stats = Stats(n_prompt=len(prompt), n_reused=plan.n_keep)
     if turn.n_predict == 0:
         turn.finish = "length"
     return turn
 
 
-def step(engine: Engine, turns: Sequence[Turn]) -> None:
-    """Advances every turn by one decode: a piece of its prompt, or its next token."""
-    started = time.perf_counter()
-    feeds = _share_batch(turns, engine.options.n_batch)
-    engine.trunk.decode([feed.rows for feed in feeds])
-    logits, at = engine.trunk.logits() if any(f.rows.outputs for f in feeds) else None, 0
-    for feed in feeds:
-        _advance(feed.turn, feed.rows, logits[at : at + feed.rows.outputs] if logits is not None else None)
-        at += feed.rows.outputs
-    elapsed = time.perf_counter() - started
-    for feed in feeds:
-        _charge(feed.turn, feed.is_prompt, elapsed)
-
-
-@dataclass(frozen=True, slots=True)
-class _Feed:
-    turn: Turn
-    rows: Rows
-    is_prompt: bool
-
-
-def _share_batch(turns: Sequence[Turn], room: int) -> list[_Feed]:
-    feeds = []
-    for turn in turns:
-        session = turn.session
-        todo = session.tokens[session.n_kv : session.n_kv + room]
-        if not todo:
-            continue
-        room -= len(todo)
-        is_last = session.n_kv + len(todo) == len(session.tokens)
-        rows = Rows(session.seq, session.n_kv, todo, outputs=int(is_last))
-        feeds.append(_Feed(turn, rows, is_prompt=session.n_kv + len(todo) <= turn.n_prompt))
-    return feeds
-
-
-def _advance(turn: Turn, rows: Rows, logits) -> None:
-    session = turn.session
-    session.n_kv += len(rows.tokens)
-    if not rows.outputs:
-        return
-    history = session.tokens
-    token = choose(adjust(logits[0], turn.sampling, history), turn.sampling, len(history))
-    history.append(token)
-    if session.engine.model.is_eog(token):
-        turn.finish = "stop"
-    elif len(turn.generated) >= turn.n_predict:
-        turn.finish = "length"
-
-
-def _charge(turn: Turn, is_prompt: bool, elapsed_s: float) -> None:
-    if is_prompt:
-        turn.stats.prefill_s += elapsed_s
-    else:
-        turn.stats.decode_s += elapsed_s
-        turn.stats.n_decoded += 1
+def _last_message(prompt: Sequence[int], turn_start: int | None) -> tuple[int, ...]:
+    if turn_start is None or turn_start not in prompt:
+        return ()
+    return (len(prompt) - 1 - list(reversed(prompt)).index(turn_start),)
 
 
 def generate(turn: Turn) -> Iterator[int]:
-    """Runs one turn to its end, yielding tokens as they are chosen; the end token is not yielded."""
-    engine, model = turn.session.engine, turn.session.engine.model
+    """Runs one turn to its end, yielding tokens as they are chosen; an end token is not yielded."""
+    session = turn.session
     while turn.finish is None:
-        n_before = len(turn.session.tokens)
-        step(engine, [turn])
-        for token in turn.session.tokens[n_before:]:
-            if not model.is_eog(token):
-                yield token
+        n_before = len(session.tokens)
+        step(session.engine, [turn])
+        new = session.tokens[n_before:]
+        yield from new[:-1] if turn.finish == "stop" else new
+
+
+# one step
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What one turn puts into a step's batch."""
+
+    turn: Turn
+    rows: Rows
+    cycle: Cycle
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.rows.start + len(self.rows.tokens) - len(self.cycle.drafts) <= self.turn.n_prompt
+
+    @property
+    def has_output(self) -> bool:
+        return self.rows.outputs > 0
+
+
+def step(engine: Engine, turns: Sequence[Turn]) -> None:
+    """Advances turns by one decode: each by a piece of its prompt, or by one or more tokens."""
+    started = engine.clock()
+    turns = sorted(turns, key=lambda turn: turn.n_todo)
+    cycles = _propose(engine, turns)
+    feeds = _share_batch(engine, turns, cycles)
+    verify_s = _decode(engine, feeds)
+    _take_outputs(engine, feeds, verify_s)
+    elapsed = engine.clock() - started
+    for feed in feeds:
+        _charge(feed, elapsed)
+
+
+def _propose(engine: Engine, turns: Sequence[Turn]) -> list[Cycle]:
+    cycles = [_new_cycle(engine, turn) for turn in turns]
+    if not engine.drafter.is_off:
+        engine.drafter.propose([cycle for cycle, turn in zip(cycles, turns, strict=True) if turn.n_todo == 1])
+    return cycles
+
+
+def _new_cycle(engine: Engine, turn: Turn) -> Cycle:
+    """A draft never goes past the turn's last token: one of its tokens comes from the trunk itself."""
+    session = turn.session
+    n_max = min(turn.n_predict - len(turn.generated) - 1, engine.n_free_cells - 2)
+    return Cycle(session.seq, session.tokens, turn.chooser.sampling, session.memory, n_max)
+
+
+def _share_batch(engine: Engine, turns: Sequence[Turn], cycles: Sequence[Cycle]) -> list[Feed]:
+    room, n_free = engine.options.n_batch, engine.n_free_cells
+    feeds = []
+    for turn, cycle in zip(turns, cycles, strict=True):
+        n = min(turn.n_todo, room, _to_next_mark(turn))
+        if n == 0:
+            continue
+        session = turn.session
+        is_last = n == turn.n_todo
+        tokens = session.tokens[session.n_kv : session.n_kv + n] + cycle.draft_tokens
+        n_free -= len(tokens)
+        if n_free < 0:
+            raise ContextFull(
+                f"context full: {len(tokens)} more tokens don't fit into the {n_free + len(tokens)} left of "
+                f"{engine.n_ctx}, shared by all sessions; close a session or load with a larger context"
+            )
+        room -= len(tokens)
+        rows = Rows(session.seq, session.n_kv, tokens, outputs=is_last + len(cycle.drafts))
+        feeds.append(Feed(turn, rows, cycle))
+    return feeds
+
+
+def _to_next_mark(turn: Turn) -> int:
+    n_kv = turn.session.n_kv
+    return min((mark - n_kv for mark in turn.marks if mark > n_kv), default=turn.n_todo)
+
+
+def _decode(engine: Engine, feeds: Sequence[Feed]) -> float:
+    """Runs the trunk; returns the seconds it took until its logits were there."""
+    started = engine.clock()
+    engine.trunk.extract_hidden(any(_wants_hidden(engine, feed) for feed in feeds))
+    try:
+        engine.trunk.decode([feed.rows for feed in feeds])
+    except BaseException:
+        for feed in feeds:
+            engine.trunk.truncate(feed.rows.seq, feed.rows.start)
+        raise
+    if any(feed.has_output for feed in feeds):
+        engine.trunk.logits()
+    return engine.clock() - started
+
+
+def _wants_hidden(engine: Engine, feed: Feed) -> bool:
+    """The heads see one window: of a long prompt only the last chunks' hidden states are wanted."""
+    end = feed.rows.start + len(feed.rows.tokens)
+    return engine.drafter.wants_hidden and end > feed.turn.n_prompt - engine.window
+
+
+def _take_outputs(engine: Engine, feeds: Sequence[Feed], verify_s: float) -> None:
+    logits = engine.trunk.logits() if any(feed.has_output for feed in feeds) else None
+    hidden = engine.trunk.hidden() if any(_wants_hidden(engine, feed) for feed in feeds) else None
+    at_output = at_row = 0
+    for feed in feeds:
+        n_outputs, n_rows = feed.rows.outputs, len(feed.rows.tokens)
+        chosen = _verify(feed, logits[at_output : at_output + n_outputs]) if n_outputs else []
+        _extend(feed, chosen, hidden[at_row : at_row + n_rows] if hidden is not None else None)
+        if chosen:
+            n_accepted = min(len(chosen) - 1, len(feed.cycle.drafts))
+            engine.drafter.settle(feed.cycle, n_accepted, len(chosen), verify_s, is_alone=_is_alone(feeds))
+            feed.turn.stats.count_cycle(feed.cycle.source, len(feed.cycle.drafts), n_accepted)
+        at_output, at_row = at_output + n_outputs, at_row + n_rows
+
+
+def _is_alone(feeds: Sequence[Feed]) -> bool:
+    return len(feeds) == 1 and len(feeds[0].rows.tokens) == len(feeds[0].cycle.drafts) + 1
+
+
+def _verify(feed: Feed, logits: np.ndarray) -> list[int]:
+    """Chooses tokens from the rows' logits until one differs from its draft or ends the turn."""
+    turn, drafts = feed.turn, feed.cycle.draft_tokens
+    history, model = turn.session.tokens, turn.session.engine.model
+    chosen: list[int] = []
+    for i, row in enumerate(logits):
+        token = turn.chooser.choose(row, history)
+        history.append(token)
+        chosen.append(token)
+        if model.is_eog(token):
+            turn.finish = "stop"
+        elif len(turn.generated) >= turn.n_predict:
+            turn.finish = "length"
+        if turn.finish or i == len(drafts) or token != drafts[i]:
+            return chosen
+    return chosen
+
+
+def _extend(feed: Feed, chosen: Sequence[int], hidden: np.ndarray | None) -> None:
+    """Moves the session on: the rows whose tokens were accepted stay, the others are forgotten."""
+    session, rows = feed.turn.session, feed.rows
+    n_kept = len(rows.tokens) - len(feed.cycle.drafts) + max(len(chosen) - 1, 0)
+    session.n_kv = rows.start + n_kept
+    if n_kept < len(rows.tokens):
+        session.engine.trunk.truncate(session.seq, session.n_kv)
+    if hidden is not None:
+        session.memory.tracks[0].inputs.put(rows.start, hidden[:n_kept])
+    if session.n_kv in feed.turn.marks:
+        session.checkpoint()
+
+
+def _charge(feed: Feed, elapsed_s: float) -> None:
+    stats = feed.turn.stats
+    if feed.is_prompt:
+        stats.prefill_s += elapsed_s
+    else:
+        stats.decode_s += elapsed_s
+        stats.n_decoded += feed.turn.session.n_kv - feed.rows.start

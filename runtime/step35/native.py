@@ -6,6 +6,7 @@ hidden states) are valid until the next decode on the same context.
 """
 
 import ctypes
+import hashlib
 import logging
 import os
 from collections import deque
@@ -18,7 +19,9 @@ import llama_cpp.llama_cpp as C
 import numpy as np
 from llama_cpp import __version__ as binding_version
 
-from step35.errors import Cancelled, ModelError, NativeError
+from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
+from step35.options import ContextOptions, ModelOptions
+from step35.rows import Rows
 
 PINNED_VERSION = "0.3.36"
 ARCHITECTURE = "step35"
@@ -29,7 +32,7 @@ LOAD_MODES = {
     "mlock": C.LLAMA_LOAD_MODE_MMAP_MLOCK,
     "direct_io": C.LLAMA_LOAD_MODE_DIRECT_IO,
 }
-KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2, "bf16": 30}
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 
 log = logging.getLogger("step35.llama_cpp")
 log.addHandler(logging.NullHandler())  # without it, Python prints a library's warnings on stderr
@@ -206,34 +209,6 @@ def _text(gguf: int, key: str) -> str:
 # the model
 
 
-@dataclass(frozen=True, slots=True)
-class ModelOptions:
-    """How a GGUF is loaded."""
-
-    path: Path
-    load_heads: bool = False
-    n_gpu_layers: int = -1
-    load_mode: str = "auto"
-    vocab_only: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ContextOptions:
-    """The size of a context; `n_ctx` cells are shared by its `n_seq` sequences."""
-
-    n_ctx: int
-    n_batch: int
-    n_seq: int = 1
-    n_threads: int = 0
-    n_threads_batch: int = 0
-    n_outputs: int = 0
-    """Rows of logits a decode may ask for; 0 = n_batch."""
-    kv_type: str = "f16"
-    flash_attention: bool | None = None
-    offload_kqv: bool = True
-    op_offload: bool = True
-
-
 class Model:
     """A loaded GGUF: weights and vocabulary. Opens contexts on itself."""
 
@@ -252,6 +227,8 @@ class Model:
         self.bos: int = C.llama_vocab_bos(self._vocab)
         self.eos: int = C.llama_vocab_eos(self._vocab)
         self.add_bos: bool = C.llama_vocab_get_add_bos(self._vocab)
+        self.turn_start = self._single_token(b"<|im_start|>")
+        """The token that begins a message; None in a vocabulary without chat tokens."""
 
     def close(self) -> None:
         if self._handle:
@@ -276,6 +253,16 @@ class Model:
             raise NativeError(f"tokenization failed: {len(text)} bytes expected at most {room} tokens, got {-n}")
         return tokens[:n]
 
+    def _single_token(self, text: bytes) -> int | None:
+        tokens = self.tokenize(text, add_bos=False, parse_special=True)
+        return tokens[0] if len(tokens) == 1 else None
+
+    @property
+    def vocab_digest(self) -> str:
+        """A short digest of all token texts: equal for files of the same checkpoint."""
+        texts = (C.llama_vocab_get_text(self._vocab, token) or b"" for token in range(self.n_vocab))
+        return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Returns a token's bytes; control tokens are empty unless `special`."""
         room = 64
@@ -288,6 +275,10 @@ class Model:
 
     def is_eog(self, token: int) -> bool:
         return C.llama_vocab_is_eog(self._vocab, token)
+
+    def open_grammar(self, gbnf: str) -> "Grammar":
+        """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
+        return Grammar(self, gbnf)
 
     def metadata(self, key: str) -> str | None:
         """Returns a scalar metadata value as text."""
@@ -316,7 +307,6 @@ def _load(options: ModelOptions) -> object:
     params.n_gpu_layers = options.n_gpu_layers
     params.load_mode = LOAD_MODES[options.load_mode]
     params.load_mtp = options.load_heads
-    params.vocab_only = options.vocab_only
     _last_errors.clear()
     handle = C.llama_model_load_from_file(os.fsencode(options.path), params)
     if not handle:
@@ -355,21 +345,6 @@ class _Batch:
             yield "embd", self.embd
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of one sequence in a batch: consecutive tokens, from `start`.
-
-    `outputs` is how many of the last rows return logits. `hidden` (len(tokens), n_embd) float32 goes
-    with the tokens in a head's context and is None in the trunk's.
-    """
-
-    seq: int
-    start: int
-    tokens: Sequence[int]
-    outputs: int = 0
-    hidden: np.ndarray | None = None
-
-
 class Context:
     """KV cells and a compute graph over the trunk, or over one MTP head."""
 
@@ -384,6 +359,7 @@ class Context:
         self._stop_decode = C.ggml_abort_callback(_abort_address())
         C.llama_set_abort_callback(self._ctx, self._stop_decode, ctypes.cast(self._abort, ctypes.c_void_p))
         self._hidden_rows_are_outputs = head is not None
+        self._extracts_hidden = False
         if head is not None:
             _set_head(self._ctx, head)
             _set_nextn(self._ctx, True, True)
@@ -423,7 +399,9 @@ class Context:
 
     def extract_hidden(self, on: bool) -> None:
         """Whether the trunk's decodes return the pre-norm hidden state of every row."""
-        _set_nextn(self._ctx, on, False)
+        if on != self._extracts_hidden:
+            _set_nextn(self._ctx, on, False)
+            self._extracts_hidden = on
 
     def cancel(self) -> None:
         """Makes the running decode, or the next one, raise Cancelled. Callable from any thread."""
@@ -461,7 +439,10 @@ class Context:
             self._abort[0] = b"\x00"
             raise Cancelled("decode cancelled")
         if code == 1:
-            raise NativeError(f"no room in the KV cache for {n_rows} more tokens of {self.n_ctx}; end or shorten a session")
+            raise ContextFull(
+                f"context full: {n_rows} more tokens don't fit into {self.n_ctx} cells shared by all sessions; "
+                "close a session or load with a larger context"
+            )
         raise NativeError(f"llama_decode of {n_rows} tokens failed with code {code}: {reason}")
 
     def logits(self) -> np.ndarray:
@@ -514,3 +495,48 @@ def _view(pointer: object, n_rows: int, width: int) -> np.ndarray:
     if not address:
         raise NativeError(f"llama.cpp returned no rows: expected {n_rows} of width {width}")
     return np.frombuffer((ctypes.c_float * (n_rows * width)).from_address(address), np.float32).reshape(n_rows, width)
+
+
+# grammar
+
+
+class Grammar:
+    """The state of a GBNF grammar: which tokens may come next."""
+
+    def __init__(self, model: Model, gbnf: str) -> None:
+        _last_errors.clear()
+        self._sampler = C.llama_sampler_init_grammar(model._vocab, gbnf.encode(), b"root")
+        if not self._sampler:
+            raise SettingsError(f"bad grammar: expected GBNF with a rule named root: {_reason()}")
+        self._candidates = np.zeros(model.n_vocab, _CANDIDATE)
+
+    def close(self) -> None:
+        if self._sampler:
+            C.llama_sampler_free(self._sampler)
+            self._sampler = None
+
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
+        """Returns which of the token ids (bool, same length) may come next."""
+        candidates = self._candidates[: len(ids)]
+        candidates["id"], candidates["logit"], candidates["p"] = ids, 0, 0
+        pointer = ctypes.cast(candidates.ctypes.data, C.llama_token_data_p)
+        array = C.llama_token_data_array(pointer, len(ids), -1, False)
+        C.llama_sampler_apply(self._sampler, ctypes.byref(array))
+        return candidates["logit"] > -np.inf
+
+    def accept(self, token: int) -> None:
+        """Moves on past a chosen token, which must be allowed."""
+        C.llama_sampler_accept(self._sampler, token)
+
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+def json_schema_grammar(schema: str) -> str:
+    """Returns the GBNF of a JSON schema; raises SettingsError on a schema that can't be expressed."""
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    try:
+        return json_schema_to_gbnf(schema)
+    except Exception as error:  # the converter raises whatever its walk over the schema meets
+        raise SettingsError(f"bad JSON schema: {type(error).__name__}: {error}") from error

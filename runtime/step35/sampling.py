@@ -138,6 +138,19 @@ def choose(logits: np.ndarray, sampling: Sampling, position: int) -> int:
     return int(ids[scores.argmax()])
 
 
+def choose_with_margin(logits: np.ndarray, sampling: Sampling, position: int) -> tuple[int, float]:
+    """Returns a draft for a position, and the distance of the two best (noised) scores."""
+    ids = np.flatnonzero(logits >= logits.max() + np.log(DRAFT_MIN_P) * max(sampling.temperature, 1.0))
+    scores = logits[ids]
+    if sampling.temperature > 0:
+        kept = truncate(scores, sampling)
+        ids = ids[kept]
+        scores = scores[kept] / sampling.temperature + gumbel(sampling.seed, position, ids)
+    best = int(scores.argmax())
+    others = np.delete(scores, best)
+    return int(ids[best]), float(scores[best] - others.max()) if len(others) else float("inf")
+
+
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """Returns log softmax, float64."""
     shifted = logits.astype(np.float64) - logits.max()

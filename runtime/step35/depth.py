@@ -1,0 +1,225 @@
+"""How deep to draft: each cycle by confidence and measured cost. Pure: no clock, no model.
+
+A draft token is worth verifying when its chance of acceptance, times what a token is worth, exceeds
+the time it adds to the verification. A token is worth what one costs at present: the time of a plain
+decode, or less where drafting already beats it. A head is worth running when the gain expected over
+the margins it usually shows exceeds its own time.
+
+What isn't done can't be measured, so a probe cycle now and then drafts at full depth or not at all.
+Probes are paid from a budget of PROBE_SHARE of the time spent, so they can't cost more than that.
+"""
+
+import math
+from bisect import bisect
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+PROBE_SHARE = 0.01
+MARGIN_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+PRIOR_WEIGHT = 4.0
+DECAY = 0.98
+N_SAMPLES = 15
+
+
+@dataclass(slots=True)
+class Costs:
+    """Seconds per verify width (tokens in one decode) and per head run: medians of the last samples."""
+
+    _verify: dict[int, deque[float]] = field(default_factory=dict)
+    _draft: dict[int, deque[float]] = field(default_factory=dict)
+    _medians: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def observe_verify(self, width: int, seconds: float) -> None:
+        self._observe("verify", self._verify, width, seconds)
+
+    def observe_draft(self, head: int, seconds: float) -> None:
+        self._observe("draft", self._draft, head, seconds)
+
+    def _observe(self, kind: str, samples: dict[int, deque[float]], key: int, seconds: float) -> None:
+        window = samples.setdefault(key, deque(maxlen=N_SAMPLES))
+        window.append(seconds)
+        self._medians[kind, key] = sorted(window)[len(window) // 2]
+
+    def verify(self, width: int) -> float:
+        """Returns the seconds of a decode of `width` tokens, interpolated; more tokens never cost less."""
+        known = sorted(self._verify)
+        if not known:
+            return 0.0
+        at = bisect(known, width)
+        if at and known[at - 1] == width:
+            seconds = self._medians["verify", width]
+        else:
+            low, high = (known[at - 1], known[at]) if 0 < at < len(known) else _ends(known, at)
+            seconds = self._line(low, high, width)
+        floor = self._medians["verify", known[0]] if width > known[0] else 0.0
+        return max(seconds, floor)
+
+    def _line(self, low: int, high: int, width: int) -> float:
+        a, b = self._medians["verify", low], self._medians["verify", high]
+        return a + (b - a) * (width - low) / (high - low) if high > low else a
+
+    def draft(self, head: int) -> float:
+        """Returns the seconds of running a head for one new row; 0 when not measured yet."""
+        return self._medians.get(("draft", head), 0.0)
+
+
+def _ends(known: Sequence[int], at: int) -> tuple[int, int]:
+    if len(known) == 1:
+        return known[0], known[0]
+    return (known[0], known[1]) if at == 0 else (known[-2], known[-1])
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How often a drafted token was accepted, by the margin of its choice; recent ones count more.
+
+    The margin is the distance of the two best (noised) scores. Before anything is known, the chance
+    is the margin's logistic.
+    """
+
+    _n: list[float] = field(default_factory=lambda: [0.0] * (len(MARGIN_EDGES) + 1))
+    _hits: list[float] = field(default_factory=lambda: [0.0] * (len(MARGIN_EDGES) + 1))
+    _seen: list[float] = field(default_factory=lambda: [1.0] * (len(MARGIN_EDGES) + 1))
+
+    def chance(self, margin: float) -> float:
+        """Returns the probability that a draft with this margin is accepted."""
+        return self._bin_chance(bisect(MARGIN_EDGES, margin))
+
+    def _bin_chance(self, i: int) -> float:
+        prior = 1 / (1 + math.exp(-_MIDDLES[i]))
+        return (self._hits[i] + PRIOR_WEIGHT * prior) / (self._n[i] + PRIOR_WEIGHT)
+
+    def see(self, margin: float) -> None:
+        """Counts a margin, whether or not its draft is going to be verified."""
+        self._seen = [n * DECAY for n in self._seen]
+        self._seen[bisect(MARGIN_EDGES, margin)] += 1
+
+    def observe(self, margin: float, accepted: bool) -> None:
+        """Learns the outcome of a verified draft."""
+        i = bisect(MARGIN_EDGES, margin)
+        self._n[i] = self._n[i] * DECAY + 1
+        self._hits[i] = self._hits[i] * DECAY + accepted
+
+    def expected_gain(self, value_s: float, cost_s: float) -> float:
+        """Returns the mean over usual margins of max(0, chance * value - cost), in seconds."""
+        total = sum(self._seen)
+        gains = (n * max(0.0, self._bin_chance(i) * value_s - cost_s) for i, n in enumerate(self._seen))
+        return sum(gains) / total
+
+
+_MIDDLES = [(a + b) / 2 for a, b in zip((0.0, *MARGIN_EDGES), (*MARGIN_EDGES, 8.0))]
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """A proposed token with the margin of its choice."""
+
+    token: int
+    margin: float
+
+
+class DepthController:
+    """Decides how many tokens a cycle drafts, and learns from what came of them."""
+
+    def __init__(self, n_heads: int) -> None:
+        self.costs = Costs()
+        self._heads = [Acceptance() for _ in range(n_heads)]
+        self._lookups: dict[int, Acceptance] = {}
+        self._budget_s = 0.0
+        self._probe: int | None = None
+        self._next_probe_is_deep = True
+        self._tokens = self._seconds = 0.0
+        self._drafting_rate: dict[str, float] = {}
+
+    # before a cycle
+
+    def begin_cycle(self) -> None:
+        """Decides whether the cycle is a probe: at full depth, or without a draft."""
+        self._probe = None
+        depth = len(self._heads) if self._next_probe_is_deep else 0
+        if self._budget_s > self._probe_cost(depth) > 0:
+            self._budget_s -= self._probe_cost(depth)
+            self._probe = depth
+            self._next_probe_is_deep = not self._next_probe_is_deep
+
+    def _probe_cost(self, depth: int) -> float:
+        plain = self.costs.verify(1)
+        if depth == 0:
+            return plain
+        return self.costs.verify(depth + 1) - plain + sum(self.costs.draft(h) for h in range(depth))
+
+    def token_value_s(self) -> float:
+        """Returns the seconds that one more token is worth."""
+        plain = self.costs.verify(1)
+        if not self._tokens:
+            return plain
+        return min(plain, self._seconds / self._tokens)
+
+    def runs_head(self, head: int, chain_chance: float) -> bool:
+        """Whether to run a head, given the chance that all drafts before it are accepted."""
+        if self._probe is not None:
+            return head < self._probe
+        value = chain_chance * self.token_value_s()
+        gain = self._heads[head].expected_gain(value, self._added(head))
+        return gain > self.costs.draft(head)
+
+    def keeps(self, head: int, chain_chance: float, margin: float) -> bool:
+        """Whether a head's token is worth verifying."""
+        self._heads[head].see(margin)
+        if self._probe is not None:
+            return True
+        chance = chain_chance * self._heads[head].chance(margin)
+        return chance * self.token_value_s() > self._added(head)
+
+    def _added(self, n_before: int) -> float:
+        return max(0.0, self.costs.verify(n_before + 2) - self.costs.verify(n_before + 1))
+
+    def chance(self, head: int, margin: float) -> float:
+        """Returns the probability that a head's draft is accepted."""
+        return self._heads[head].chance(margin)
+
+    def lookup_depth(self, match_length: int, n_available: int) -> int:
+        """Returns how many tokens of a prompt-lookup match to verify; 0 if another way is faster."""
+        if self._probe is not None:
+            return 0
+        chance = self._lookup(match_length).chance(_lookup_margin(match_length))
+        rates = [self._lookup_rate(chance, n) for n in range(n_available + 1)]
+        best = max(range(n_available + 1), key=rates.__getitem__)
+        return best if rates[best] > self._drafting_rate.get("mtp", 0.0) else 0
+
+    def _lookup_rate(self, chance: float, n: int) -> float:
+        seconds = self.costs.verify(n + 1)
+        return sum(chance**i for i in range(n + 1)) / seconds if seconds else 0.0
+
+    def _lookup(self, match_length: int) -> Acceptance:
+        return self._lookups.setdefault(min(match_length.bit_length(), 6), Acceptance())
+
+    # after a cycle
+
+    def learn_heads(self, drafts: Sequence[Drafted], n_accepted: int) -> None:
+        """Learns which of a chain's drafts were accepted; those after the first rejection tell nothing."""
+        for head, draft in enumerate(drafts[: n_accepted + 1]):
+            self._heads[head].observe(draft.margin, head < n_accepted)
+
+    def learn_lookup(self, match_length: int, n_drafted: int, n_accepted: int) -> None:
+        """Learns how much of a prompt-lookup draft was accepted."""
+        margin = _lookup_margin(match_length)
+        for i in range(min(n_accepted + 1, n_drafted)):
+            self._lookup(match_length).observe(margin, i < n_accepted)
+
+    def learn_cycle(self, kind: str, n_tokens: int, seconds: float) -> None:
+        """Learns what a cycle of one sequence took in all: `kind` is plain, mtp or ngram."""
+        self._tokens = self._tokens * DECAY + n_tokens
+        self._seconds = self._seconds * DECAY + seconds
+        self._budget_s += PROBE_SHARE * seconds
+        rate = self._drafting_rate.get(kind, n_tokens / seconds)
+        self._drafting_rate[kind] = rate + 0.05 * (n_tokens / seconds - rate)
+
+    def medians(self) -> Mapping[tuple[str, int], float]:
+        """Returns the measured seconds by ('verify', width) and ('draft', head)."""
+        return dict(self.costs._medians)
+
+
+def _lookup_margin(match_length: int) -> float:
+    return math.log2(match_length)

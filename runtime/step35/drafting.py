@@ -1,0 +1,146 @@
+"""Drafting: proposes tokens for a cycle, and learns from what the trunk accepted.
+
+One Drafter serves all sequences of an engine. `propose` comes before the trunk's decode, `settle`
+after it; between them lies the verification, which knows nothing about where a draft came from.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from step35.depth import DepthController, Drafted
+from step35.mtp import Chain, Heads, Track
+from step35.ngram import NgramIndex
+from step35.sampling import Sampling, choose_with_margin
+
+LONGEST_LOOKUP = 7
+
+
+@dataclass(slots=True)
+class Memory:
+    """What drafting keeps about one timeline."""
+
+    tracks: list[Track]
+    index: NgramIndex = field(default_factory=NgramIndex)
+
+
+@dataclass(slots=True)
+class Cycle:
+    """One sequence's draft in one cycle: from the request over the proposal to the outcome."""
+
+    seq: int
+    tokens: Sequence[int]
+    sampling: Sampling
+    memory: Memory
+    n_max: int
+    drafts: list[Drafted] = field(default_factory=list)
+    source: str = "plain"
+    match_length: int = 0
+    chain: Chain | None = None
+    chance: float = 1.0
+    seconds: float = 0.0
+
+    @property
+    def draft_tokens(self) -> list[int]:
+        return [draft.token for draft in self.drafts]
+
+
+class Drafter:
+    """Proposes drafts by MTP heads and prompt lookup, as `mode` says (see options.DRAFT_MODES)."""
+
+    def __init__(self, mode: str, heads: Heads | None, clock: Callable[[], float]) -> None:
+        self.mode = mode
+        self.heads = heads if heads else None
+        self.controller = DepthController(len(heads) if heads else 0)
+        self._clock = clock
+        self._fixed_depth = int(mode) if mode.isdigit() else None
+
+    @property
+    def is_off(self) -> bool:
+        return self.mode != "ngram" and not self.heads and self.mode != "auto"
+
+    @property
+    def wants_hidden(self) -> bool:
+        return self.heads is not None
+
+    def new_memory(self) -> Memory:
+        return Memory(self.heads.new_tracks() if self.heads else [])
+
+    def truncate(self, seq: int, memory: Memory, n_keep: int) -> None:
+        """Follows a rewind of the timeline."""
+        if self.heads:
+            self.heads.truncate(seq, memory.tracks, n_keep)
+
+    # before the trunk's decode
+
+    def propose(self, cycles: Sequence[Cycle]) -> None:
+        """Fills in the drafts of each cycle."""
+        started = self._clock()
+        self.controller.begin_cycle()
+        if self._fixed_depth is None and self.mode != "off":
+            for cycle in cycles:
+                self._look_up(cycle)
+        if self.heads:
+            self._run_heads([c for c in cycles if c.source == "plain"])
+        seconds = self._clock() - started
+        for cycle in cycles:
+            cycle.seconds = seconds
+
+    def _look_up(self, cycle: Cycle) -> None:
+        n_max = min(LONGEST_LOOKUP, cycle.n_max)
+        match = cycle.memory.index.find(cycle.tokens, n_max) if n_max > 0 else None
+        if match is None:
+            return
+        n = self.controller.lookup_depth(match.length, len(match.tokens))
+        if n:
+            cycle.drafts = [Drafted(token, 0.0) for token in match.tokens[:n]]
+            cycle.source, cycle.match_length = "ngram", match.length
+
+    def _run_heads(self, cycles: Sequence[Cycle]) -> None:
+        open_cycles = [cycle for cycle in cycles if self._open_chain(cycle)]
+        for head in range(len(self.heads)):
+            open_cycles = [c for c in open_cycles if head < c.n_max and self._runs(head, c)]
+            if not open_cycles:
+                return
+            self._run_head(head, open_cycles)
+            open_cycles = [c for c in open_cycles if len(c.drafts) > head]
+
+    def _open_chain(self, cycle: Cycle) -> bool:
+        cycle.chain = Chain(cycle.seq, cycle.tokens, cycle.memory.tracks)
+        return self.heads.can_run(cycle.chain)
+
+    def _runs(self, head: int, cycle: Cycle) -> bool:
+        if self._fixed_depth is not None:
+            return head < self._fixed_depth
+        return self.controller.runs_head(head, cycle.chance)
+
+    def _run_head(self, head: int, cycles: Sequence[Cycle]) -> None:
+        is_usual = len(cycles) == 1 and self.heads.is_caught_up(head, cycles[0].chain)
+        started = self._clock()
+        logits = self.heads.run(head, [cycle.chain for cycle in cycles])
+        for cycle, row in zip(cycles, logits, strict=True):
+            self._add_draft(head, cycle, row)
+        if is_usual:
+            self.controller.costs.observe_draft(head, self._clock() - started)
+
+    def _add_draft(self, head: int, cycle: Cycle, logits) -> None:
+        token, margin = choose_with_margin(logits, cycle.sampling, len(cycle.tokens) + head)
+        if self._fixed_depth is None and not self.controller.keeps(head, cycle.chance, margin):
+            return
+        cycle.source = "mtp"
+        cycle.drafts.append(Drafted(token, margin))
+        cycle.chain.drafts.append(token)
+        cycle.chance *= self.controller.chance(head, margin)
+
+    # after the trunk's decode
+
+    def settle(self, cycle: Cycle, n_accepted: int, n_tokens: int, verify_s: float, *, is_alone: bool) -> None:
+        """Learns from a cycle: `n_accepted` drafts agreed, `n_tokens` came of it."""
+        if cycle.chain is not None:
+            self.heads.settle(cycle.chain, n_accepted)
+        if cycle.source == "mtp":
+            self.controller.learn_heads(cycle.drafts, n_accepted)
+        elif cycle.source == "ngram":
+            self.controller.learn_lookup(cycle.match_length, len(cycle.drafts), n_accepted)
+        if is_alone:
+            self.controller.costs.observe_verify(len(cycle.drafts) + 1, verify_s)
+            self.controller.learn_cycle(cycle.source, n_tokens, cycle.seconds + verify_s)

@@ -1,0 +1,145 @@
+"""The MTP heads: one context each, run as the exact chain they were trained as.
+
+Head k, row t takes token t+1+k and the pre-norm hidden state of row t from head k-1 (k = 0: from the
+trunk), and proposes token t+2+k. With x the known tokens (the last one, x[n], not yet decoded by the
+trunk) and d the drafts so far, head k's last row is n-1 and its token is d[k-1] (k = 0: x[n]).
+
+A cycle runs each head once: rows that were accepted since its last run, rows whose token was a
+rejected draft, and the new row, all in one decode. At least REDONE rows are decoded even where fewer
+would do, so the shape stays the same and llama.cpp reuses its graph. A head is first run over the
+last window of the prompt only: it can't see farther back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from step35.hidden import HiddenRows
+from step35.rows import Rows
+
+if TYPE_CHECKING:
+    from step35.native import Context
+
+REDONE = 4
+
+
+@dataclass(slots=True)
+class Track:
+    """One head's view of one timeline: its input rows, and how many rows in its cache are final."""
+
+    inputs: HiddenRows
+    n_final: int = 0
+
+
+@dataclass(slots=True)
+class Chain:
+    """The drafts of one cycle for one sequence; `tokens` are known, the last one not yet decoded."""
+
+    seq: int
+    tokens: Sequence[int]
+    tracks: Sequence[Track]
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows a head can have: one for each token the trunk has decoded."""
+        return len(self.tokens) - 1
+
+    def row_tokens(self, head: int, first: int, end: int) -> list[int]:
+        """Returns the tokens that head's rows [first, end) take."""
+        shift, n = 1 + head, len(self.tokens)
+        return [
+            self.tokens[t] if t < n else self.drafts[t - n] for t in range(first + shift, end + shift)
+        ]
+
+
+class Heads:
+    """The heads' contexts, in the order of the chain."""
+
+    def __init__(self, contexts: "Sequence[Context]", window: int, n_embd: int) -> None:
+        self.contexts = contexts
+        self._window = window
+        self._n_embd = n_embd
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    def new_tracks(self) -> list[Track]:
+        """Returns the tracks of an empty timeline."""
+        return [Track(HiddenRows(self._window + 2 * REDONE, self._n_embd)) for _ in self.contexts]
+
+    def truncate(self, seq: int, tracks: Sequence[Track], n_keep: int) -> None:
+        """Forgets rows that depend on tokens from `n_keep` on."""
+        if tracks:
+            tracks[0].inputs.truncate(n_keep)
+        for head in range(len(tracks)):
+            self._finalize(tracks, head, n_keep - 1 - head)
+
+    def settle(self, chain: Chain, n_accepted: int) -> None:
+        """Keeps as final the rows whose tokens were accepted; to be called after each verification."""
+        for head in range(len(chain.tracks)):
+            self._finalize(chain.tracks, head, chain.n_rows + n_accepted - head)
+
+    @staticmethod
+    def _finalize(tracks: Sequence[Track], head: int, n_final: int) -> None:
+        tracks[head].n_final = max(0, min(tracks[head].n_final, n_final))
+        if head + 1 < len(tracks):
+            tracks[head + 1].inputs.truncate(max(0, n_final))
+
+    def run(self, head: int, chains: Sequence[Chain]) -> list[np.ndarray]:
+        """Runs one head for several sequences; returns each one's logits (n_vocab,) of its new row."""
+        context = self.contexts[head]
+        rows = []
+        for chain in chains:
+            first = self._rewind(head, chain)
+            rows.append(self._rows(head, chain, self._catch_up(head, chain, first), chain.n_rows))
+        context.decode(rows)
+        self._keep_hidden(head, chains, rows)
+        ends = np.cumsum([r.outputs for r in rows])
+        logits = context.logits()
+        return [logits[end - 1].copy() for end in ends]
+
+    def can_run(self, chain: Chain) -> bool:
+        """Whether the trunk's hidden state of the last decoded row is known."""
+        return chain.n_rows > 0 and chain.tracks[0].inputs.end == chain.n_rows > chain.tracks[0].inputs.start
+
+    def is_caught_up(self, head: int, chain: Chain) -> bool:
+        """Whether the next run takes only the usual few rows."""
+        return chain.n_rows - chain.tracks[head].n_final <= REDONE
+
+    def _rewind(self, head: int, chain: Chain) -> int:
+        """Drops the rows to be decoded from the head's cache; returns the first of them."""
+        track, n = chain.tracks[head], chain.n_rows
+        oldest = max(track.inputs.start, n - self._window, 0)
+        first = max(min(track.n_final, n - REDONE), oldest)
+        # llama.cpp wants consecutive positions: after a gap the cache starts anew.
+        self.contexts[head].truncate(chain.seq, first if first <= track.n_final else 0)
+        return first
+
+    def _catch_up(self, head: int, chain: Chain, first: int) -> int:
+        """Decodes all but the last few rows, a batch at a time; returns the first row left."""
+        context, n = self.contexts[head], chain.n_rows
+        while n - first > REDONE:
+            end = min(first + context.n_batch, n - REDONE)
+            rows = self._rows(head, chain, first, end)
+            context.decode([rows])
+            self._keep_hidden(head, [chain], [rows])
+            first = end
+        return first
+
+    def _rows(self, head: int, chain: Chain, first: int, end: int) -> Rows:
+        tokens = chain.row_tokens(head, first, end)
+        n_outputs = len(tokens) if head + 1 < len(self) else int(end == chain.n_rows)
+        return Rows(chain.seq, first, tokens, n_outputs, chain.tracks[head].inputs.get(first, end))
+
+    def _keep_hidden(self, head: int, chains: Sequence[Chain], rows: Sequence[Rows]) -> None:
+        for chain, r in zip(chains, rows, strict=True):
+            chain.tracks[head].n_final = r.start + len(r.tokens)
+        if head + 1 == len(self):
+            return
+        hidden, at = self.contexts[head].hidden(), 0
+        for chain, r in zip(chains, rows, strict=True):
+            chain.tracks[head + 1].inputs.put(r.start, hidden[at : at + r.outputs])
+            at += r.outputs

@@ -1,0 +1,98 @@
+"""What is loaded and how large: the options of an engine, a model and a context."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from step35.errors import SettingsError
+
+MAX_SEQUENCES = 64
+DRAFT_MODES = ("auto", "off", "1", "2", "3", "ngram")
+LOAD_MODES = ("auto", "none", "mmap", "mlock", "direct_io")
+KV_TYPES = ("f16", "bf16", "f32", "q8_0", "q4_0")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a GGUF is loaded."""
+
+    path: Path
+    load_heads: bool = False
+    n_gpu_layers: int = -1
+    load_mode: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ContextOptions:
+    """The size of a context; its `n_seq` sequences share `n_ctx` cells."""
+
+    n_ctx: int
+    n_batch: int
+    n_seq: int = 1
+    n_outputs: int = 0
+    """Rows of logits one decode may ask for; 0 = n_batch."""
+    n_threads: int = 0
+    n_threads_batch: int = 0
+    kv_type: str = "f16"
+    flash_attention: bool | None = None
+    """None lets llama.cpp choose."""
+    offload_kqv: bool = True
+    op_offload: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What is loaded, and how large; all sessions share `n_ctx` tokens."""
+
+    model: Path
+    mtp: Path | None = None
+    """A file with the MTP heads, when the model's own has none."""
+    draft: str = "auto"
+    n_ctx: int = 32768
+    n_batch: int = 512
+    n_sessions: int = 1
+    n_checkpoints: int = 4
+    """Copies of the sliding window's cells kept for each session."""
+    n_threads: int = 0
+    n_threads_batch: int = 0
+    n_gpu_layers: int = -1
+    load_mode: str = "auto"
+    kv_type: str = "f16"
+    flash_attention: bool | None = None
+    offload_kqv: bool = True
+    op_offload: bool = True
+
+    def __post_init__(self) -> None:
+        _check_range("n_ctx", self.n_ctx, 8, 1 << 30)
+        _check_range("n_batch", self.n_batch, 8, 1 << 16)
+        _check_range("n_sessions", self.n_sessions, 1, MAX_SEQUENCES)
+        _check_range("n_checkpoints", self.n_checkpoints, 0, 1 << 10)
+        _check_range("n_threads", self.n_threads, 0, 4096)
+        _check_range("n_threads_batch", self.n_threads_batch, 0, 4096)
+        _check_one_of("draft", self.draft, DRAFT_MODES)
+        _check_one_of("load_mode", self.load_mode, LOAD_MODES)
+        _check_one_of("kv_type", self.kv_type, KV_TYPES)
+
+    def context(self, *, n_batch: int | None = None, n_outputs: int = 0) -> ContextOptions:
+        """Returns the options of one of the engine's contexts."""
+        return ContextOptions(
+            self.n_ctx,
+            n_batch or self.n_batch,
+            self.n_sessions,
+            n_outputs,
+            self.n_threads,
+            self.n_threads_batch,
+            self.kv_type,
+            self.flash_attention,
+            self.offload_kqv,
+            self.op_offload,
+        )
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise SettingsError(f"bad option: {name} expected {low} to {high}, got {value}")
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SettingsError(f"bad option: {name} expected one of {', '.join(known)}, got {value!r}")
