@@ -7,8 +7,17 @@ DEMO := demo
 
 .PHONY: demo test clean
 
+TINY := tests/data/tiny-step35
+PROMPT := def __init__(self, name, value):
+
 demo: $(VENV)/.installed
-	@PATH="$(CURDIR)/$(BIN):$$PATH" DEMO="$(DEMO)" sh docs/demo.sh
+	@mkdir -p $(DEMO)
+	$(BIN)/convert-step35 run $(TINY) $(DEMO)/tiny-Q8_0.gguf --type Q8_0 --overwrite
+	$(BIN)/convert-step35 run $(TINY) $(DEMO)/tiny-Q4_K_M.gguf --type Q4_K_M --overwrite
+	$(BIN)/convert-step35 verify $(DEMO)/tiny-Q8_0.gguf --against $(TINY)
+	$(BIN)/convert-step35 verify $(DEMO)/tiny-Q4_K_M.gguf --against $(TINY)
+	$(BIN)/convert-step35 inspect $(DEMO)/tiny-Q4_K_M.gguf
+	$(BIN)/step35 generate $(DEMO)/tiny-Q4_K_M.gguf -n 64 -p '$(PROMPT)'
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

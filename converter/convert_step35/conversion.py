@@ -17,7 +17,7 @@ import numpy as np
 
 from convert_step35.checkpoint import Checkpoint
 from convert_step35.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
-from convert_step35.errors import OutputError
+from convert_step35.errors import CheckpointError, OutputError
 from convert_step35.ggml import Ggml, row_bytes
 from convert_step35.imatrix import Imatrix
 from convert_step35.journal import Done, Journal
@@ -59,14 +59,20 @@ def convert(
 ) -> list[TensorResult]:
     """Write every tensor of the plan and publish the files; returns one result a tensor, in plan order.
 
-    Any error or interrupt leaves the partial files and the journal, and the same call goes on from there.
+    An interrupt or an error of the machine leaves the partial files and the journal, and the same call goes on
+    from there; a checkpoint that can't be converted leaves nothing.
     """
     tools.ggml.prepare({tensor.kind for tensor in plan.tensors})
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(journal_path, fingerprint))
         output = stack.enter_context(Output(plan.files))
         reader = stack.enter_context(RowReader(tools.checkpoint, tools.ggml))
-        results = _Conversion(plan.tensors, journal, output, reader, tools).run()
+        try:
+            results = _Conversion(plan.tensors, journal, output, reader, tools).run()
+        except CheckpointError:
+            output.discard()
+            journal.remove()
+            raise
         before_publish(results)
         output.publish()
         journal.remove()
@@ -181,7 +187,7 @@ class _Conversion:
         n_bytes = self._tools.ggml.quantize(planned.kind, rows, buffer, self._importance(planned.mapped, chunk))
         packed = buffer[:n_bytes]
         if not self._tools.ggml.is_valid(planned.kind, packed):
-            raise OutputError(f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type")
+            raise CheckpointError(f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type")
         return packed
 
     def _importance(self, tensor: MappedTensor, chunk: Chunk) -> np.ndarray | None:

@@ -65,6 +65,11 @@ class Output:
         for descriptor in self._descriptors:
             os.fdatasync(descriptor)
 
+    def discard(self) -> None:
+        """Remove the partial files."""
+        for file in self._files:
+            partial_path(file.path).unlink(missing_ok=True)
+
     def publish(self) -> None:
         """Sync and rename; of several shards the first, which loads the rest, comes last."""
         for descriptor in self._descriptors:
