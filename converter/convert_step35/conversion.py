@@ -7,27 +7,28 @@ ahead of them, and one worker's I/O overlaps the others' arithmetic. Output offs
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from time import monotonic
 
 import numpy as np
 
 from convert_step35.checkpoint import Checkpoint
 from convert_step35.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
-from convert_step35.errors import CheckpointError, OutputError
+from convert_step35.errors import CheckpointError, DiskFullError, OutputError
 from convert_step35.ggml import Ggml, row_bytes
 from convert_step35.imatrix import Imatrix
 from convert_step35.journal import Done, Journal
 from convert_step35.mapping import MappedTensor
 from convert_step35.measure import Errors, error_sums, refuse_non_finite, squared_sum, tensor_errors
-from convert_step35.output import Output
+from convert_step35.output import Output, discard
 from convert_step35.plan import Plan, PlannedTensor
 from convert_step35.rows import RowReader
 
 _SYNC_BYTES = 256 * 1024**2
+_SYNC_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +64,29 @@ def convert(
     from there; a checkpoint that can't be converted leaves nothing.
     """
     tools.ggml.prepare({tensor.kind for tensor in plan.tensors})
-    with ExitStack() as stack:
-        journal = stack.enter_context(Journal(journal_path, fingerprint))
-        output = stack.enter_context(Output(plan.files))
-        reader = stack.enter_context(RowReader(tools.checkpoint, tools.ggml))
+    with Journal(journal_path, fingerprint) as journal:
         try:
-            results = _Conversion(plan.tensors, journal, output, reader, tools).run()
-        except CheckpointError:
-            output.discard()
-            journal.remove()
+            results = _write(plan, journal, tools, before_publish)
+        except (CheckpointError, DiskFullError):
+            _discard_new(plan, journal)
             raise
-        before_publish(results)
-        output.publish()
         journal.remove()
     return results
+
+
+def _write(plan: Plan, journal: Journal, tools: Tools, before_publish: Callable[[list[TensorResult]], None]) -> list[TensorResult]:
+    with Output(plan.files) as output, RowReader(tools.checkpoint, tools.ggml) as reader:
+        results = _Conversion(plan.tensors, journal, output, reader, tools).run()
+        before_publish(results)
+        output.publish()
+    return results
+
+
+def _discard_new(plan: Plan, journal: Journal) -> None:
+    """Leave nothing half-written behind, but what an earlier run of the same command had achieved."""
+    if not journal.done:
+        discard(plan.files)
+        journal.remove()
 
 
 @dataclass(slots=True)
@@ -230,17 +240,20 @@ class _Conversion:
         return data
 
     def _record(self) -> None:
-        """The journal thread: sync the data, then append its records, every 256 MiB or so."""
+        """The journal thread: sync the data, then append its records, every second or 256 MiB."""
         batch: list[Done] = []
-        n_bytes = 0
+        n_bytes, flushed_s = 0, monotonic()
         while (done := self._finished.get()) is not None:
             batch.append(done)
-            planned = self._tensors[done.tensor]
-            n_bytes += chunk_at(planned.mapped, done.chunk).n_rows * row_bytes(planned.kind, planned.mapped.row_size)
-            if n_bytes >= _SYNC_BYTES:
+            n_bytes += self._n_bytes(done)
+            if n_bytes >= _SYNC_BYTES or monotonic() - flushed_s >= _SYNC_S:
                 self._flush(batch)
-                batch, n_bytes = [], 0
+                batch, n_bytes, flushed_s = [], 0, monotonic()
         self._flush(batch)
+
+    def _n_bytes(self, done: Done) -> int:
+        planned = self._tensors[done.tensor]
+        return chunk_at(planned.mapped, done.chunk).n_rows * row_bytes(planned.kind, planned.mapped.row_size)
 
     def _flush(self, batch: list[Done]) -> None:
         if batch:

@@ -4,7 +4,8 @@
     ├── CheckpointError     the input checkpoint is damaged, incomplete or hostile
     ├── GgufError           a GGUF file is damaged or hostile
     ├── PlanError           a recipe, a type, an imatrix or a target size can't be honoured
-    └── OutputError         no space, nothing to resume, or the result can't be published
+    └── OutputError         the output can't be stored, resumed or published
+        └── DiskFullError   there is no room for it
 """
 
 
@@ -26,6 +27,10 @@ class PlanError(ConvertError):
 
 class OutputError(ConvertError):
     """The output can't be stored, resumed or published."""
+
+
+class DiskFullError(OutputError):
+    """There is no room for the output."""
 
 
 def quoted(value: object, max_chars: int = 80) -> str:

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import numpy as np
 
-from convert_step35.errors import OutputError
+from convert_step35.errors import DiskFullError, OutputError
 from convert_step35.plan import PlannedFile
 
 PARTIAL = ".partial"
@@ -65,11 +65,6 @@ class Output:
         for descriptor in self._descriptors:
             os.fdatasync(descriptor)
 
-    def discard(self) -> None:
-        """Remove the partial files."""
-        for file in self._files:
-            partial_path(file.path).unlink(missing_ok=True)
-
     def publish(self) -> None:
         """Sync and rename; of several shards the first, which loads the rest, comes last."""
         for descriptor in self._descriptors:
@@ -95,7 +90,7 @@ class Output:
         existing = sum(_allocated(self._working_path(file)) for file in self._files)
         needed, free = sum(file.n_bytes for file in self._files) - existing, shutil.disk_usage(folder).free
         if needed > free:
-            raise OutputError(f"disk full: {folder} expected {needed} bytes free ({needed / 2**30:.1f} GiB), got {free} ({free / 2**30:.1f} GiB)")
+            raise DiskFullError(f"disk full: {folder} expected {needed} bytes free ({needed / 2**30:.1f} GiB), got {free} ({free / 2**30:.1f} GiB)")
 
     def _reserve(self, descriptor: int, file: PlannedFile) -> None:
         try:
@@ -105,12 +100,18 @@ class Output:
         except OSError as exc:
             if exc.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
-            raise OutputError(f"disk full: {file.path} expected room for {file.n_bytes} bytes: {exc.strerror}") from exc
+            raise DiskFullError(f"disk full: {file.path} expected room for {file.n_bytes} bytes: {exc.strerror}") from exc
 
     def _close(self) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []
+
+
+def discard(files: Sequence[PlannedFile]) -> None:
+    """Remove the partial files of a plan."""
+    for file in files:
+        partial_path(file.path).unlink(missing_ok=True)
 
 
 def _allocated(path: Path) -> int:
