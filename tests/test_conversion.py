@@ -23,7 +23,7 @@ from convert_step35.chunks import CHUNK_WEIGHTS, chunks, n_chunks
 from convert_step35.conversion import Tools, convert
 from convert_step35.errors import CheckpointError, OutputError
 from convert_step35.ggml import load_ggml
-from convert_step35.journal import Journal
+from convert_step35.journal import Journal, journal_path
 from convert_step35.mapping import Kind, MappedTensor, MtpMode
 from convert_step35.models import load_models
 from convert_step35.plan import Wishes
@@ -51,11 +51,7 @@ def run(folder: Path, out: Path, *, type_name: str = "Q4_K_S", n_threads: int = 
     plan = workspace.plan(Wishes(out=out, type_name=type_name), MODELS)
     prints = fingerprint(workspace, plan, load_ggml())
     tools = Tools(workspace.checkpoint, load_ggml(), None, n_threads, on_progress)
-    return convert(plan, journal_of(out), prints, tools, lambda results: None)
-
-
-def journal_of(out: Path) -> Path:
-    return out.with_name(out.name + ".journal")
+    return convert(plan, journal_path(out), prints, tools, lambda results: None)
 
 
 def digest(path: Path) -> str:
@@ -99,8 +95,8 @@ def test_a_torn_journal_and_unsynced_data_end_with_the_same_bytes(checkpoint: Pa
         out = tmp_path / f"{n_lost}.gguf"
         with pytest.raises(KeyboardInterrupt):
             run(checkpoint, out, on_progress=Interrupt(40))
-        journal = journal_of(out).read_bytes()
-        journal_of(out).write_bytes(journal[: max(0, len(journal) - n_lost)])
+        journal = journal_path(out).read_bytes()
+        journal_path(out).write_bytes(journal[: max(0, len(journal) - n_lost)])
         partial = out.with_name(out.name + ".partial")
         data = bytearray(partial.read_bytes())
         for _ in range(50):
@@ -130,7 +126,7 @@ def test_kill_9_at_any_moment_then_the_same_command_ends_with_the_same_bytes(che
     assert n_kills > 0
     run(checkpoint, tmp_path / "whole.gguf", type_name="IQ4_XS")
     assert digest(tmp_path / "out.gguf") == digest(tmp_path / "whole.gguf")
-    assert not journal_of(tmp_path / "out.gguf").exists()
+    assert not journal_path(tmp_path / "out.gguf").exists()
 
 
 def test_killed_between_publishing_and_the_journals_end_the_run_just_finishes(checkpoint: Path, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,9 +51,8 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the routed experts, which hold nearly all weights."""
-        first_moe = self.arch.n_leading_dense
-        return self.sources[f"model.layers.{first_moe}.moe.gate_proj.weight"].weight.dtype
+        """The dtype of nearly all weights: the routed experts'."""
+        return FP8_DTYPE if self.arch.fp8_block is not None else self.sources["model.embed_tokens.weight"].weight.dtype
 
     @property
     def shards(self) -> tuple[Path, ...]:

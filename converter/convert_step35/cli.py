@@ -18,6 +18,7 @@ from convert_step35.ggml import load_ggml
 from convert_step35.gguf_model import architecture_of, open_model
 from convert_step35.imatrix import read_imatrix
 from convert_step35.inspection import inspect_file
+from convert_step35.journal import journal_path
 from convert_step35.mapping import MtpMode, map_tensors
 from convert_step35.models import load_models
 from convert_step35.output import partial_path, write_atomically
@@ -110,11 +111,10 @@ def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
 def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: int | None, as_json: bool, **choices: Any) -> None:
     """Convert CHECKPOINT to OUT (.gguf). Killed at any moment, the same command goes on from there."""
     workspace, made = _plan(checkpoint, _gguf_path(out), **choices)
-    journal = out.with_name(out.name + ".journal")
     if restart:
-        _drop_unfinished(made, journal)
-    _refuse_existing(made, journal, overwrite)
-    report = _convert(workspace, made, journal, threads)
+        _drop_unfinished(made, journal_path(out))
+    _refuse_existing(made, journal_path(out), overwrite)
+    report = _convert(workspace, made, out, threads)
     if as_json:
         print(to_json(report), end="")
         return
@@ -209,20 +209,20 @@ def _refuse_existing(made: Plan, journal: Path, overwrite: bool) -> None:
         raise OutputError(f"{existing[0]} exists; choose another name or pass --overwrite")
 
 
-def _convert(workspace: Workspace, made: Plan, journal: Path, threads: int | None) -> dict[str, Any]:
+def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -> dict[str, Any]:
     ggml = load_ggml()
     prints = fingerprint(workspace, made, ggml)
     reports: list[dict[str, Any]] = []
 
     def report(results: list[Any]) -> None:
         reports.append(build_report(made, results, prints))
-        write_atomically(report_path(journal.with_suffix("")), to_json(reports[0]))
+        write_atomically(report_path(out), to_json(reports[0]))
 
     for note in made.notes:
         print(f"convert-step35: note: {note}", file=sys.stderr)
     with progress_bar(made) as on_progress:
         tools = Tools(workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress)
-        convert(made, journal, prints, tools, report)
+        convert(made, journal_path(out), prints, tools, report)
     return reports[0]
 
 

@@ -32,6 +32,11 @@ class Done:
     squared_sum: float
 
 
+def journal_path(out: Path) -> Path:
+    """Where the journal of a conversion to OUT lies."""
+    return out.with_name(out.name + ".journal")
+
+
 def _pack(done: Done) -> bytes:
     body = _RECORD.pack(done.tensor, done.chunk, done.crc, done.max_error, done.squared_error, done.squared_sum, 0)[:-4]
     return body + struct.pack("<I", zlib.crc32(body))
