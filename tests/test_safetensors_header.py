@@ -26,8 +26,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from limited_reader import LimitedReader, Outcome, assert_clean, flips
 
-HOSTILE = Path(__file__).parent / "data" / "hostile"
-
 
 def entry(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
@@ -118,7 +116,8 @@ def test_every_dtype_of_the_library_has_its_size(tmp_path: Path) -> None:
     for dtype, n_bits in DTYPE_BITS.items():
         data = packed({"x": entry(dtype, [8], [0, n_bits])}, bytes(n_bits))
         path.write_bytes(data)
-        assert contents(read_header(path), data) == library_contents(data) != None  # noqa: E711
+        theirs = library_contents(data)
+        assert theirs and contents(read_header(path), data) == theirs
 
 
 def test_a_header_may_be_padded_with_spaces(tmp_path: Path) -> None:
@@ -143,7 +142,7 @@ RULES = [
     pytest.param(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull", id="Git LFS pointer"),
     pytest.param(struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "at most 100000000 bytes", id="header over 100 MB"),
     pytest.param(struct.pack("<Q", 2**64 - 8) + b"{}", "at most 100000000 bytes", id="header of 2^64 - 8"),
-    pytest.param(struct.pack("<Q", 10) + b"{}", "got 8 fewer: the download is incomplete", id="header past the end"),
+    pytest.param(struct.pack("<Q", 10) + b"{}", "of 10 bytes, got 2: the download is incomplete", id="header past the end"),
     pytest.param(packed(b""), "starts with '{', got ''", id="no header"),
     pytest.param(packed(b" {}"), "starts with '{', got ' '", id="padding before the header"),
     pytest.param(packed(b"[]"), "starts with '{', got '['", id="header is an array"),
@@ -168,7 +167,7 @@ RULES = [
     pytest.param(packed({"a\x1b[2J": entry()}, ONE), r"got 'a\x1b[2J'", id="name with control characters"),
     pytest.param(packed({"a\0": entry()}, ONE), r"got 'a\x00'", id="name with a zero"),
     pytest.param(packed(b'{"\\ud800":1}'), "lone surrogate", id="name with a lone surrogate"),
-    pytest.param(packed({"a": 1}), "dtype, shape and data_offsets, got '1'", id="entry is a number"),
+    pytest.param(packed({"a": 1}), "dtype, shape and data_offsets, got 1", id="entry is a number"),
     pytest.param(packed({"a": {"dtype": "U8", "shape": [4]}}, ONE), "data_offsets, got", id="no offsets"),
     pytest.param(packed({"a": entry() | {"x": 1}}, ONE), "dtype, shape and data_offsets", id="unknown field"),
     pytest.param(packed({"a": entry("u8")}, ONE), "known dtype, got 'u8'", id="unknown dtype"),
@@ -219,6 +218,7 @@ def test_is_refused(reader: LimitedReader, data: bytes, problem: str) -> None:
         pytest.param(lambda: packed(b'{"a":' * 2_000_000), id="nested objects"),
         pytest.param(lambda: packed(b'{"a":' + b"[" * 10_000_000), id="nested arrays"),
         pytest.param(lambda: packed(b'{"a":[' + b"{}," * 10_000_000 + b"{}]}"), id="empty objects"),
+        # Found by the first run of these tests: re.sub took 500 MB to drop the strings of this 9 MB.
         pytest.param(lambda: packed(b'{"a":[' + b'"",' * 3_000_000 + b'""]}'), id="empty strings"),
         pytest.param(lambda: packed(b'{"a":[' + b"9" * 10_000_000 + b"]}"), id="long integer"),
         pytest.param(lambda: packed('{"a":"😀'.encode() + b"b" * 30_000_000 + b'"}'), id="wide string"),
@@ -254,7 +254,9 @@ HOSTILE_SCALARS = st.sampled_from(
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:
     """Each container and key under which a value of this JSON document lies."""
-    pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    pairs = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
     return [(value, key) for key, _ in pairs] + [node for _, inner in pairs for node in nodes(inner)]
 
 
@@ -275,7 +277,9 @@ def mutated_headers(draw: st.DrawFn) -> bytes:
 def spliced_files(draw: st.DrawFn) -> bytes:
     """The valid file with a piece of it replaced, dropped or repeated; its length field may be put right again."""
     begin, end = sorted((draw(st.integers(0, len(VALID))), draw(st.integers(0, len(VALID)))))
-    piece = draw(st.binary(max_size=12) | st.just(VALID[begin:end] * 2) | st.sampled_from([b"{", b'"', b"\\", b"[" * 99]))
+    piece = draw(
+        st.binary(max_size=12) | st.just(VALID[begin:end] * 2) | st.sampled_from([b"{", b'"', b"\\", b"[" * 99])
+    )
     data = VALID[:begin] + piece + VALID[end:]
     header_bytes = max(len(data) - 29, 0)
     return packed(data[8 : 8 + header_bytes], data[8 + header_bytes :]) if draw(st.booleans()) else data
@@ -298,7 +302,9 @@ def near_layouts(draw: st.DrawFn) -> bytes:
         header[name] = entry(dtype, shape, [max(begin + slips[0], 0), max(end + slips[1], 0)])
         begin = end
     names = draw(st.permutations(list(header)))
-    return packed({name: header[name] for name in names}, bytes(max(begin + draw(st.sampled_from([0, 0, 0, 1, -1])), 0)))
+    return packed(
+        {name: header[name] for name in names}, bytes(max(begin + draw(st.sampled_from([0, 0, 0, 1, -1])), 0))
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -309,16 +315,11 @@ def test_layouts_are_judged_as_the_library_judges_them(reader: LimitedReader, da
     assert (outcome.error is None) == (library_contents(data) is not None), outcome.message
 
 
-@pytest.mark.parametrize("path", sorted(HOSTILE.glob("*.safetensors")), ids=lambda path: path.stem)
-def test_kept_files_are_refused(reader: LimitedReader, path: Path) -> None:
-    outcome = reader.read(path.read_bytes())
-    assert outcome.error == "CheckpointError", outcome
-    assert_clean(outcome, "CheckpointError")
-
-
 def test_the_index_maps_tensors_to_shards(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
-    path.write_text('{"metadata": {"total_size": 8}, "weight_map": {"a": "model-00001.safetensors", "b": "x.safetensors"}}')
+    path.write_text(
+        '{"metadata": {"total_size": 8}, "weight_map": {"a": "model-00001.safetensors", "b": "x.safetensors"}}'
+    )
     assert read_index(path) == {"a": "model-00001.safetensors", "b": "x.safetensors"}
 
 

@@ -7,6 +7,7 @@ from convert_step35.errors import CheckpointError, quoted
 
 ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_MAX_NUMBER = 1e30
 
 # What the forward pass in llama.cpp takes for granted: any other value is another model.
 _TAKEN_FOR_GRANTED = {
@@ -91,34 +92,58 @@ class Architecture:
 
 
 class _Config:
-    """config.json with checked look-ups; the text part of a Step-3.7 config overrides its outer keys."""
+    """An object of config.json with checked look-ups; `where` leads to it."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        text = config.get("text_config", {})
-        if not isinstance(text, dict):
-            raise CheckpointError(f"config.json: text_config expected an object, got {quoted(text)}")
-        self._data = {**config, **text}
+    def __init__(self, data: dict[str, Any], where: str = "") -> None:
+        self._data = data
+        self._where = where
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         value = self._data.get(key)
         if value is None:
             value = default
         if value is None:
-            raise CheckpointError(f"config.json: {key} is missing, expected {_a(kind)}; this is no Step-3.5 config")
+            raise CheckpointError(f"config.json: {self._where}{key} is missing, expected {_a(kind)}; this is no Step-3.5 config")
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise CheckpointError(f"config.json: {key} expected {_a(kind)}, got {quoted(value)}")
+            raise self.unexpected(key, _a(kind), value)
         return value
 
     def size(self, key: str, most: int = 2**31 - 1, default: int | None = None) -> int:
         value = self.get(key, int, default)
         if not 0 < value <= most:
-            raise CheckpointError(f"config.json: {key} expected 1 to {most}, got {value}")
+            raise self.unexpected(key, f"1 to {most}", value)
         return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number that a float32 holds."""
+        value = self.get(key, float, default)
+        if not _is_positive(value):
+            raise self.unexpected(key, "a positive number", value)
+        return value
+
+    def inner(self, key: str) -> "_Config":
+        return _Config(self.get(key, dict), f"{self._where}{key}.")
 
     def raw(self, key: str) -> Any:
         return self._data.get(key)
+
+    def unexpected(self, key: str, want: str, got: Any, advice: str = "") -> CheckpointError:
+        return CheckpointError(f"config.json: {self._where}{key} expected {want}, got {quoted(got)}{advice}")
+
+
+def _is_positive(value: Any) -> bool:
+    """True for a positive number well inside float32's range."""
+    return type(value) in (int, float) and 1e-30 <= value <= _MAX_NUMBER
+
+
+def _text_part(config: dict[str, Any]) -> _Config:
+    """The keys of a Step-3.7 config's text part override the outer ones."""
+    text = config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise CheckpointError(f"config.json: text_config expected an object, got {quoted(text)}")
+    return _Config({**config, **text})
 
 
 def _a(kind: type) -> str:
@@ -131,7 +156,7 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
         raise CheckpointError(f"config.json: architectures expected one of {list(ARCHITECTURES)}, got {quoted(names)}; only Step-3.5 and 3.7 convert here")
-    cfg = _Config(config)
+    cfg = _text_part(config)
     _check_taken_for_granted(cfg)
     layers = _layers(cfg)
     theta_full, theta_sliding = _rope_thetas(cfg, layers)
@@ -143,7 +168,7 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
         head_dim=cfg.size("head_dim"),
         sliding_window=cfg.size("sliding_window"),
         context_length=cfg.size("max_position_embeddings"),
-        rms_norm_eps=cfg.get("rms_norm_eps", float, 1e-5),
+        rms_norm_eps=cfg.number("rms_norm_eps", default=1e-5),
         rope_theta_full=theta_full,
         rope_theta_sliding=theta_sliding,
         rotary_factor_full=_rotary_factor_full(cfg, layers),
@@ -152,7 +177,7 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
         n_experts_used=cfg.size("moe_top_k", most=cfg.size("moe_num_experts")),
         moe_intermediate_size=cfg.size("moe_intermediate_size"),
         share_expert_dim=cfg.size("share_expert_dim"),
-        router_scaling_factor=cfg.get("moe_router_scaling_factor", float),
+        router_scaling_factor=cfg.number("moe_router_scaling_factor"),
         norm_expert_weight=cfg.get("norm_expert_weight", bool),
         eos_token_ids=_eos_ids(cfg),
         fp8_block=_fp8_block(cfg),
@@ -164,17 +189,17 @@ def _check_taken_for_granted(cfg: _Config) -> None:
     for key, want in _TAKEN_FOR_GRANTED.items():
         got = cfg.raw(key)
         if got is not None and (type(got) is not type(want) or got != want):
-            raise CheckpointError(f"config.json: {key} expected {want!r}, got {quoted(got)}; llama.cpp's step35 graph has no such variant")
+            raise cfg.unexpected(key, repr(want), got, "; llama.cpp's step35 graph has no such variant")
 
 
 def _layers(cfg: _Config) -> tuple[LayerShape, ...]:
     n_trunk, n_mtp = cfg.size("num_hidden_layers", most=512), _count(cfg, "num_nextn_predict_layers", most=16)
     n_all = n_trunk + n_mtp
     kinds = _per_layer(cfg, "layer_types", n_trunk, n_all, pad=_SLIDING)
-    unknown = sorted({quoted(kind) for kind in kinds} - {quoted(_FULL), quoted(_SLIDING)})
-    if unknown:
-        raise CheckpointError(f"config.json: layer_types expected {_FULL} or {_SLIDING}, got {', '.join(unknown)}")
-    heads = {_FULL: (cfg.size("num_attention_heads"), cfg.size("num_attention_groups")), _SLIDING: _sliding_heads(cfg)}
+    for i, kind in enumerate(kinds):
+        if kind not in (_FULL, _SLIDING):
+            raise cfg.unexpected(f"layer_types[{i}]", f"{_FULL} or {_SLIDING}", kind)
+    heads = {_FULL: _heads(cfg), _SLIDING: _sliding_heads(cfg)}
     moe = _moe_layers(cfg, n_trunk)
     routed, shared = _clamps(cfg, "swiglu_limits", n_trunk, n_all), _clamps(cfg, "swiglu_limits_shared", n_trunk, n_all)
     return tuple(
@@ -194,7 +219,7 @@ def _layers(cfg: _Config) -> tuple[LayerShape, ...]:
 def _count(cfg: _Config, key: str, most: int) -> int:
     value = cfg.get(key, int, 0)
     if not 0 <= value <= most:
-        raise CheckpointError(f"config.json: {key} expected 0 to {most}, got {value}")
+        raise cfg.unexpected(key, f"0 to {most}", value)
     return value
 
 
@@ -207,12 +232,20 @@ def _per_layer(cfg: _Config, key: str, n_trunk: int, n_all: int, pad: Any) -> li
 
 
 def _sliding_heads(cfg: _Config) -> tuple[int, int]:
-    other = _Config(cfg.get("attention_other_setting", dict))
+    other = cfg.inner("attention_other_setting")
     if (kind := other.raw("attention_type")) != _SLIDING:
-        raise CheckpointError(f"config.json: attention_other_setting.attention_type expected {_SLIDING}, got {quoted(kind)}")
+        raise other.unexpected("attention_type", _SLIDING, kind)
     if (head_dim := other.size("head_dim", default=cfg.size("head_dim"))) != cfg.size("head_dim"):
-        raise CheckpointError(f"config.json: attention_other_setting.head_dim expected {cfg.size('head_dim')}, got {head_dim}")
-    return other.size("num_attention_heads"), other.size("num_attention_groups")
+        raise other.unexpected("head_dim", str(cfg.size("head_dim")), head_dim)
+    return _heads(other)
+
+
+def _heads(cfg: _Config) -> tuple[int, int]:
+    """Query heads and KV heads; every KV head serves the same number of query heads."""
+    n_heads, n_kv_heads = cfg.size("num_attention_heads"), cfg.size("num_attention_groups")
+    if n_heads % n_kv_heads:
+        raise cfg.unexpected("num_attention_heads", f"a multiple of num_attention_groups, {n_kv_heads}", n_heads)
+    return n_heads, n_kv_heads
 
 
 def _moe_layers(cfg: _Config, n_trunk: int) -> frozenset[int]:
@@ -220,10 +253,10 @@ def _moe_layers(cfg: _Config, n_trunk: int) -> frozenset[int]:
     text = cfg.get("moe_layers_enum", str)
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in parts):
-        raise CheckpointError(f"config.json: moe_layers_enum expected layer numbers with commas, got {quoted(text)}")
+        raise cfg.unexpected("moe_layers_enum", "layer numbers with commas", text)
     layers = sorted({int(part) for part in parts})
     if layers != list(range(layers[0], n_trunk)):
-        raise CheckpointError(f"config.json: moe_layers_enum expected a run that ends with layer {n_trunk - 1}, got {quoted(text)}")
+        raise cfg.unexpected("moe_layers_enum", f"a run that ends with layer {n_trunk - 1}", text)
     return frozenset(layers)
 
 
@@ -231,47 +264,52 @@ def _clamps(cfg: _Config, key: str, n_trunk: int, n_all: int) -> list[float]:
     if cfg.raw(key) is None:
         return [0.0] * n_all
     values = [0.0 if value is None else value for value in _per_layer(cfg, key, n_trunk, n_all, pad=0.0)]
-    if not all(type(value) in (int, float) and value >= 0 for value in values):
-        raise CheckpointError(f"config.json: {key} expected numbers of 0 or more, got {quoted(values)}")
+    for i, value in enumerate(values):
+        if value != 0 and not _is_positive(value):
+            raise cfg.unexpected(f"{key}[{i}]", "a number of 0 or more", value)
     return [float(value) for value in values]
 
 
 def _rope_thetas(cfg: _Config, layers: tuple[LayerShape, ...]) -> tuple[float, float]:
-    n_trunk = sum(not layer.is_mtp for layer in layers)
     values = cfg.get("rope_theta", list)
-    if len(values) not in (n_trunk, len(layers)) or not all(type(v) in (int, float) and v > 0 for v in values):
-        raise CheckpointError(f"config.json: rope_theta expected {len(layers)} positive numbers, got {quoted(values)}")
-    full = _the_one(values, [not layer.is_sliding for layer in layers], "rope_theta of the full-attention layers")
-    sliding = _the_one(values, [layer.is_sliding for layer in layers], "rope_theta of the sliding layers")
-    return full, sliding
+    n_trunk = sum(not layer.is_mtp for layer in layers)
+    if len(values) not in (n_trunk, len(layers)) or not all(map(_is_positive, values)):
+        raise cfg.unexpected("rope_theta", f"{len(layers)} positive numbers (or {n_trunk}, the trunk's)", values)
+    full = _the_one(values, [not layer.is_sliding for layer in layers], "full-attention")
+    return full, _the_one(values, [layer.is_sliding for layer in layers], "sliding")
 
 
 def _rotary_factor_full(cfg: _Config, layers: tuple[LayerShape, ...]) -> float:
     n_trunk = sum(not layer.is_mtp for layer in layers)
     values = _per_layer(cfg, "partial_rotary_factors", n_trunk, len(layers), pad=1.0)
-    want = [1.0 if layer.is_sliding else 0.5 for layer in layers]
-    if values != want:
-        raise CheckpointError(f"config.json: partial_rotary_factors expected 0.5 on full and 1.0 on sliding layers, got {quoted(values)}")
+    for i, (got, layer) in enumerate(zip(values, layers)):
+        want = 1.0 if layer.is_sliding else 0.5
+        if got != want:
+            kind = "sliding" if layer.is_sliding else "full-attention"
+            raise cfg.unexpected(f"partial_rotary_factors[{i}]", f"{want} on a {kind} layer", got)
     return 0.5
 
 
-def _the_one(values: list[Any], chosen: list[bool], what: str) -> float:
+def _the_one(values: list[Any], chosen: list[bool], kind: str) -> float:
     found = {float(value) for value, keep in zip(values, chosen) if keep}
     if len(found) != 1:
-        raise CheckpointError(f"config.json: {what} expected one value, got {sorted(found)}")
+        raise CheckpointError(f"config.json: rope_theta expected one value for all {kind} layers, got {quoted(sorted(found))}")
     return found.pop()
 
 
 def _rope_scaling(cfg: _Config) -> Llama3Rope | None:
     if cfg.raw("rope_scaling") is None:
         return None
-    scaling = _Config(cfg.get("rope_scaling", dict))
+    scaling = cfg.inner("rope_scaling")
     if (kind := scaling.raw("rope_type")) != "llama3":
-        raise CheckpointError(f"config.json: rope_scaling.rope_type expected llama3, got {quoted(kind)}")
+        raise scaling.unexpected("rope_type", "llama3", kind)
+    low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
+    if low >= high:
+        raise scaling.unexpected("low_freq_factor", f"less than high_freq_factor, {high}", low)
     return Llama3Rope(
-        factor=scaling.get("factor", float),
-        low_freq_factor=scaling.get("low_freq_factor", float),
-        high_freq_factor=scaling.get("high_freq_factor", float),
+        factor=scaling.number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_context=scaling.size("original_max_position_embeddings"),
     )
 
@@ -281,18 +319,17 @@ def _eos_ids(cfg: _Config) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     n_vocab = cfg.size("vocab_size")
     if not all(type(i) is int and 0 <= i < n_vocab for i in ids) or len(ids) > 16:
-        raise CheckpointError(f"config.json: eos_token_id expected ids under {n_vocab}, got {quoted(value)}")
+        raise cfg.unexpected("eos_token_id", f"at most 16 ids under {n_vocab}", value)
     return tuple(dict.fromkeys(ids))
 
 
 def _fp8_block(cfg: _Config) -> tuple[int, int] | None:
-    quantization = cfg.raw("quantization_config")
-    if quantization is None:
+    if cfg.raw("quantization_config") is None:
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "fp8":
-        raise CheckpointError(f"config.json: quantization_config.quant_method expected fp8, got {quoted(method)}; convert the bf16 or FP8 checkpoint instead")
-    block = quantization.get("weight_block_size")
+    quantization = cfg.inner("quantization_config")
+    if (method := quantization.raw("quant_method")) != "fp8":
+        raise quantization.unexpected("quant_method", "fp8", method, "; convert the bf16 or the FP8 checkpoint instead")
+    block = quantization.raw("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise CheckpointError(f"config.json: quantization_config.weight_block_size expected [128, 128], got {quoted(block)}")
+        raise quantization.unexpected("weight_block_size", "two block sizes such as [128, 128]", block)
     return block[0], block[1]

@@ -1,11 +1,11 @@
 """The errors of the converter, as one tree.
 
-    ConvertError            one clear line; the command prints `convert-step35: error: ...` and exits 1
-    ├── CheckpointError     the input checkpoint is damaged, incomplete or hostile
-    ├── GgufError           a GGUF file is damaged or hostile
-    ├── PlanError           a recipe, a type, an imatrix or a target size can't be honoured
-    └── OutputError         the output can't be stored, resumed or published
-        └── DiskFullError   there is no room for it
+ConvertError            one clear line; the command prints `convert-step35: error: ...` and exits 1
+├── CheckpointError     the input checkpoint is damaged, incomplete or hostile
+├── GgufError           a GGUF file is damaged or hostile
+├── PlanError           a recipe, a type, an imatrix or a target size can't be honoured
+└── OutputError         the output can't be stored, resumed or published
+    └── DiskFullError   there is no room for it
 """
 
 
@@ -34,6 +34,8 @@ class DiskFullError(OutputError):
 
 
 def quoted(value: object, max_chars: int = 80) -> str:
-    """Text from an untrusted file, made safe for one error line: quoted, escaped and cut."""
-    text = value if isinstance(value, str) else str(value)
-    return ascii(text) if len(text) <= max_chars else ascii(text[:max_chars]) + "..."
+    """A value from an untrusted file, made safe for one error line: escaped and cut, text in quotes."""
+    if isinstance(value, str):
+        return ascii(value) if len(value) <= max_chars else ascii(value[:max_chars]) + "..."
+    shown = ascii(value)
+    return shown if len(shown) <= max_chars else shown[:max_chars] + "..."
