@@ -42,21 +42,24 @@ LAYER_NAMES = {
 }
 
 
-def gguf_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Returns every GGUF tensor's name and shape, the slowest dimension first as in numpy."""
+def gguf_shapes(shape: Shape, *, trunk: bool = True) -> dict[str, tuple[int, ...]]:
+    """Returns every GGUF tensor's name and shape, the slowest dimension first as in numpy.
+
+    Without the trunk, the tensors of a file that holds only the MTP layers.
+    """
     d, v = shape.hidden_size, shape.vocab_size
     shapes = {"token_embd.weight": (v, d), "output_norm.weight": (d,), "output.weight": (v, d)}
     shapes["rope_freqs.weight"] = (shape.head_dim // 2,)
-    for layer in range(shape.n_layers):
+    for layer in range(0 if trunk else shape.num_hidden_layers, shape.n_layers):
         shapes |= {f"blk.{layer}.{LAYER_NAMES[k]}": s for k, s in layer_shapes(shape, layer).items()}
     return shapes
 
 
-def write_sparse_gguf(path: Path, shape: Shape) -> Path:
+def write_sparse_gguf(path: Path, shape: Shape, *, trunk: bool = True) -> Path:
     """Writes a BF16 GGUF of a shape whose tensor data are holes, and returns `path`."""
     writer = GGUFWriter(path, "step35")
     _add_settings(writer, shape)
-    n_data = sum(_add_tensor(writer, name, dims) for name, dims in gguf_shapes(shape).items())
+    n_data = sum(_add_tensor(writer, name, dims) for name, dims in gguf_shapes(shape, trunk=trunk).items())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

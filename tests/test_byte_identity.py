@@ -15,15 +15,18 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 import upstream
-from checkpoints import BUNDLED, TINY, write_checkpoint
+from checkpoints import BUNDLED, TINY, random_weights, write_checkpoint
 
 PRESETS = (
     "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q3_K_M", "MXFP4_MOE",
 )  # fmt: skip
-IMATRIX_PRESETS = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_XXS", "IQ2_XXS", "Q2_K_S")
+IMATRIX_PRESETS = ("Q4_K_M", "IQ4_XS", "IQ3_XXS", "IQ2_XXS", "Q2_K_S")
 
-# Keys of our choosing, as listed in docs/gguf.md: written by us and not by upstream.
-OUR_KEYS = frozenset[str]()
+# Differences of our choosing, as docs/gguf.md lists them: keys of ours, and keys with our values.
+OUR_KEYS = frozenset(f"convert_step35.{name}" for name in ("version", "recipe", "source", "source.sha256"))
+OUR_VALUES = frozenset({"general.name"})
+# What the llama-quantize tool adds around `llama_model_quantize`, which alone is our oracle.
+IMATRIX_KEYS = frozenset(f"quantize.imatrix.{name}" for name in ("file", "dataset", "entries_count", "chunks_count"))
 
 Convert = Callable[..., Path]
 
@@ -54,10 +57,10 @@ def our_gguf(checkpoint: Path, out: Path, preset: str, *flags: str) -> Path:
 # comparison
 
 
-def differences(ours: Path, theirs: Path) -> list[str]:
-    """Lists every difference in tensors and metadata, other than the keys of our choosing."""
+def differences(ours: Path, theirs: Path, *, added: frozenset[str] = OUR_KEYS) -> list[str]:
+    """Lists every difference in tensors and metadata; `added` keys must be in our file alone."""
     mine, other = GGUFReader(ours), GGUFReader(theirs)
-    return [*_metadata_differences(mine, other), *_tensor_differences(mine, other)]
+    return [*_metadata_differences(mine, other, added), *_tensor_differences(mine, other)]
 
 
 def _metadata(reader: GGUFReader) -> dict[str, tuple]:
@@ -66,11 +69,20 @@ def _metadata(reader: GGUFReader) -> dict[str, tuple]:
     return {k: (tuple(t.name for t in f.types), f.contents()) for k, f in fields.items()}
 
 
-def _metadata_differences(ours: GGUFReader, theirs: GGUFReader) -> Iterator[str]:
+def _metadata_differences(ours: GGUFReader, theirs: GGUFReader, added: frozenset[str]) -> Iterator[str]:
     mine, other = _metadata(ours), _metadata(theirs)
-    for key in sorted((mine.keys() | other.keys()) - OUR_KEYS):
-        if mine.get(key) != other.get(key):
+    for key in sorted(added):
+        if key not in mine or key in other:
+            yield f"{key}: expected in our file alone"
+    for key in sorted((mine.keys() | other.keys()) - added):
+        if not _agree(key, mine.get(key), other.get(key)):
             yield f"{key}: upstream {str(other.get(key))[:200]}, ours {str(mine.get(key))[:200]}"
+
+
+def _agree(key: str, ours: tuple | None, theirs: tuple | None) -> bool:
+    if key in OUR_VALUES and ours and theirs:
+        return ours[0] == theirs[0]
+    return ours == theirs
 
 
 def _tensor_differences(ours: GGUFReader, theirs: GGUFReader) -> Iterator[str]:
@@ -87,6 +99,11 @@ def _tensor_differences(ours: GGUFReader, theirs: GGUFReader) -> Iterator[str]:
 
 
 # the bundled checkpoint
+
+
+def test_chosen_differences_are_documented():
+    text = (Path(__file__).parents[1] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    assert [key for key in OUR_KEYS | OUR_VALUES if f"`{key}`" not in text] == []
 
 
 @pytest.mark.parametrize("outtype", ["f32", "bf16"])
@@ -156,7 +173,7 @@ def test_file_quantized_with_an_imatrix_is_upstreams(preset, imatrix, upstream_g
         upstream_gguf(BUNDLED, "bf16"), tmp_path / "theirs.gguf", preset, imatrix=weights
     )
     ours = our_gguf(BUNDLED, tmp_path / "ours.gguf", preset, "--imatrix", str(file))
-    assert differences(ours, theirs) == []
+    assert differences(ours, theirs, added=OUR_KEYS | IMATRIX_KEYS) == []
 
 
 # other forms of the checkpoint, with random weights
@@ -167,7 +184,6 @@ PADDED = replace(TINY, moe_intermediate_size=320, hidden_size=448)  # FP8 blocks
 @pytest.mark.parametrize(
     "form, outtype, preset",
     [
-        ({"dtype": "F16"}, "f16", "Q4_K_M"),
         ({"dtype": "F32"}, "f32", "Q4_K_M"),
         ({"fp8_experts": True}, "f32", "Q4_K_M"),
         ({"fp8_experts": True, "shape": PADDED}, "f32", "F32"),
@@ -175,7 +191,7 @@ PADDED = replace(TINY, moe_intermediate_size=320, hidden_size=448)  # FP8 blocks
         ({"step37": True, "fp8_experts": True}, "f32", "Q8_0"),
         ({"shape": replace(TINY, num_nextn_predict_layers=0)}, "bf16", "Q4_K_M"),
     ],
-    ids=["f16", "f32", "fp8", "fp8-padded", "step37-one-file", "step37-fp8", "no-mtp"],
+    ids=["f32", "fp8", "fp8-padded", "step37-one-file", "step37-fp8", "no-mtp"],
 )
 def test_other_checkpoint_forms_are_upstreams(form, outtype, preset, upstream_gguf, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "random", **form)
@@ -183,6 +199,17 @@ def test_other_checkpoint_forms_are_upstreams(form, outtype, preset, upstream_gg
     if preset.lower() != outtype:
         theirs = upstream.quantize(theirs, tmp_path / "theirs.gguf", preset)
     assert differences(our_gguf(checkpoint, tmp_path / "ours.gguf", preset), theirs) == []
+
+
+def test_f16_checkpoint_is_upstreams_but_for_its_norms(upstream_gguf, tmp_path):
+    """Upstream adds the 1 of an F16 norm in F16; we add it in F32, as for every other dtype."""
+    checkpoint = write_checkpoint(tmp_path / "random", dtype="F16")
+    ours = our_gguf(checkpoint, tmp_path / "ours.gguf", "F16")
+    found = differences(ours, upstream_gguf(checkpoint, "f16"))
+    assert [line for line in found if "norm.weight: " not in line] == []
+    norm = next(t.data for t in GGUFReader(ours).tensors if t.name == "output_norm.weight")
+    (stored,) = random_weights("model.norm.weight", (TINY.hidden_size,), seed=0)
+    assert np.array_equal(norm, stored.astype(np.float16).astype(np.float32) + 1)
 
 
 def test_lists_cut_to_the_trunk_convert_as_the_full_ones(upstream_gguf, tmp_path):

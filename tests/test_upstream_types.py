@@ -3,18 +3,22 @@
 The oracle is `llama_model_quantize` in a dry run over a sparse GGUF of the same shapes.
 """
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import upstream
-from checkpoints import REAL, TINY, Shape, config
+from checkpoints import REAL, TINY, Shape, config, write_checkpoint
 from convert_step35.architecture import read_architecture
 from convert_step35.mapping import map_tensors
 from convert_step35.presets import PRESETS, ModelFacts, preset_types
-from sparse import write_sparse_gguf
+from sparse import gguf_shapes, write_sparse_gguf
 
 SHAPES = {
     "real": REAL,
@@ -49,3 +53,48 @@ def our_types(shape: Shape, preset: str, has_imatrix: bool) -> dict[str, str]:
 def test_preset_types_are_upstreams(preset, has_imatrix, shape, sparse_gguf):
     theirs = upstream.planned_types(sparse_gguf, preset, imatrix=ANY_IMATRIX if has_imatrix else None)
     assert our_types(shape, preset, has_imatrix) == {name: kind.lower() for name, kind in theirs.items()}
+
+
+# the whole command, over the headers of the real 399 GB
+
+
+@pytest.fixture(scope="module")
+def real_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("real") / "Step-3.5-Flash", REAL, sparse=True, n_shards=44)
+
+
+def planned(checkpoint: Path, preset: str, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "convert_step35", "plan", str(checkpoint), "--type", preset, "--json", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_sparse_checkpoint_is_the_published_one(real_checkpoint):
+    """804 tensors and 398,768,626,944 bytes in 44 shards, as the release's own card counts them."""
+    index = json.loads((real_checkpoint / "model.safetensors.index.json").read_text())
+    assert (len(index["weight_map"]), index["metadata"]["total_size"]) == (804, 398_768_626_944)
+    shards = list(real_checkpoint.glob("*.safetensors"))
+    assert len(shards) == 44
+    assert sum(shard.stat().st_blocks * 512 for shard in shards) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "mode, shape, trunk, n_tensors",
+    [("keep", REAL, True, 805), ("drop", SHAPES["real-trunk"], True, 754), ("only", REAL, False, 55)],
+)
+def test_plan_of_the_real_model_is_upstreams(mode, shape, trunk, n_tensors, real_checkpoint, tmp_path):
+    made = planned(real_checkpoint, "Q4_K_M", "--mtp", mode)
+    sparse = write_sparse_gguf(tmp_path / "sparse.gguf", shape, trunk=trunk)
+    theirs = {name: kind.upper() for name, kind in upstream.planned_types(sparse, "Q4_K_M").items()}
+    assert {t["name"]: t["type"] for t in made["tensors"]} == theirs
+    assert {t["name"]: tuple(t["shape"]) for t in made["tensors"]} == gguf_shapes(shape, trunk=trunk)
+    assert len(theirs) == n_tensors
+
+
+@pytest.mark.parametrize("preset, gib", [("Q8_0", 197.43), ("Q4_K_S", 105.29), ("IQ4_XS", 99.66)])
+def test_plan_adds_up_to_the_known_sizes(preset, gib, real_checkpoint):
+    made = planned(real_checkpoint, preset)
+    assert made["totals"]["weights"] == 199_384_301_376 + 64  # the generated rope_freqs has 64
+    assert made["totals"]["bytes"] == sum(f["n_bytes"] for f in made["files"])
+    assert round(sum(t["n_bytes"] for t in made["tensors"]) / 2**30, 2) == gib
