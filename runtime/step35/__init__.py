@@ -9,6 +9,7 @@ _HOMES = {
     "ContextFull": "errors",
     "Engine": "engine",
     "EngineOptions": "options",
+    "Llama": "llama",
     "ModelError": "errors",
     "NativeError": "errors",
     "Sampling": "sampling",

@@ -1,6 +1,6 @@
 """Choosing the tokens of one turn: sampling with a grammar's state and log-probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,17 @@ class TokenLogprobs:
 class Chooser:
     """Chooses a turn's tokens, in order; closed at the turn's end."""
 
-    def __init__(self, sampling: Sampling, *, grammar: "Grammar | None" = None, n_logprobs: int | None = None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        *,
+        grammar: "Grammar | None" = None,
+        n_logprobs: int | None = None,
+        process: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        """`process` maps (token ids so far, logits) to logits; it sees every position once."""
         self.sampling = sampling
+        self._process = process
         self.logprobs: list[TokenLogprobs] = []
         self._grammar = grammar
         self._n_logprobs = n_logprobs
@@ -37,6 +46,8 @@ class Chooser:
     def choose(self, logits: np.ndarray, history: Sequence[int]) -> int:
         """Returns the token that follows `history`, given its logits (n_vocab,)."""
         adjusted = adjust(logits, self.sampling, history)
+        if self._process:
+            adjusted = self._process(np.asarray(history), adjusted.copy())
         token = choose(adjusted, self.sampling, len(history))
         if self._grammar:
             token = self._obey(token, adjusted, len(history))

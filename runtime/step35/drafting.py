@@ -105,7 +105,7 @@ class Drafter:
             open_cycles = [c for c in open_cycles if len(c.drafts) > head]
 
     def _open_chain(self, cycle: Cycle) -> bool:
-        cycle.chain = Chain(cycle.seq, cycle.tokens, cycle.memory.tracks)
+        cycle.chain = Chain(cycle.seq, cycle.tokens, len(cycle.tokens) - 1, cycle.memory.tracks)
         return self.heads.can_run(cycle.chain)
 
     def _runs(self, head: int, cycle: Cycle) -> bool:

@@ -35,21 +35,20 @@ class Track:
 
 @dataclass(slots=True)
 class Chain:
-    """The drafts of one cycle for one sequence; `tokens` are known, the last one not yet decoded."""
+    """The drafts of one cycle for one sequence; `tokens` are known, the last one not yet decoded.
+
+    `n_rows` is how many rows a head can have: one for each token the trunk has decoded.
+    """
 
     seq: int
     tokens: Sequence[int]
+    n_rows: int
     tracks: Sequence[Track]
     drafts: list[int] = field(default_factory=list)
 
-    @property
-    def n_rows(self) -> int:
-        """Rows a head can have: one for each token the trunk has decoded."""
-        return len(self.tokens) - 1
-
     def row_tokens(self, head: int, first: int, end: int) -> list[int]:
         """Returns the tokens that head's rows [first, end) take."""
-        shift, n = 1 + head, len(self.tokens)
+        shift, n = 1 + head, self.n_rows + 1
         return [
             self.tokens[t] if t < n else self.drafts[t - n] for t in range(first + shift, end + shift)
         ]

@@ -17,11 +17,16 @@ from pathlib import Path
 
 import llama_cpp.llama_cpp as C
 import numpy as np
+from llama_cpp import Llama as StockLlama
+from llama_cpp import LlamaGrammar, LlamaState
 from llama_cpp import __version__ as binding_version
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
 from step35.options import ContextOptions, ModelOptions
 from step35.rows import Rows
+
+__all__ = ["Context", "FileFacts", "Grammar", "Jinja2ChatFormatter", "LlamaGrammar", "LlamaState", "Model", "StockLlama"]
 
 PINNED_VERSION = "0.3.36"
 ARCHITECTURE = "step35"
@@ -119,6 +124,7 @@ class FileFacts:
 
     path: Path
     n_trunk_layers: int
+    n_ctx_train: int
     has_trunk: bool
     n_declared_heads: int
     n_heads: int
@@ -137,8 +143,10 @@ def read_facts(path: Path) -> FileFacts:
             )
         n_layers = _number(gguf, f"{ARCHITECTURE}.block_count")
         n_heads = _number(gguf, f"{ARCHITECTURE}.nextn_predict_layers", 0)
-        n_shards = _number(gguf, "split.count", 1)
-    return _facts(path, n_layers - n_heads, n_heads, _shards(path, n_shards))
+        n_ctx = _number(gguf, f"{ARCHITECTURE}.context_length")
+        shards = _shards(path, _number(gguf, "split.count", 1))
+    n_found, has_trunk = _find_blocks(path, n_layers - n_heads, n_heads, shards)
+    return FileFacts(path, n_layers - n_heads, n_ctx, has_trunk, n_heads, n_found)
 
 
 def _check_file(path: Path) -> None:
@@ -150,7 +158,8 @@ def _check_file(path: Path) -> None:
         raise ModelError(f"not a GGUF file: {path} expected the magic b'GGUF', got {magic!r}")
 
 
-def _facts(path: Path, n_trunk: int, n_heads: int, shards: list[Path]) -> FileFacts:
+def _find_blocks(path: Path, n_trunk: int, n_heads: int, shards: list[Path]) -> tuple[int, bool]:
+    """Returns how many MTP heads have tensors, and whether the trunk has."""
     wanted = [b"blk.0.attn_norm.weight"]
     wanted += [b"blk.%d.nextn.eh_proj.weight" % (n_trunk + head) for head in range(n_heads)]
     found: set[bytes] = set()
@@ -163,7 +172,7 @@ def _facts(path: Path, n_trunk: int, n_heads: int, shards: list[Path]) -> FileFa
             f"incomplete MTP heads: {path} expected {n_heads} (nextn_predict_layers), got {n_found}; "
             "convert the checkpoint again, or make a side file with convert-step35 run --mtp only"
         )
-    return FileFacts(path, n_trunk, wanted[0] in found, n_heads, n_found)
+    return n_found, wanted[0] in found
 
 
 def _shards(path: Path, n_shards: int) -> list[Path]:
@@ -257,6 +266,14 @@ class Model:
         tokens = self.tokenize(text, add_bos=False, parse_special=True)
         return tokens[0] if len(tokens) == 1 else None
 
+    def text(self, token: int) -> str:
+        """Returns a token's text as the vocabulary spells it, control tokens included."""
+        return (C.llama_vocab_get_text(self._vocab, token) or b"").decode(errors="replace")
+
+    @property
+    def newline(self) -> int:
+        return C.llama_vocab_nl(self._vocab)
+
     @property
     def vocab_digest(self) -> str:
         """A short digest of all token texts: equal for files of the same checkpoint."""
@@ -279,6 +296,18 @@ class Model:
     def open_grammar(self, gbnf: str) -> "Grammar":
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return Grammar(self, gbnf)
+
+    def all_metadata(self) -> dict[str, str]:
+        """Returns all scalar metadata as text, by key."""
+        return {key: self.metadata(key) or "" for key in map(self._metadata_key, range(self._n_metadata()))}
+
+    def _n_metadata(self) -> int:
+        return C.llama_model_meta_count(self._handle)
+
+    def _metadata_key(self, index: int) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        C.llama_model_meta_key_by_index(self._handle, index, buffer, len(buffer))
+        return buffer.value.decode(errors="replace")
 
     def metadata(self, key: str) -> str | None:
         """Returns a scalar metadata value as text."""

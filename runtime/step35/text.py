@@ -1,15 +1,55 @@
-"""Tokens to text, a piece at a time."""
+"""Tokens to text, a piece at a time, up to a stop string. Pure."""
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+
+class TextStream:
+    """Text that is safe to show: whole characters only, and nothing that may begin a stop string.
+
+    After `stopped` is set the text has ended before that stop string, and further tokens add nothing.
+    """
+
+    def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._piece = piece
+        self._stop = [text for text in stop if text]
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """Returns the text that a token makes safe to show."""
+        return self._release(self._decoder.decode(self._piece(token)))
+
+    def finish(self) -> str:
+        """Returns what was held back; a character cut short becomes U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Returns the length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def stream_text(tokens: Iterable[int], piece: Callable[[int], bytes]) -> Iterator[str]:
     """Yields text as it becomes complete: a character split over tokens waits for its last byte."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    stream = TextStream(piece)
     for token in tokens:
-        text = decoder.decode(piece(token))
-        if text:
+        if text := stream.add(token):
             yield text
-    if rest := decoder.decode(b"", final=True):
+    if rest := stream.finish():
         yield rest
