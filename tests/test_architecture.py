@@ -48,7 +48,7 @@ REFUSED = [
     ("hidden_size", 256.0, "expected a whole number, got 256.0"),
     ("hidden_size", True, "expected a whole number, got True"),
     ("hidden_size", 0, "expected 1 to 2147483647, got 0"),
-    ("vocab_size", -1, "expected 1 to 2147483647, got -1"),
+    ("vocab_size", -1, "expected 1 to 1000000, got -1"),
     ("num_hidden_layers", 513, "expected 1 to 512, got 513"),
     ("num_hidden_layers", 7, "layer_types expected 10 entries (or 7, the trunk's), got 9"),
     ("num_nextn_predict_layers", 17, "expected 0 to 16, got 17"),

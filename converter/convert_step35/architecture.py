@@ -8,6 +8,7 @@ from convert_step35.errors import CheckpointError, quoted
 ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _MAX_NUMBER = 1e30
+_MAX_VOCAB = 1_000_000
 
 # What the forward pass in llama.cpp takes for granted: any other value is another model.
 _TAKEN_FOR_GRANTED = {
@@ -164,7 +165,7 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
         layers=layers,
         hidden_size=cfg.size("hidden_size"),
         intermediate_size=cfg.size("intermediate_size"),
-        vocab_size=cfg.size("vocab_size"),
+        vocab_size=cfg.size("vocab_size", most=_MAX_VOCAB),
         head_dim=cfg.size("head_dim"),
         sliding_window=cfg.size("sliding_window"),
         context_length=cfg.size("max_position_embeddings"),

@@ -7,6 +7,7 @@ from typing import Any
 from gguf import TokenType
 
 from convert_step35.errors import CheckpointError, quoted
+from convert_step35.regular_file import open_regular, read_exactly
 from convert_step35.strict_json import read_json
 
 MAX_TOKENIZER_BYTES = 64 * 1024**2
@@ -49,14 +50,14 @@ def read_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
     _check_pre_tokenizer(data.get("pre_tokenizer"))
     added = _added_tokens(data)
     tokens, types = _vocabulary(model, added, vocab_size)
-    special_ids = _special_ids(settings, added, config, vocab_size)
+    special_ids = _with_eos(_special_ids(settings, added, config, vocab_size), eos_token_ids)
     return Tokenizer(
         tokens=tokens,
         types=types,
         merges=_merges(model),
         special_ids=_with_end_ids(special_ids, eos_token_ids, tokens),
         add_flags=_add_flags(data.get("post_processor"), settings),
-        end_ids=tuple(sorted({*eos_token_ids, *([special_ids["eos"]] if "eos" in special_ids else [])})),
+        end_ids=tuple(sorted({*eos_token_ids, special_ids["eos"]})),
         chat_template=_chat_template(folder, settings),
     )
 
@@ -73,14 +74,20 @@ def _bpe(data: dict[str, Any]) -> dict[str, Any]:
 def _check_pre_tokenizer(pre: Any) -> None:
     """Recognise DeepSeek-V3's pre-tokenizer by its structure: three isolated splits, then bytes."""
     steps = pre.get("pretokenizers") if isinstance(pre, dict) and pre.get("type") == "Sequence" else None
-    want = [_split(pattern) for pattern in _SPLITS]
-    got = [_split_of(step) for step in steps[:-1]] if isinstance(steps, list) else None
-    if got != want or not _is_byte_level(steps[-1]):
-        raise CheckpointError(f"tokenizer.json: pre_tokenizer expected DeepSeek-V3's (three splits and ByteLevel), got {quoted(pre, 200)}; llama.cpp would split text otherwise")
+    if not isinstance(steps, list) or len(steps) != len(_SPLITS) + 1:
+        raise _other_pre_tokenizer("", "three splits and ByteLevel", pre)
+    for i, pattern in enumerate(_SPLITS):
+        if _split_of(steps[i]) != (pattern, "Isolated", False):
+            raise _other_pre_tokenizer(f" step {i + 1}", f"an isolated split at {pattern!a}", steps[i])
+    if not _is_byte_level(steps[-1]):
+        raise _other_pre_tokenizer(f" step {len(steps)}", "ByteLevel without prefix space and regex", steps[-1])
 
 
-def _split(pattern: str) -> tuple[str, str, bool]:
-    return pattern, "Isolated", False
+def _other_pre_tokenizer(where: str, want: str, got: Any) -> CheckpointError:
+    return CheckpointError(
+        f"tokenizer.json: pre_tokenizer{where} expected DeepSeek-V3's, {want}, got {quoted(got, 400)}; "
+        "llama.cpp would split text otherwise, so this checkpoint can't be converted"
+    )
 
 
 def _split_of(step: Any) -> tuple[Any, Any, Any] | None:
@@ -102,17 +109,30 @@ def _added_tokens(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     entries = data.get("added_tokens", [])
     if not isinstance(entries, list) or not all(isinstance(e, dict) and type(e.get("id")) is int and isinstance(e.get("content"), str) for e in entries):
         raise CheckpointError("tokenizer.json: added_tokens expected entries with id and content")
-    return {entry["content"]: entry for entry in entries}
+    added = {entry["content"]: entry for entry in entries}
+    if len(added) != len(entries):
+        raise CheckpointError(f"tokenizer.json: added_tokens expected each content once, got {len(entries)} entries with {len(added)} contents")
+    return added
 
 
 def _vocabulary(model: dict[str, Any], added: dict[str, dict[str, Any]], vocab_size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    ids = {**model["vocab"], **{text: entry["id"] for text, entry in added.items()}}
-    by_id = {i: text for text, i in ids.items()}
-    if len(by_id) != len(ids) or min(by_id) < 0 or max(by_id) >= vocab_size:
-        raise CheckpointError(f"tokenizer.json: expected one token for each id under {vocab_size}, got {len(ids)} tokens with ids {min(by_id)} to {max(by_id)}")
+    by_id: dict[int, str] = {}
+    for text, i in [*model["vocab"].items(), *((text, entry["id"]) for text, entry in added.items())]:
+        if not 0 <= i < vocab_size:
+            raise CheckpointError(f"tokenizer.json: token {quoted(text)} expected an id under {vocab_size}, got {i}")
+        if by_id.setdefault(i, text) != text:
+            raise CheckpointError(f"tokenizer.json: id {i} expected one token, got {quoted(by_id[i])} and {quoted(text)}")
     tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(vocab_size))
-    types = tuple(int(_token_type(by_id.get(i), added)) for i in range(vocab_size))
-    return tokens, types
+    _refuse_doubles(tokens)
+    return tokens, tuple(int(_token_type(by_id.get(i), added)) for i in range(vocab_size))
+
+
+def _refuse_doubles(tokens: tuple[str, ...]) -> None:
+    """llama.cpp aborts where two rows have one text, as it reads it: up to a zero character."""
+    ids: dict[str, int] = {}
+    for i, text in enumerate(tokens):
+        if "\0" in text or ids.setdefault(text, i) != i:
+            raise CheckpointError(f"tokenizer.json: token {i} expected a text of its own without zero characters, got {quoted(text)}")
 
 
 def _token_type(text: str | None, added: dict[str, dict[str, Any]]) -> TokenType:
@@ -131,12 +151,17 @@ def _looks_special(text: str) -> bool:
 
 def _merges(model: dict[str, Any]) -> tuple[str, ...]:
     """Merges as "left right"; in the newer pair form a space inside a part becomes its byte-level letter."""
-    merges = model.get("merges", [])
-    if all(isinstance(m, str) for m in merges):
-        return tuple(merges)
-    if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(part, str) for part in m) for m in merges):
-        raise CheckpointError("tokenizer.json: model.merges expected pairs of strings")
-    return tuple(" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges)
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise CheckpointError(f"tokenizer.json: model.merges expected a list of pairs, got {quoted(merges)}")
+    return tuple(_merge(i, merge) for i, merge in enumerate(merges))
+
+
+def _merge(i: int, merge: Any) -> str:
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if not (isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) and part for part in parts)):
+        raise CheckpointError(f"tokenizer.json: model.merges[{i}] expected a pair of strings, got {quoted(merge)}")
+    return " ".join(part.replace(" ", "Ġ") for part in parts)
 
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -157,13 +182,22 @@ def _special_ids(settings: dict[str, Any], added: dict[str, dict[str, Any]], con
     return ids
 
 
+def _with_eos(ids: dict[str, int], eos_token_ids: tuple[int, ...]) -> dict[str, int]:
+    """The ids with an eos: of config.json's list the first, if tokenizer_config.json names none."""
+    if "eos" not in ids and eos_token_ids:
+        ids = {**ids, "eos": eos_token_ids[0]}
+    missing = [f"{name}_token" for name in ("bos", "eos") if name not in ids]
+    if missing:
+        # Without the key llama.cpp takes id 11, whatever token that is, and ends every answer at it.
+        raise CheckpointError(f"tokenizer_config.json: {missing[0]} expected one of tokenizer.json's added_tokens, got none, and config.json has no {missing[0]}_id either")
+    return ids
+
+
 def _with_end_ids(ids: dict[str, int], eos_token_ids: tuple[int, ...], tokens: tuple[str, ...]) -> dict[str, int]:
-    """Give the end ids that llama.cpp would not find by their text the free keys: eos, eot, eom."""
-    hidden = [i for i in eos_token_ids if tokens[i] not in _END_BY_TEXT and i != ids.get("eos")]
-    free = [name for name in ("eos", "eot", "eom") if name not in ids]
-    if "eot" in free and any(tokens[i] == "<|im_end|>" for i in eos_token_ids):
-        # llama.cpp takes the turn's end as eot by its text, unless the key says otherwise.
-        free.remove("eot")
+    """Give the end ids that llama.cpp would not find by their text the free keys, eot and eom."""
+    hidden = [i for i in eos_token_ids if tokens[i] not in _END_BY_TEXT and i != ids["eos"]]
+    # llama.cpp takes <|im_end|>, the turn's end, as eot by its text, unless the key says otherwise.
+    free = ["eom"] if any(tokens[i] == "<|im_end|>" for i in eos_token_ids) else ["eot", "eom"]
     if len(hidden) > len(free):
         raise CheckpointError(f"config.json: eos_token_id expected at most {len(free)} ids beyond those llama.cpp knows by text, got {hidden}")
     return {**ids, **dict(zip(free, hidden))}
@@ -198,7 +232,8 @@ def _template_flags(step: dict[str, Any], settings: dict[str, Any]) -> dict[str,
         return {}
     flags = {}
     for name, piece in (("bos", single[0]), ("eos", single[-1])):
-        token = piece.get("SpecialToken", {}).get("id") if isinstance(piece, dict) else None
+        special = piece.get("SpecialToken") if isinstance(piece, dict) else None
+        token = special.get("id") if isinstance(special, dict) else None
         if token is not None:
             entry = settings.get(f"{name}_token")
             flags[name] = token == (entry.get("content") if isinstance(entry, dict) else entry)
@@ -207,14 +242,23 @@ def _template_flags(step: dict[str, Any], settings: dict[str, Any]) -> dict[str,
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """tokenizer_config.json's template, or chat_template.jinja beside it."""
-    template = settings.get("chat_template")
-    path = folder / "chat_template.jinja"
-    if template is None and path.is_file():
-        if path.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
-            raise CheckpointError(f"{path}: expected at most {4 * MAX_TEMPLATE_CHARS} bytes, got {path.stat().st_size}")
-        template = path.read_text(encoding="utf-8")
+    where, template = folder / "tokenizer_config.json", settings.get("chat_template")
+    if template is None and (path := folder / "chat_template.jinja").exists():
+        where, template = path, _read_text(path)
     if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"tokenizer_config.json: chat_template expected one template, got {quoted(template)}")
+        raise CheckpointError(f"{where}: chat_template expected one text, got {quoted(template)}; keep the default template only")
     if template is not None and len(template) > MAX_TEMPLATE_CHARS:
-        raise CheckpointError(f"chat template: expected at most {MAX_TEMPLATE_CHARS} characters, got {len(template)}")
+        raise CheckpointError(f"{where}: chat template expected at most {MAX_TEMPLATE_CHARS} characters, got {len(template)}")
     return template
+
+
+def _read_text(path: Path) -> str:
+    file, n_bytes = open_regular(path)
+    with file:
+        if n_bytes > 4 * MAX_TEMPLATE_CHARS:
+            raise CheckpointError(f"{path}: expected at most {4 * MAX_TEMPLATE_CHARS} bytes, got {n_bytes}")
+        data = read_exactly(file, n_bytes, path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise CheckpointError(f"{path}: expected UTF-8, got byte 0x{data[exc.start]:02x} at {exc.start}") from exc
