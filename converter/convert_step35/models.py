@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 
 from convert_step35.errors import ConvertError
 
 _TOP_LEVEL = {"checkpoints", "templates", "recipes"}
+_SAMPLING = {"temperature", "top_p"}
 _Entry = TypeVar("_Entry")
 
 
@@ -71,32 +72,67 @@ def models_path() -> Path:
 
 
 def load_models(path: Path | None = None) -> Models:
-    """Read and check models.yaml; ConvertError names the first key that is unknown or missing."""
+    """Read and check models.yaml; ConvertError names the first key that is unknown, missing, double or mistyped."""
     path = path or models_path()
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as exc:
-        raise ConvertError(f"{path} is not YAML: {exc}") from exc
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConvertError(f"{path} is not YAML: {' '.join(str(exc).split())}") from exc
     _check_keys(data, _TOP_LEVEL, str(path))
+    groups = {key: _group(data, key, str(path)) for key in _TOP_LEVEL}
     return Models(
-        checkpoints={name: _checkpoint(entry, f"{path}: checkpoints.{name}") for name, entry in data["checkpoints"].items()},
-        templates=dict(data["templates"]),
-        recipes={name: _build(Recipe, {"name": name, **entry}, f"{path}: recipes.{name}") for name, entry in data["recipes"].items()},
+        checkpoints={name: _checkpoint(entry, f"{path}: checkpoints.{name}") for name, entry in groups["checkpoints"].items()},
+        templates={digest: _typed(title, str, f"{path}: templates.{digest}") for digest, title in groups["templates"].items()},
+        recipes={name: _recipe(name, entry, f"{path}: recipes.{name}") for name, entry in groups["recipes"].items()},
     )
 
 
-def _checkpoint(entry: dict[str, Any], where: str) -> KnownCheckpoint:
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key written twice, where PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        double = next((key for key in keys if keys.count(key) > 1), None)
+        if double is not None:
+            raise yaml.YAMLError(f"expected each key once, got {double} twice at line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def _group(data: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    group = _typed(data[key], dict, f"{where}: {key}")
+    return {_typed(name, str, f"{where}: {key}: a name"): entry for name, entry in group.items()}
+
+
+def _checkpoint(entry: Any, where: str) -> KnownCheckpoint:
     _check_keys(entry, {field.name for field in fields(KnownCheckpoint)}, where)
-    return KnownCheckpoint(**{**entry, "shape": _build(KnownShape, entry["shape"], f"{where}.shape")})
+    for name, preset in _typed(entry["sampling"], dict, f"{where}.sampling").items():
+        _check_keys(preset, _SAMPLING, f"{where}.sampling.{name}")
+        for key, value in preset.items():
+            _typed(value, float, f"{where}.sampling.{name}.{key}")
+    shape = _build(KnownShape, entry["shape"], f"{where}.shape")
+    return _build(KnownCheckpoint, {**entry, "shape": shape}, where)
 
 
-def _build(cls: type[_Entry], entry: dict[str, Any], where: str) -> _Entry:
+def _recipe(name: str, entry: Any, where: str) -> Recipe:
+    return _build(Recipe, {"name": name, **_typed(entry, dict, where)}, where)
+
+
+def _build(cls: type[_Entry], entry: Any, where: str) -> _Entry:
     _check_keys(entry, {field.name for field in fields(cls)}, where)
-    return cls(**entry)
+    return cls(**{field.name: _typed(entry[field.name], field.type, f"{where}.{field.name}") for field in fields(cls)})
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    # To Python true and false are numbers; in this file they are a slip.
+    if isinstance(value, bool) or not isinstance(value, dict if get_origin(kind) is dict else kind):
+        raise ConvertError(f"{where} expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value
 
 
 def _check_keys(entry: Any, wanted: set[str], where: str) -> None:
-    got = set(entry) if isinstance(entry, dict) else set()
+    if not isinstance(entry, dict):
+        raise ConvertError(f"{where} expected the keys {sorted(wanted)}, got {entry!r}")
+    got = set(entry)
     if got != wanted:
-        unknown, missing = sorted(got - wanted), sorted(wanted - got)
+        unknown, missing = sorted(map(str, got - wanted)), sorted(wanted - got)
         raise ConvertError(f"{where}: unknown keys {unknown}, missing keys {missing}; expected {sorted(wanted)}")
