@@ -21,6 +21,7 @@ EXAMPLES = """
 Examples:
   step35 generate model.gguf -p "def quicksort(items):" -n 200
   step35 generate model.gguf -f prompt.txt --temp 0 --json
+  step35 chat model.gguf --mtp mtp-model.gguf
 """
 
 
@@ -96,6 +97,57 @@ def generate(prompt, prompt_file, n_predict, temp, top_k, top_p, min_p, seed, as
     else:
         click.echo()
         click.echo(summary_line(turn.stats), err=True)
+
+
+@cli.command()
+@_with(_MODEL_OPTIONS)
+@_with(_SAMPLING_OPTIONS)
+def chat(temp, top_k, top_p, min_p, seed, **engine_options) -> None:
+    """Talks in the terminal; the reasoning is dimmed, Ctrl-C stops an answer."""
+    from step35.chat import run
+    from step35.engine import Engine
+    from step35.sampling import Sampling
+
+    with Engine(EngineOptions(**engine_options)) as engine:
+        for note in engine.notes:
+            click.echo(f"step35: {note}", err=True)
+        run(engine, Sampling(temp, top_k, top_p, min_p, seed))
+
+
+@cli.command()
+@_with(_MODEL_OPTIONS)
+@click.option("--frontiers", default="0,2048,8192,16384", show_default=True, help="Context lengths to measure at.")
+@click.option("-n", "--n-predict", default=128, show_default=True, help="Tokens to decode at each.")
+@_with(_SAMPLING_OPTIONS)
+@click.option("--csv", "csv_file", type=click.File("w"), default="-", help="Where the table goes; default stdout.")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw the table as a plot, too.")
+def bench(frontiers, n_predict, temp, top_k, top_p, min_p, seed, csv_file, png, draft, **engine_options) -> None:
+    """Measures prefill and decode at growing contexts, without drafting and with."""
+    from step35.bench import measure, plot, write_csv
+    from step35.sampling import Sampling
+
+    sampling = Sampling(temp, top_k, top_p, min_p, seed)
+    rows = []
+    drafts = list(dict.fromkeys(["off", draft]))
+    for row in measure(EngineOptions(**engine_options), drafts, _frontiers(frontiers), n_predict, sampling):
+        rows.append(row)
+        click.echo(
+            f"draft {row.draft} at {row.n_context}: prefill {row.prefill_tps} tok/s, decode {row.decode_tps} tok/s",
+            err=True,
+        )
+    write_csv(csv_file, rows)
+    if png:
+        plot(png, rows)
+
+
+def _frontiers(text: str) -> list[int]:
+    try:
+        frontiers = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers such as 0,2048, got {text!r}") from error
+    if frontiers[0] < 0:
+        raise click.BadParameter(f"expected numbers from 0 on, got {text!r}")
+    return frontiers
 
 
 def summary(stats: "Stats") -> dict[str, object]:

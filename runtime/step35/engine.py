@@ -137,6 +137,10 @@ class Engine:
         """Makes the running step, or the next one, raise Cancelled. Callable from any thread or handler."""
         self.trunk.cancel()
 
+    def clear_cancel(self) -> None:
+        """Forgets a cancel that came after the last step."""
+        self.trunk.clear_cancel()
+
     # text
 
     def tokenize(self, text: str, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:

@@ -23,7 +23,7 @@ from step35.chooser import Chooser, TokenLogprobs
 from step35.engine import Engine
 from step35.errors import SettingsError
 from step35.generation import Turn, begin, step
-from step35.native import Jinja2ChatFormatter, LlamaGrammar, LlamaState, StockLlama, read_facts
+from step35.native import Jinja2ChatFormatter, LlamaGrammar, LlamaState, StockLlama, read_facts, stripped
 from step35.options import EngineOptions
 from step35.sampling import Sampling
 from step35.session import Snapshot
@@ -268,7 +268,7 @@ class Llama(StockLlama):
 
     def create_chat_completion(self, messages: list[dict], **options: Any) -> Any:
         """As llama_cpp.Llama's; message contents are stripped, as llama.cpp does for this template."""
-        return super().create_chat_completion([_stripped(message) for message in messages], **options)
+        return super().create_chat_completion([stripped(message) for message in messages], **options)
 
     def __getstate__(self) -> dict:
         raise SettingsError("a Llama can't be pickled: make a new one from the same file")
@@ -318,11 +318,6 @@ def _engine_options(model_path: str, draft: str, mtp_path: str | None, s: dict[s
 
 def _trained_context(model_path: str) -> int:
     return read_facts(Path(model_path)).n_ctx_train
-
-
-def _stripped(message: dict) -> dict:
-    content = message.get("content")
-    return {**message, "content": content.strip()} if isinstance(content, str) else message
 
 
 def _tokens(turn: Turn) -> Iterator[int]:

@@ -10,23 +10,21 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp.llama_cpp as C
 import numpy as np
-from llama_cpp import Llama as StockLlama
-from llama_cpp import LlamaGrammar, LlamaState
+from llama_cpp import Llama as StockLlama  # noqa: F401
+from llama_cpp import LlamaGrammar, LlamaState  # noqa: F401
 from llama_cpp import __version__ as binding_version
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
 from step35.options import ContextOptions, ModelOptions
 from step35.rows import Rows
-
-__all__ = ["Context", "FileFacts", "Grammar", "Jinja2ChatFormatter", "LlamaGrammar", "LlamaState", "Model", "StockLlama"]
 
 PINNED_VERSION = "0.3.36"
 ARCHITECTURE = "step35"
@@ -297,6 +295,11 @@ class Model:
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return Grammar(self, gbnf)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The file's Jinja template for chat messages."""
+        return self.metadata("tokenizer.chat_template")
+
     def all_metadata(self) -> dict[str, str]:
         """Returns all scalar metadata as text, by key."""
         return {key: self.metadata(key) or "" for key in map(self._metadata_key, range(self._n_metadata()))}
@@ -344,6 +347,9 @@ def _load(options: ModelOptions) -> object:
 
 
 # a context
+
+
+_NO_ROOM, _ABORTED = 1, 2  # positive return codes of llama_decode
 
 
 def _abort_address() -> int:
@@ -436,8 +442,14 @@ class Context:
         """Makes the running decode, or the next one, raise Cancelled. Callable from any thread."""
         self._abort[0] = b"\x01"
 
+    def clear_cancel(self) -> None:
+        """Forgets a cancel that came too late to stop anything."""
+        self._abort[0] = b"\x00"
+
     def decode(self, rows: Sequence[Rows]) -> None:
         """Decodes rows of one or several sequences in one graph run; len(rows) must be at most n_batch."""
+        if self._abort[0] != b"\x00":  # only the CPU backend looks at the flag while it decodes
+            self._raise(_ABORTED, 0)
         n = self._fill(rows)
         self._batch.c.n_tokens = n
         code = C.llama_decode(self._ctx, self._batch.c)
@@ -464,10 +476,10 @@ class Context:
 
     def _raise(self, code: int, n_rows: int) -> None:
         reason = _reason()
-        if code == 2:
+        if code == _ABORTED:
             self._abort[0] = b"\x00"
             raise Cancelled("decode cancelled")
-        if code == 1:
+        if code == _NO_ROOM:
             raise ContextFull(
                 f"context full: {n_rows} more tokens don't fit into {self.n_ctx} cells shared by all sessions; "
                 "close a session or load with a larger context"
@@ -559,6 +571,24 @@ class Grammar:
 
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+def chat_renderer(model: Model) -> Callable[[list[dict]], str]:
+    """Returns a function that renders messages as the prompt text of the next answer.
+
+    Contents are stripped, as llama.cpp does for this template: left-over white space makes it loop.
+    """
+    template = model.chat_template
+    if template is None:
+        raise ModelError(f"no chat template: {model.facts.path} has no tokenizer.chat_template; convert it again")
+    formatter = Jinja2ChatFormatter(template=template, eos_token=model.text(model.eos), bos_token=model.text(model.bos))
+    return lambda messages: formatter(messages=[stripped(message) for message in messages]).prompt
+
+
+def stripped(message: dict) -> dict:
+    """Returns a chat message whose content has no white space around it."""
+    content = message.get("content")
+    return {**message, "content": content.strip()} if isinstance(content, str) else message
 
 
 def json_schema_grammar(schema: str) -> str:
