@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
 MEMORY_BYTES = 512 * 2**20
-TIMEOUT_S = 60
+TIMEOUT_S = 300  # a reader takes a few seconds at most, but the machine may be busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,10 @@ class LimitedReader:
         if not self._connection.poll(TIMEOUT_S):
             self._child.kill()
             raise AssertionError(f"the reader took more than {TIMEOUT_S} s over {self.path}")
-        return self._connection.recv()
+        try:
+            return self._connection.recv()
+        except EOFError as exc:
+            raise AssertionError(f"the reader died over {self.path}: exit status {self._child.wait()}") from exc
 
     def __enter__(self) -> Self:
         return self
@@ -96,12 +100,11 @@ def _serve(connection: Connection, read: Callable[[Path], Any], path: Path) -> N
 
 def _limit_memory() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES,) * 2)
+    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _main(descriptor: str, reader: str, path: str) -> None:
-    from importlib import import_module
-
     # Under its own name, so that both processes pickle the same Outcome.
     served = import_module("limited_reader")
     module, function = reader.split(":")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from convert_step35.errors import CheckpointError, OutputError
 from convert_step35.strict_json import MAX_VALUES, parse_json, read_json
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 LIMIT = 10_000_000
@@ -32,11 +32,13 @@ def parse(data: bytes) -> object:
     return parse_json(data, "input.json", max_bytes=LIMIT)
 
 
+@settings(deadline=None)
 @given(VALUES, st.booleans())
 def test_what_json_writes_is_read_back(value: object, ascii_only: bool) -> None:
     assert parse(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 
 
+@settings(deadline=None)
 @given(st.text('{}[]",:\\u0123eE+-.dDfF \n\tntalsr', max_size=40) | st.binary(max_size=40))
 def test_what_is_accepted_means_what_the_json_module_says(data: str | bytes) -> None:
     data = data.encode() if isinstance(data, str) else data

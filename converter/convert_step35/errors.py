@@ -39,3 +39,9 @@ def quoted(value: object, max_chars: int = 80) -> str:
         return ascii(value) if len(value) <= max_chars else ascii(value[:max_chars]) + "..."
     shown = ascii(value)
     return shown if len(shown) <= max_chars else shown[:max_chars] + "..."
+
+
+def printable(value: object, max_chars: int = 80) -> str:
+    """A name from an untrusted file for a terminal: no control characters, and not without end."""
+    text = "".join(char if char.isprintable() else "?" for char in str(value)[: max_chars + 1])
+    return text if len(text) <= max_chars else text[:max_chars] + "..."

@@ -4,6 +4,7 @@ What llama.cpp refuses is refused here too (ggml/src/gguf.cpp, gguf_init_from_re
 is checked against the bytes that are there before memory is spent on it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,16 +260,16 @@ def _ggml_type(header: _Header, name: str) -> GGMLQuantizationType:
 
 def _tensor_bytes(header: _Header, name: str, ggml_type: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     block_values, block_bytes = GGML_QUANT_SIZES[ggml_type]
-    n_values = 1
-    for size in shape:
-        n_values *= size
-    if not 0 < n_values * block_bytes <= MAX_INT64 or max(shape, default=1) > MAX_INT64:
-        raise header.damaged(f"expected a size of 1 to 2^63 - 1 for {quoted(name)}, got {ggml_type.name} {shape}")
-    if shape and shape[-1] % block_values or not shape and block_values > 1:
+    n_values = math.prod(shape)
+    n_bytes = n_values // block_values * block_bytes
+    if n_values < 1 or max(n_values, n_bytes) > MAX_INT64:
+        raise header.damaged(f"expected 1 to 2^63 - 1 bytes for {quoted(name)}, got {ggml_type.name} {shape}")
+    row_values = shape[-1] if shape else 1
+    if row_values % block_values:
         raise header.damaged(
             f"expected rows of {quoted(name)} to be whole blocks of {block_values}, got {ggml_type.name} {shape}"
         )
-    return n_values // block_values * block_bytes
+    return n_bytes
 
 
 def _placed(header: _Header, infos: list[_TensorInfo], data_offset: int, alignment: int) -> Iterator[GgufTensor]:

@@ -67,9 +67,9 @@ def _header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
     header_bytes = int.from_bytes(prefix, "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise _damaged(path, f"expected a header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}")
-    missing = header_bytes - (file_bytes - _LENGTH_BYTES)
-    if missing > 0:
-        raise _damaged(path, f"expected a header of {header_bytes} bytes, got {missing} fewer: {_INCOMPLETE}")
+    got_bytes = file_bytes - _LENGTH_BYTES
+    if header_bytes > got_bytes:
+        raise _damaged(path, f"expected a header of {header_bytes} bytes, got {got_bytes}: {_INCOMPLETE}")
     return header_bytes
 
 
@@ -151,7 +151,7 @@ def _check_begin(tensor: StoredTensor, expected: int, path: Path) -> None:
 
 def _damaged(path: Path, problem: str, tensor: str | None = None) -> CheckpointError:
     where = f"{path}, tensor {quoted(tensor)}," if tensor is not None else f"{path}"
-    return CheckpointError(f"damaged safetensors file: {where} {problem}; {_DOWNLOAD}")
+    return CheckpointError(f"damaged checkpoint file: {where} {problem}; {_DOWNLOAD}")
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from convert_step35.errors import CheckpointError, ConvertError, quoted
 from convert_step35.regular_file import open_regular, read_exactly
 
-# A vocabulary of 128 896 tokens with its merges has 0.7 million values. An empty array takes 3 bytes of JSON and 64 of
-# memory, so the number of values is bounded too.
+# A vocabulary of 128 896 tokens with its merges has half a million values. An empty array takes 3 bytes of JSON and
+# 64 of memory, so the number of values is bounded too.
 MAX_VALUES = 2_000_000
 MAX_INTEGER_CHARS = 20
 MAX_FLOAT_CHARS = 128
