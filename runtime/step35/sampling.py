@@ -97,8 +97,8 @@ def _nucleus(logits: np.ndarray, ids: np.ndarray, top_p: float) -> np.ndarray:
     values = logits[ids]
     weights = np.exp(values - values.max())
     total = float(weights.sum(dtype=np.float64))
-    # All ids under this weight together hold less than 1 - top_p: none of them is in the nucleus.
-    likely = np.flatnonzero(weights > (1 - top_p) * total / len(ids))
+    # All ids under this weight together hold less than 1 - top_p: the nucleus is full without them.
+    likely = np.flatnonzero(weights >= (1 - top_p) * total / len(ids))
     likely = likely[np.argsort(-weights[likely], kind="stable")]
     reached = np.cumsum(weights[likely], dtype=np.float64)
     n_keep = int(np.searchsorted(reached, top_p * total)) + 1

@@ -1,0 +1,123 @@
+"""The depth controller in a simulated world: it finds the better depth and never pays much for looking."""
+
+import numpy as np
+import pytest
+
+from step35.depth import Costs, DepthController, Drafted
+
+PLAIN_S = 0.040
+
+
+class World:
+    """Verification and head times, and heads whose drafts are accepted with a chance that margins tell."""
+
+    def __init__(self, growth: float, draft_s: float, skill: float, seed: int = 0) -> None:
+        self.growth, self.draft_s, self.skill = growth, draft_s, skill
+        self.rng = np.random.default_rng(seed)
+        self.controller = DepthController(3)
+        for width in (1, 2, 3, 4):
+            self.controller.costs.observe_verify(width, self.verify_s(width))
+        for head in range(3):
+            self.controller.costs.observe_draft(head, draft_s)
+        self.depths: list[int] = []
+
+    def verify_s(self, width: int) -> float:
+        return PLAIN_S * (1 + self.growth * (width - 1))
+
+    def run(self, n_cycles: int, depth: int | None = None) -> float:
+        """Returns the seconds per token of cycles drafted by the controller, or at a fixed depth."""
+        n_tokens = seconds = 0.0
+        for _ in range(n_cycles):
+            tokens, elapsed = self._cycle(depth)
+            n_tokens, seconds = n_tokens + tokens, seconds + elapsed
+        return seconds / n_tokens
+
+    def _cycle(self, depth: int | None) -> tuple[int, float]:
+        c, drafts, chance, elapsed = self.controller, [], 1.0, 0.0
+        c.begin_cycle()
+        for head in range(3):
+            if not (head < depth if depth is not None else c.runs_head(head, chance)):
+                break
+            elapsed += self.draft_s
+            margin = self.rng.exponential(3.0 * self.skill + 0.05)
+            if depth is None and not c.keeps(head, chance, margin):
+                break
+            drafts.append(Drafted(0, margin))
+            chance *= c.chance(head, margin)
+        n_accepted = self._n_accepted(drafts)
+        verify = self.verify_s(len(drafts) + 1)
+        c.costs.observe_verify(len(drafts) + 1, verify)
+        c.learn_heads(drafts, n_accepted)
+        c.learn_cycle("mtp" if drafts else "plain", n_accepted + 1, elapsed + verify)
+        self.depths.append(len(drafts))
+        return n_accepted + 1, elapsed + verify
+
+    def _n_accepted(self, drafts: list[Drafted]) -> int:
+        for i, draft in enumerate(drafts):
+            chance = self.skill * (1 - np.exp(-draft.margin))
+            if self.rng.random() > chance:
+                return i
+        return len(drafts)
+
+
+WORLDS = {
+    "one memory": (0.45, 0.07, 0.9),
+    "overlapping experts": (0.28, 0.07, 0.9),
+    "experts on the CPU": (0.88, 0.10, 0.9),
+    "poor heads": (0.45, 0.10, 0.3),
+    "wrecked heads": (0.45, 0.10, 0.0),
+    "free verification": (0.02, 0.02, 0.95),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_it_is_never_slower_than_plain_and_close_to_the_best_fixed_depth(name):
+    growth, draft, skill = WORLDS[name]
+    seconds = World(growth, draft * PLAIN_S, skill).run(3000)
+    assert PLAIN_S / seconds > 0.98
+    fixed = [World(growth, draft * PLAIN_S, skill).run(3000, depth) for depth in range(4)]
+    assert seconds < 1.03 * min(fixed)
+
+
+def test_heads_that_never_agree_are_soon_left_alone():
+    world = World(0.45, 0.1 * PLAIN_S, 0.0)
+    world.run(1000)
+    assert np.mean(world.depths[500:]) < 0.05
+
+
+def test_it_comes_back_to_drafting_when_the_text_becomes_predictable():
+    world = World(0.45, 0.07 * PLAIN_S, 0.0)
+    world.run(1500)
+    world.skill = 0.95
+    world.run(1500)
+    assert np.mean(world.depths[-300:]) > 0.8
+
+
+def test_it_stops_drafting_when_verification_becomes_dear():
+    world = World(0.1, 0.05 * PLAIN_S, 0.9)
+    world.run(500)
+    assert np.mean(world.depths[-100:]) > 1
+    world.growth = 1.5
+    world.run(1500)
+    assert np.mean(world.depths[-300:]) < 0.3
+
+
+def test_unmeasured_widths_lie_on_the_line_of_their_neighbours():
+    costs = Costs()
+    for width, seconds in ((1, 1.0), (2, 1.5), (4, 2.5), (8, 4.5)):
+        costs.observe_verify(width, seconds)
+    assert [costs.verify(width) for width in (1, 2, 3, 4, 6, 8, 10)] == [1.0, 1.5, 2.0, 2.5, 3.5, 4.5, 5.5]
+
+
+def test_one_slow_sample_changes_nothing():
+    costs = Costs()
+    for seconds in (1.0, 1.0, 90.0, 1.0):
+        costs.observe_verify(1, seconds)
+    assert costs.verify(1) == 1.0
+
+
+def test_a_wider_verification_is_never_taken_for_cheaper():
+    costs = Costs()
+    costs.observe_verify(1, 1.0)
+    costs.observe_verify(2, 0.5)
+    assert costs.verify(2) == costs.verify(5) == 1.0

@@ -1,0 +1,137 @@
+"""Drafting changes nothing: the text equals plain decoding, token for token, on the bundled model.
+
+Batches of another shape add up in another order, so two nearly equal scores may change places. Such
+a first difference is allowed only where a fresh plain decode shows the two tokens' (noised) scores
+within float noise of each other.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from tiny_model import tiny_gguf
+
+from step35.chooser import Chooser
+from step35.engine import Engine
+from step35.generation import Turn, begin, step
+from step35.options import EngineOptions
+from step35.sampling import Sampling, gumbel, truncate
+
+N_PROMPTS, N_PREDICT = 20, 512
+FLOAT_NOISE = 1e-3
+GREEDY = Sampling(temperature=0)
+
+
+def sampling_of(i: int) -> Sampling:
+    """Every other prompt is greedy; the others cover what sampling can do."""
+    return [
+        GREEDY,
+        Sampling(temperature=1.0, top_p=1.0, seed=i),
+        GREEDY,
+        Sampling(temperature=0.8, top_p=0.95, min_p=0.02, top_k=50, seed=i, repeat_penalty=1.1),
+    ][i % 4]
+
+
+@cache
+def prompts() -> list[list[int]]:
+    """Pieces of this project's own source, of unequal length."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
+    with Engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
+        tokens = engine.tokenize(source)
+    return [tokens[700 * i : 700 * i + 20 + 9 * i] for i in range(N_PROMPTS)]
+
+
+def run(draft: str, model: Path | None = None) -> tuple[list[list[int]], list[Turn]]:
+    """Generates from all prompts at once, one batch a step."""
+    options = EngineOptions(
+        model or tiny_gguf("F32"), None, draft, 16384, 256, N_PROMPTS, n_threads=2, kv_type="f32"
+    )
+    with Engine(options) as engine:
+        turns = [
+            begin(engine.open_session(), prompt, Chooser(sampling_of(i)), N_PREDICT)
+            for i, prompt in enumerate(prompts())
+        ]
+        while live := [turn for turn in turns if turn.finish is None]:
+            step(engine, live)
+        return [turn.generated for turn in turns], turns
+
+
+@cache
+def plain() -> list[list[int]]:
+    return run("off")[0]
+
+
+def assert_same_text(texts: list[list[int]]) -> None:
+    for i, (wanted, got) in enumerate(zip(plain(), texts, strict=True)):
+        if wanted != got:
+            n = next(n for n, (a, b) in enumerate(zip(wanted, got)) if a != b)
+            assert margin(i, wanted[:n], wanted[n], got[n]) < FLOAT_NOISE
+
+
+def margin(i: int, text: list[int], a: int, b: int) -> float:
+    """The distance of two tokens' scores after a text, in a plain decode of one session."""
+    options = EngineOptions(tiny_gguf("F32"), None, "off", 2048, 256, n_threads=2, kv_type="f32")
+    seen: list[np.ndarray] = []
+
+    def spy(history: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append(logits.copy())
+        return logits
+
+    with Engine(options) as engine, engine.open_session() as session:
+        turn = begin(session, prompts()[i] + text, Chooser(sampling_of(i), process=spy), 1)
+        while turn.finish is None:
+            step(engine, [turn])
+    return abs(float(np.diff(scores(seen[0], sampling_of(i), len(prompts()[i]) + len(text), [a, b]))[0]))
+
+
+def scores(logits: np.ndarray, sampling: Sampling, position: int, tokens: list[int]) -> np.ndarray:
+    ids = np.array(tokens)
+    if sampling.temperature == 0:
+        return logits[ids]
+    assert set(tokens) <= set(truncate(logits, sampling)), "the cut differs, not the order"
+    return logits[ids] / sampling.temperature + gumbel(sampling.seed, position, ids)
+
+
+@pytest.mark.parametrize("draft", ["1", "2", "3", "ngram", "auto"])
+def test_text_equals_plain_decoding(draft):
+    texts, turns = run(draft)
+    assert_same_text(texts)
+    n_accepted = sum(turn.stats.n_accepted for turn in turns)
+    assert n_accepted > 100 or draft == "auto"
+    assert max(len(text) for text in texts) == N_PREDICT
+
+
+def test_wrecked_heads_cost_speed_and_nothing_else(tmp_path):
+    """All heads' projections rolled by half: drafts become nonsense, the text stays."""
+    wrecked = tmp_path / "wrecked.gguf"
+    wrecked.write_bytes(tiny_gguf("F32").read_bytes())
+    _wreck(wrecked)
+    texts, turns = run("3", wrecked)
+    assert_same_text(texts)
+    assert sum(t.stats.n_accepted for t in turns) < 0.1 * sum(t.stats.n_drafted for t in turns)
+
+
+def _wreck(path: Path) -> None:
+    reader = GGUFReader(path)
+    spans = [(t.data_offset, t.n_bytes) for t in reader.tensors if t.name.endswith("nextn.shared_head_head.weight")]
+    assert len(spans) == 3
+    with open(path, "r+b") as file:
+        for offset, n_bytes in spans:
+            data = np.memmap(path, np.uint8, "r", offset, n_bytes).tobytes()
+            half = n_bytes // 2 // 4 * 4
+            file.seek(offset)
+            file.write(data[half:] + data[:half])
+
+
+def test_the_same_seed_repeats_and_another_doesnt():
+    with Engine(EngineOptions(tiny_gguf(), draft="3", n_ctx=512, n_threads=1)) as engine:
+        texts = []
+        for seed in (5, 5, 6):
+            with engine.open_session() as session:
+                turn = begin(session, prompts()[3], Chooser(Sampling(1.0, top_p=1.0, seed=seed)), 48)
+                while turn.finish is None:
+                    step(engine, [turn])
+                texts.append(turn.generated)
+    assert texts[0] == texts[1] != texts[2]
