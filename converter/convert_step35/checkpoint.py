@@ -66,11 +66,14 @@ def open_checkpoint(folder: Path, *, mtp_only: bool = False) -> Checkpoint:
     With `mtp_only` the shards that hold nothing an MTP-only file needs may be absent.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint: expected a folder with config.json and safetensors, got {folder}")
+        what = "a file" if folder.exists() else "nothing"
+        raise CheckpointError(f"no checkpoint: {folder} expected a folder with config.json and safetensors, got {what}; give the checkpoint's folder")
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"no checkpoint: {folder} expected config.json and safetensors in it, got no config.json; give the checkpoint's folder")
     config = read_json(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
     arch = read_architecture(config)
     stored = _read_shards(folder, _wanted_names(arch) if mtp_only else None)
-    text = {canonical_source(t.name): t for t in stored if not is_vision(t.name)}
+    text = _text_tensors(stored)
     has_mtp = _has_mtp(arch, text)
     mapped = map_tensors(arch, trunk=not mtp_only, mtp=has_mtp)
     sources = {m.source: _source(arch, m, text, folder) for m in mapped if m.source is not None}
@@ -146,6 +149,18 @@ def _check_index(folder: Path, index: dict[str, str], tensors: Iterable[StoredTe
             f"index and shards disagree: {folder / INDEX}: tensor {quoted(name)} expected in {expected.get(name, 'no shard')}, "
             f"got {found.get(name, 'nothing')}; download the checkpoint again"
         )
+
+
+def _text_tensors(stored: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
+    """The text part's tensors by canonical name."""
+    text: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        name = canonical_source(tensor.name)
+        if name in text:
+            raise CheckpointError(f"duplicate tensor: {quoted(tensor.name)} in {tensor.path.name} and {quoted(text[name].name)} in {text[name].path.name} are the same")
+        if not is_vision(tensor.name):
+            text[name] = tensor
+    return text
 
 
 def _has_mtp(arch: Architecture, text: dict[str, StoredTensor]) -> bool:

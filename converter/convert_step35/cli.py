@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from gguf import LlamaFileType
@@ -13,16 +13,15 @@ from rich.console import Console
 
 from convert_step35 import __version__, tables
 from convert_step35.conversion import Tools, convert
-from convert_step35.errors import ConvertError, OutputError
+from convert_step35.errors import CheckpointError, ConvertError, OptionError, OutputError
 from convert_step35.ggml import load_ggml
-from convert_step35.gguf_model import architecture_of, open_model
-from convert_step35.imatrix import read_imatrix
+from convert_step35.gguf_model import GgufModel, architecture_of, has_mtp, has_trunk, is_shard_name, open_model, whole_name
 from convert_step35.inspection import inspect_file
 from convert_step35.journal import journal_path
 from convert_step35.mapping import MtpMode, map_tensors
-from convert_step35.models import load_models
-from convert_step35.output import partial_path, write_atomically
-from convert_step35.plan import Plan, Wishes
+from convert_step35.models import Models, load_models
+from convert_step35.output import PARTIAL, write_atomically
+from convert_step35.plan import Plan, Wishes, side_file
 from convert_step35.presets import PRESETS
 from convert_step35.progress import progress_bar
 from convert_step35.recipes import parse_override
@@ -40,35 +39,57 @@ Examples:
 """
 
 
+_NEVER_FOLD = 100_000
+
+
 def main() -> None:
-    """Run the command; errors of ours become one line on stderr and exit code 1."""
-    debug = "--debug" in sys.argv
+    """Run the command; an error of the user or of a file becomes one line on stderr, and exit code 2 or 1."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # A name that is no text to this terminal must not hide what is said of it.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        cli.main(standalone_mode=False)
-    except click.ClickException as exc:
-        exc.show()
-        sys.exit(exc.exit_code)
+        cli.main(arguments, prog_name="convert-step35", standalone_mode=False)
+    except click.UsageError as exc:
+        _end(f"error: {_usage(exc)}", exit_code=2)
     except (KeyboardInterrupt, click.Abort):
-        print("convert-step35: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        _end("stopped", exit_code=130)
     except (ConvertError, OSError) as exc:
-        if debug:
+        if len(arguments) < len(sys.argv) - 1:
             traceback.print_exc()
-        print(f"convert-step35: error: {exc}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"error: {_problem(exc)}", exit_code=2 if isinstance(exc, OptionError) else 1)
 
 
-@click.group(epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+def _end(line: str, *, exit_code: int) -> NoReturn:
+    print(f"convert-step35: {line}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _usage(exc: click.UsageError) -> str:
+    command = exc.ctx.command_path if exc.ctx is not None else "convert-step35"
+    message = " ".join(exc.format_message().split()).rstrip(".")
+    return f"{message}; see {command} --help"
+
+
+def _problem(exc: Exception) -> str:
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return f"{exc.filename}: {exc.strerror}"
+    return str(exc)
+
+
+@click.group(epilog=_EXAMPLES, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="convert-step35")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error; anywhere in the line.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Step-3.5 checkpoints to GGUF, in one pass, at any ggml type."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _what_to_make(command: Callable[..., None]) -> Callable[..., None]:
     """The options that plan and run share."""
     options = [
-        click.option("--type", "type_name", metavar="T", help="A preset, a recipe or a ggml type; see `convert-step35 recipes`."),
+        click.option("--type", "type_name", metavar="T", help="A preset, a recipe or a ggml type; see `convert-step35 recipes`.  [default: Q8_0]"),
         click.option("--target-size", metavar="SIZE", help="Instead of --type: the best recipe whose file fits, such as 103GiB."),
         click.option("--tensor-type", "overrides", multiple=True, metavar="REGEX=TYPE", help="Type of the matrices whose GGUF name matches; repeatable, the first match wins."),
         click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama-imatrix, in GGUF form."),
@@ -112,7 +133,7 @@ def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: in
     """Convert CHECKPOINT to OUT (.gguf). Killed at any moment, the same command goes on from there."""
     workspace, made = _plan(checkpoint, _gguf_path(out), **choices)
     if restart:
-        _drop_unfinished(made, journal_path(out))
+        _drop_unfinished(out)
     _refuse_existing(made, journal_path(out), overwrite)
     report = _convert(workspace, made, out, threads)
     if as_json:
@@ -130,6 +151,8 @@ def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: in
 @_json_option
 def verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, threads: int | None, as_json: bool) -> None:
     """Check a finished GGUF: structure, every row, the report's digests and, if given, its checkpoint."""
+    if against is None and (full or imatrix is not None):
+        raise click.UsageError(f"{'--full' if full else '--imatrix'} needs --against CKPT")
     verdict = _verify(file, against, full, imatrix, threads or _cores())
     if as_json:
         print(to_json({"ok": not verdict.problems, "tensors": verdict.n_tensors, "digests": verdict.n_digests, "compared_chunks": verdict.n_compared_chunks, "problems": list(verdict.problems)}), end="")
@@ -180,11 +203,11 @@ def _plan(
     mode = MtpMode(mtp)
     wishes = Wishes(
         out=out,
-        type_name=type_name or (None if target_size else "Q8_0"),
-        target_bytes=parse_size(target_size) if target_size else None,
+        type_name="Q8_0" if type_name is None and target_size is None else type_name,
+        target_bytes=parse_size(target_size) if target_size is not None else None,
         overrides=tuple(parse_override(text) for text in overrides),
         mtp=mode,
-        split_max_bytes=parse_size(split_max_size) if split_max_size else None,
+        split_max_bytes=parse_size(split_max_size) if split_max_size is not None else None,
     )
     workspace = open_workspace(checkpoint, models, mtp=mode, imatrix_path=imatrix)
     return workspace, workspace.plan(wishes, models)
@@ -193,20 +216,27 @@ def _plan(
 def _gguf_path(out: Path) -> Path:
     if out.suffix != ".gguf":
         raise click.UsageError(f"OUT expected a name that ends in .gguf, got {out}")
+    if is_shard_name(out.name):
+        raise click.UsageError(f"OUT expected a name that is not a shard's, got {out}: --split-max-size numbers shards itself")
     if not out.parent.is_dir():
         raise OutputError(f"no such folder: {out.parent}; create it first")
     return out
 
 
-def _drop_unfinished(made: Plan, journal: Path) -> None:
-    for path in (journal, *(partial_path(file.path) for file in made.files)):
-        path.unlink(missing_ok=True)
+def _drop_unfinished(out: Path) -> None:
+    """Remove what an earlier run to OUT left, whatever its options were."""
+    journal_path(out).unlink(missing_ok=True)
+    for path in out.parent.glob(f"*{PARTIAL}"):
+        if whole_name(path.name.removesuffix(PARTIAL)) in (out.name, side_file(out).name):
+            path.unlink()
 
 
 def _refuse_existing(made: Plan, journal: Path, overwrite: bool) -> None:
-    existing = [file.path for file in made.files if file.path.exists()]
-    if existing and not overwrite and not journal.exists():
-        raise OutputError(f"{existing[0]} exists; choose another name or pass --overwrite")
+    for path in (file.path for file in made.files):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; choose another name")
+        if path.exists() and not overwrite and not journal.exists():
+            raise OutputError(f"{path} exists; choose another name or pass --overwrite")
 
 
 def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -> dict[str, Any]:
@@ -220,32 +250,40 @@ def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -
 
     for note in made.notes:
         print(f"convert-step35: note: {note}", file=sys.stderr)
-    with progress_bar(made) as on_progress:
-        tools = Tools(workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress)
-        convert(made, journal_path(out), prints, tools, report)
+    try:
+        with progress_bar(made) as on_progress:
+            tools = Tools(workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress)
+            convert(made, journal_path(out), prints, tools, report)
+    except KeyboardInterrupt:
+        _end("stopped; the same command goes on from here", exit_code=130)
     return reports[0]
 
 
-def _verify(file: Path, against: Path | None, full: bool, imatrix_path: Path | None, n_threads: int) -> Verdict:
+def _verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, n_threads: int) -> Verdict:
     models, ggml = load_models(), load_ggml()
     problems = list(inspect_file(file, models).problems)
     model = open_model(file)
+    workspace = _open_against(model, against, imatrix, models) if against is not None else None
     digests, bad_rows = check_rows(model, ggml, n_threads)
     n_digests, changed = check_report(model, digests)
-    n_compared, differing = _compare(model, against, full, imatrix_path, n_threads) if against is not None else (0, [])
+    n_compared, differing = _compare(model, workspace, full, n_threads) if workspace is not None else (0, [])
     return Verdict(len(digests), n_digests, n_compared, tuple(problems + bad_rows + changed + differing))
 
 
-def _compare(model: Any, against: Path, full: bool, imatrix_path: Path | None, n_threads: int) -> tuple[int, list[str]]:
-    has_trunk = "blk.0.attn_norm.weight" in model.tensors
-    workspace = open_workspace(against, load_models(), mtp=MtpMode.KEEP if has_trunk else MtpMode.ONLY)
-    has_mtp = architecture_of(model).n_mtp > 0
-    mapped = map_tensors(workspace.checkpoint.arch, trunk=has_trunk, mtp=has_mtp)
-    expected = workspace.subject.entries(mapped, with_mtp=has_mtp, ftype=LlamaFileType.GUESSED, recipe="")
-    imatrix = read_imatrix(imatrix_path) if imatrix_path is not None else None
-    n, problems = compare(
-        model, workspace.checkpoint, mapped, load_ggml(), imatrix, n_threads=n_threads, chunks_per_tensor=None if full else 4
-    )
+def _open_against(model: GgufModel, against: Path, imatrix: Path | None, models: Models) -> Workspace:
+    """The checkpoint, of which only the shards that the model needs must be there."""
+    arch = architecture_of(model)
+    workspace = open_workspace(against, models, mtp=MtpMode.KEEP if has_trunk(model, arch) else MtpMode.ONLY, imatrix_path=imatrix)
+    if has_mtp(model, arch) and not workspace.checkpoint.has_mtp:
+        raise CheckpointError(f"no MTP weights: {against} holds none, and {model.path} has MTP heads; give the checkpoint that it was made of")
+    return workspace
+
+
+def _compare(model: GgufModel, workspace: Workspace, full: bool, n_threads: int) -> tuple[int, list[str]]:
+    arch, checkpoint = architecture_of(model), workspace.checkpoint
+    mapped = map_tensors(checkpoint.arch, trunk=has_trunk(model, arch), mtp=has_mtp(model, arch))
+    expected = workspace.subject.entries(mapped, with_mtp=arch.n_mtp > 0, ftype=LlamaFileType.GUESSED, recipe="")
+    n, problems = compare(model, checkpoint, mapped, load_ggml(), workspace.imatrix, n_threads=n_threads, chunks_per_tensor=None if full else 4)
     return n, check_metadata(model, expected) + problems
 
 
@@ -254,9 +292,9 @@ def _files(made: Plan) -> list[dict[str, Any]]:
 
 
 def _console() -> Console:
-    """Stdout as wide as the terminal; a file or a pipe is not a reason to fold lines."""
+    """Stdout as wide as the terminal; lines in a file or a pipe are never folded."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    return console if console.is_terminal else Console(highlight=False, width=_NEVER_FOLD)
 
 
 def _cores() -> int:

@@ -4,6 +4,7 @@ ConvertError            one clear line; the command prints `convert-step35: erro
 ├── CheckpointError     the input checkpoint is damaged, incomplete or hostile
 ├── GgufError           a GGUF file is damaged or hostile
 ├── PlanError           a recipe, a type, an imatrix or a target size can't be honoured
+│   └── OptionError     the value of an option means nothing; exits 2, like any wrong usage
 └── OutputError         the output can't be stored, resumed or published
     └── DiskFullError   there is no room for it
 """
@@ -23,6 +24,10 @@ class GgufError(ConvertError):
 
 class PlanError(ConvertError):
     """A recipe, a type, an imatrix or a target size can't be honoured."""
+
+
+class OptionError(PlanError):
+    """The value of an option means nothing, whatever the checkpoint."""
 
 
 class OutputError(ConvertError):

@@ -1,20 +1,22 @@
 """Says what a GGUF file holds and what is wrong with it."""
 
 import hashlib
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import LlamaFileType, TokenType
+from gguf import ExpertGatingFuncType, LlamaFileType, TokenType
 
 from convert_step35.architecture import Architecture
-from convert_step35.errors import GgufError
-from convert_step35.gguf_model import GgufModel, architecture_of, open_model
+from convert_step35.errors import GgufError, printable, quoted
+from convert_step35.gguf_model import GgufModel, architecture_of, has_trunk, open_model
 from convert_step35.gguf_reader import GgufTensor
 from convert_step35.mapping import map_tensors
 from convert_step35.metadata import ARCH
 from convert_step35.models import Models
-from convert_step35.tokenizer import PRE_TOKENIZER
+from convert_step35.tokenizer import END_OF_TURN, PRE_TOKENIZER
 
 _TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -57,23 +59,22 @@ def inspect_file(path: Path, models: Models) -> Inspection:
     model = open_model(path)
     _require_step35(model)
     arch = architecture_of(model)
-    complete = [i for i, layer in enumerate(arch.layers) if layer.is_mtp and not _missing(model, arch, [i])]
-    has_trunk = "blk.0.attn_norm.weight" in model.tensors
+    recipe = model.metadata.get("convert_step35.recipe")
     return Inspection(
         files=tuple(file.path.name for file in model.files),
-        name=str(model.metadata.get("general.name", "")),
+        name=printable(model.metadata.get("general.name", "")),
         file_type=_file_type(model.metadata.get("general.file_type")),
-        recipe=model.metadata.get("convert_step35.recipe"),
+        recipe=printable(recipe) if recipe is not None else None,
         n_bytes=model.n_bytes,
         n_tensors=len(model.tensors),
-        n_trunk_layers=arch.n_trunk if has_trunk else 0,
+        n_trunk_layers=arch.n_trunk if has_trunk(model, arch) else 0,
         n_mtp_declared=arch.n_mtp,
-        n_mtp_complete=len(complete),
+        n_mtp_complete=sum(not _wrong_tensors(model, arch, {i}) for i in _heads(arch)),
         context_length=arch.context_length,
         template=_template(model, models),
-        types=_types(model),
-        problems=tuple(_problems(model, arch, has_trunk)),
-        notes=tuple(_notes(model, arch, has_trunk, len(complete))),
+        types=_types(model, arch),
+        problems=tuple(_problems(model, arch)),
+        notes=tuple(_notes(model, arch)),
     )
 
 
@@ -82,37 +83,43 @@ def _require_step35(model: GgufModel) -> None:
     if name == ARCH:
         return
     hint = "; it was made for StepFun's own fork of February 2026, convert the checkpoint again" if str(name).startswith("Step35") else ""
-    raise GgufError(f"another architecture: {model.files[0].path} expected {ARCH}, got {name!r}{hint}")
+    raise GgufError(f"another architecture: {model.path} expected {ARCH}, got {quoted(name)}{hint}")
 
 
-def _problems(model: GgufModel, arch: Architecture, has_trunk: bool) -> list[str]:
-    problems = _tensor_problems(model, arch, has_trunk)
+def _heads(arch: Architecture) -> range:
+    """The layers of the MTP heads that the metadata declares."""
+    return range(arch.n_trunk, len(arch.layers))
+
+
+def _held_heads(model: GgufModel, arch: Architecture) -> list[int]:
+    return [i for i in _heads(arch) if model.has_layer(i)]
+
+
+def _problems(model: GgufModel, arch: Architecture) -> Iterator[str]:
+    yield from _tensor_problems(model, arch)
     if f"{ARCH}.rope.dimension_count" in model.metadata:
-        problems.append("rope.dimension_count is written: llama.cpp halves it and both kinds of layers rotate wrongly; convert again")
+        yield "rope.dimension_count is written: llama.cpp halves it and both kinds of layers rotate wrongly; convert again"
+    if (gating := model.metadata.get(f"{ARCH}.expert_gating_func", ExpertGatingFuncType.SIGMOID)) != ExpertGatingFuncType.SIGMOID:
+        yield f"expert_gating_func expected {ExpertGatingFuncType.SIGMOID:d} (sigmoid), got {quoted(gating)}: the router picks other experts; convert again"
     if any(layer.is_mtp and not layer.is_sliding for layer in arch.layers):
-        problems.append("an MTP layer is marked as full attention; Step-3.5's are sliding: drafts will be poor, convert again")
+        yield "an MTP layer is marked as full attention; Step-3.5's are sliding: drafts will be poor, convert again"
     if not any(layer.clamp_routed for layer in arch.layers):
-        problems.append("no SwiGLU clamps: the last layers' limits are missing and long answers collapse; convert again")
-    if (pre := model.metadata.get("tokenizer.ggml.pre")) != PRE_TOKENIZER:
-        problems.append(f"tokenizer.ggml.pre expected {PRE_TOKENIZER}, got {pre!r}: prompts are split into other tokens than in training")
-    if _TEMPLATE_KEY not in model.metadata:
-        problems.append("no chat template: chats will be formatted by guesswork")
-    problems += _end_of_turn_problems(model)
-    return problems
+        yield "no SwiGLU clamps: the last layers' limits are missing and long answers collapse; convert again"
+    yield from _tokenizer_problems(model)
 
 
-def _tensor_problems(model: GgufModel, arch: Architecture, has_trunk: bool) -> list[str]:
-    trunk = [None, *range(arch.n_trunk)] if has_trunk else []
-    heads = [i for i, layer in enumerate(arch.layers) if layer.is_mtp]
-    held = [i for i in heads if any(name.startswith(f"blk.{i}.") for name in model.tensors)]
-    wrong = _missing(model, arch, trunk + held)
+def _tensor_problems(model: GgufModel, arch: Architecture) -> Iterator[str]:
+    heads, held = _heads(arch), _held_heads(model, arch)
+    trunk = range(arch.n_trunk) if has_trunk(model, arch) else ()
+    yield from _at_most_three(_wrong_tensors(model, arch, {None, *trunk, *held}))
     if held and len(held) < len(heads):
-        wrong.append(f"{len(held)} of {len(heads)} MTP heads: llama.cpp loads all or none; add the others from the checkpoint's first shards (--mtp only)")
-    return wrong
+        yield f"{len(held)} of {len(heads)} MTP heads: llama.cpp loads all or none; add the others from the checkpoint's first shards (--mtp only)"
+    known = {mapped.name for mapped in map_tensors(arch, trunk=True, mtp=True)}
+    yield from _at_most_three([f"{quoted(name)} is no part of Step-3.5: llama.cpp refuses the file" for name in model.tensors if name not in known])
 
 
-def _missing(model: GgufModel, arch: Architecture, layers: list[int | None]) -> list[str]:
-    """What is missing or misshaped in these layers (None: outside all layers), three at most."""
+def _wrong_tensors(model: GgufModel, arch: Architecture, layers: set[int | None]) -> list[str]:
+    """What is missing or misshaped in these layers; None stands for the tensors outside all layers."""
     wrong = []
     for mapped in map_tensors(arch, trunk=True, mtp=True):
         if mapped.layer not in layers:
@@ -122,30 +129,41 @@ def _missing(model: GgufModel, arch: Architecture, layers: list[int | None]) -> 
             wrong.append(f"{mapped.name} is missing")
         elif tensor.shape != mapped.shape:
             wrong.append(f"{mapped.name} expected shape {list(mapped.shape)}, got {list(tensor.shape)}")
-    return wrong[:3]
+    return wrong
 
 
-def _end_of_turn_problems(model: GgufModel) -> list[str]:
-    tokens, types = model.metadata.get("tokenizer.ggml.tokens", []), model.metadata.get("tokenizer.ggml.token_type", [])
-    if "<|im_end|>" not in tokens:
-        return ["no <|im_end|> token: answers will not end"]
-    if types[tokens.index("<|im_end|>")] != TokenType.CONTROL:
-        return ["<|im_end|> is not a control token: it will show in answers"]
-    return []
+def _at_most_three(problems: list[str]) -> list[str]:
+    return problems if len(problems) <= 3 else [*problems[:3], f"... and {len(problems) - 3} more tensors"]
 
 
-def _notes(model: GgufModel, arch: Architecture, has_trunk: bool, n_complete: int) -> list[str]:
-    notes = []
-    if not has_trunk:
-        notes.append("MTP heads only: a draft file, to be used beside a trunk file")
-    elif arch.n_mtp == 0 or n_complete == 0:
-        notes.append("no MTP heads: runs without drafting; make a side file with convert-step35 run --mtp only")
-    return notes
+def _tokenizer_problems(model: GgufModel) -> Iterator[str]:
+    if (pre := model.metadata.get("tokenizer.ggml.pre")) != PRE_TOKENIZER:
+        yield f"tokenizer.ggml.pre expected {PRE_TOKENIZER}, got {quoted(pre)}: prompts are split into other tokens than in training"
+    if not isinstance(model.metadata.get(_TEMPLATE_KEY), str):
+        yield "no chat template: chats will be formatted by guesswork"
+    if type(model.metadata.get("tokenizer.ggml.eos_token_id")) is not int:
+        yield "no eos_token_id: llama.cpp takes id 11 instead, and answers end at that token"
+    tokens, types = model.metadata["tokenizer.ggml.tokens"], model.metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        yield f"tokenizer.ggml.token_type expected {len(tokens)} types, got {len(types) if isinstance(types, list) else quoted(types)}; convert again"
+    elif END_OF_TURN not in tokens:
+        yield f"no {END_OF_TURN} token: answers will not end"
+    elif types[tokens.index(END_OF_TURN)] != TokenType.CONTROL:
+        yield f"{END_OF_TURN} is not a control token: it will show in answers"
+
+
+def _notes(model: GgufModel, arch: Architecture) -> Iterator[str]:
+    if not has_trunk(model, arch):
+        yield "MTP heads only: a draft file, to be used beside a trunk file"
+    elif not _held_heads(model, arch):
+        yield "no MTP heads: runs without drafting; make a side file with convert-step35 run --mtp only"
+    if arch.rope_scaling is None:
+        yield "no rope_freqs.weight: the full-attention layers rotate without llama3 scaling, which Step-3.5 has"
 
 
 def _template(model: GgufModel, models: Models) -> str:
     text = model.metadata.get(_TEMPLATE_KEY)
-    if text is None:
+    if not isinstance(text, str):
         return "none"
     digest = hashlib.sha256(text.strip().encode()).hexdigest()
     return models.templates.get(digest, f"unknown ({digest[:12]})")
@@ -155,29 +173,28 @@ def _file_type(number: Any) -> str:
     try:
         return LlamaFileType(number).name
     except ValueError:
-        return f"unknown ({number})"
+        return f"unknown ({quoted(number)})"
 
 
-def _types(model: GgufModel) -> tuple[TypeUse, ...]:
+def _types(model: GgufModel, arch: Architecture) -> tuple[TypeUse, ...]:
     uses: dict[tuple[str, str], list[GgufTensor]] = {}
-    n_trunk = model.metadata[f"{ARCH}.block_count"] - model.metadata.get(f"{ARCH}.nextn_predict_layers", 0)
     for tensor in model.tensors.values():
-        uses.setdefault((group_of(tensor.name, n_trunk), tensor.ggml_type.name), []).append(tensor)
+        uses.setdefault((group_of(tensor.name, arch.n_trunk), tensor.ggml_type.name), []).append(tensor)
     rows = [TypeUse(group, kind, len(tensors), sum(t.n_bytes for t in tensors)) for (group, kind), tensors in uses.items()]
     return tuple(sorted(rows, key=lambda use: (_GROUPS.index(use.group), -use.n_bytes)))
 
 
-_GROUPS = ("routed experts", "shared experts", "attention", "dense layers", "embedding and output", "MTP heads", "norms and router")
+_GROUPS = ("routed experts", "shared experts", "attention", "dense layers", "embedding and output", "MTP heads", "norms and router", "other")
 
 
 def group_of(name: str, n_trunk: int) -> str:
     """The group of a tensor in tables, from its GGUF name."""
-    parts = name.split(".")
-    if "norm" in name or parts[-1] == "bias" or "ffn_gate_inp" in name or parts[0] == "rope_freqs":
+    if "norm" in name or name.endswith(".bias") or "ffn_gate_inp" in name or name == "rope_freqs.weight":
         return "norms and router"
-    if parts[0] == "blk" and int(parts[1]) >= n_trunk:
+    if name in ("token_embd.weight", "output.weight"):
+        return "embedding and output"
+    layer = re.match(r"blk\.(\d+)\.", name)
+    if layer is not None and int(layer[1]) >= n_trunk:
         return "MTP heads"
-    for mark, group in (("_exps", "routed experts"), ("_shexp", "shared experts"), ("attn_", "attention"), ("ffn_", "dense layers")):
-        if mark in name:
-            return group
-    return "embedding and output"
+    marks = (("_exps", "routed experts"), ("_shexp", "shared experts"), ("attn_", "attention"), ("ffn_", "dense layers"))
+    return next((group for mark, group in marks if layer is not None and mark in name), "other")

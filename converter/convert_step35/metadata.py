@@ -11,6 +11,7 @@ from gguf import GGUFValueType as V
 from gguf import Keys, LlamaFileType
 
 from convert_step35.architecture import Architecture, LayerShape
+from convert_step35.errors import CheckpointError, quoted
 from convert_step35.gguf_header import Entry
 from convert_step35.mapping import MappedTensor
 from convert_step35.tokenizer import PRE_TOKENIZER, Tokenizer
@@ -72,16 +73,25 @@ def _f32(key: str, value: float) -> Entry:
 def _general(tensors: Iterable[MappedTensor], ftype: LlamaFileType, generation: dict[str, Any], provenance: Provenance) -> Iterator[Entry]:
     yield _text(Keys.General.ARCHITECTURE, ARCH)
     yield _text(Keys.General.TYPE, gguf.GGUFType.MODEL)
-    for name, (key, kind) in _SAMPLING.items():
-        value = generation.get(name)
-        if type(value) in (int, float):
-            yield Entry(key, kind, int(value) if kind is V.INT32 else float(value))
+    yield from _sampling(generation)
     yield _text(Keys.General.NAME, provenance.title)
     yield _text(Keys.General.SIZE_LABEL, size_label(tensors))
     if provenance.license is not None:
         yield _text(Keys.General.LICENSE, provenance.license)
     yield _u32(Keys.General.FILE_TYPE, int(ftype))
     yield _u32(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION)
+
+
+def _sampling(generation: dict[str, Any]) -> Iterator[Entry]:
+    """The settings that generation_config.json has; null is none."""
+    for name, (key, kind) in _SAMPLING.items():
+        value = generation.get(name)
+        if value is None:
+            continue
+        wanted = (int,) if kind is V.INT32 else (int, float)
+        if type(value) not in wanted or not -1 <= value < 2**31:
+            raise CheckpointError(f"generation_config.json: {name} expected a {'whole ' if kind is V.INT32 else ''}number of -1 or more, got {quoted(value)}")
+        yield Entry(key, kind, value if kind is V.INT32 else float(value))
 
 
 def size_label(tensors: Iterable[MappedTensor]) -> str:

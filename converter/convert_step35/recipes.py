@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from gguf import GGMLQuantizationType as GgmlType
 from gguf import LlamaFileType
 
 from convert_step35.architecture import Architecture
-from convert_step35.errors import PlanError
+from convert_step35.errors import OptionError, PlanError, quoted
 from convert_step35.ggml import QUANTIZABLE, row_bytes
 from convert_step35.mapping import Kind, MappedTensor
 from convert_step35.models import Recipe
@@ -40,21 +41,21 @@ class TypeChoice:
 
 
 def parse_override(text: str) -> Override:
-    """Parse `REGEX=TYPE`; PlanError says which half is wrong."""
+    """Parse `REGEX=TYPE`; OptionError says which half is wrong."""
     pattern, separator, name = text.rpartition("=")
     if not separator or not pattern:
-        raise PlanError(f"bad --tensor-type: expected REGEX=TYPE, got {text!r}")
+        raise OptionError(f"bad --tensor-type: expected REGEX=TYPE, got {quoted(text)}")
     try:
         return Override(re.compile(pattern), ggml_type(name))
-    except re.error as exc:
-        raise PlanError(f"bad --tensor-type: {pattern!r} is no regular expression: {exc}") from exc
+    except (re.error, RecursionError, OverflowError) as exc:
+        raise OptionError(f"bad --tensor-type: {quoted(pattern)} is no regular expression: {exc}") from exc
 
 
 def ggml_type(name: str) -> GgmlType:
-    """A ggml type by its name in any case; PlanError lists those that can be made."""
+    """A ggml type by its name in any case; OptionError lists those that can be made."""
     found = next((kind for kind in QUANTIZABLE if kind.name == name.upper()), None)
     if found is None:
-        raise PlanError(f"unknown tensor type: expected one of {', '.join(kind.name for kind in QUANTIZABLE)}, got {name!r}")
+        raise OptionError(f"unknown tensor type: expected one of {', '.join(kind.name for kind in QUANTIZABLE)}, got {quoted(name)}")
     return found
 
 
@@ -80,10 +81,15 @@ def choose_types(
         kind = ggml_type(wanted)
         rule = lambda tensor: kind  # noqa: E731
     else:
-        known = [*PRESETS, *recipes, *(k.name for k in QUANTIZABLE if k.name not in PRESETS)]
-        raise PlanError(f"unknown type: expected one of {', '.join(known)}, got {name!r}")
+        raise _unknown_type(name, [*PRESETS, *recipes, *(k.name for k in QUANTIZABLE)])
     matrices = {t.name: fit_to_row(manual(t.name) or rule(t), t.row_size) for t in tensors if t.kind is Kind.MATRIX}
     return _choice(wanted, overrides, _common_ftype(matrices, tensors), matrices, tensors)
+
+
+def _unknown_type(name: str, known: list[str]) -> OptionError:
+    near = list(dict.fromkeys(get_close_matches(name.upper(), known, n=3)))
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return OptionError(f"unknown type: --type expected a name that `convert-step35 recipes` lists, got {quoted(name)}{hint}")
 
 
 def best_fit(target_bytes: int, names: Sequence[str], size_of: Callable[[str], int]) -> str:

@@ -2,16 +2,16 @@
 
 import re
 
-from convert_step35.errors import PlanError
+from convert_step35.errors import OptionError, quoted
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size with a unit; PlanError without one."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    """Bytes of a size with a unit; OptionError without one."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
     if match is None:
-        raise PlanError(f"bad size: expected a number with a unit such as 103GiB or 40GB, got {text!r}")
+        raise OptionError(f"bad size: expected a number with a unit such as 103GiB or 40GB, got {quoted(text)}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -17,6 +17,8 @@ from convert_step35.sizes import format_size
 from convert_step35.verification import Verdict
 from convert_step35.workspace import Workspace
 
+_MAX_PROBLEMS = 12
+
 
 def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -72,7 +74,7 @@ def report_summary(plan: Plan, report: dict[str, Any]) -> RenderableType:
 def verdict(file: Path, found: Verdict) -> RenderableType:
     """One line of what was checked, then the problems."""
     against = f", {found.n_compared_chunks} chunks converted again and compared" if found.n_compared_chunks else ""
-    digests = f", {found.n_digests} digests match the report" if found.n_digests and not found.problems else ""
+    digests = f", {found.n_digests} digests compared with the report" if found.n_digests else ", no report beside it to compare with"
     state = "sound" if not found.problems else "NOT sound"
     return Group(Text(f"{file}: {state}; {found.n_tensors} tensors read{digests}{against}"), *_problems(found.problems))
 
@@ -102,7 +104,9 @@ def recipe_table(recipes: dict[str, Recipe], presets: dict[str, Preset]) -> Rend
 
 
 def _problems(problems: tuple[str, ...]) -> list[Text]:
-    return [Text(f"problem: {problem}", style="red") for problem in problems]
+    shown = [Text(f"problem: {problem}", style="red") for problem in problems[:_MAX_PROBLEMS]]
+    more = len(problems) - len(shown)
+    return [*shown, Text(f"... and {more} more problems; --json has all", style="red")] if more else shown
 
 
 def _notes(notes: tuple[str, ...]) -> list[Text]:

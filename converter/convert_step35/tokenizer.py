@@ -22,7 +22,8 @@ _SPLITS = (
 PRE_TOKENIZER = "deepseek-v3"
 
 # Tokens that llama.cpp ends generation at by their text alone (llama-vocab.cpp, special_eog_ids).
-_END_BY_TEXT = {"<|im_end|>", "<｜end▁of▁sentence｜>"}
+END_OF_TURN = "<|im_end|>"
+_END_BY_TEXT = {END_OF_TURN, "<｜end▁of▁sentence｜>"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +197,8 @@ def _with_eos(ids: dict[str, int], eos_token_ids: tuple[int, ...]) -> dict[str, 
 def _with_end_ids(ids: dict[str, int], eos_token_ids: tuple[int, ...], tokens: tuple[str, ...]) -> dict[str, int]:
     """Give the end ids that llama.cpp would not find by their text the free keys, eot and eom."""
     hidden = [i for i in eos_token_ids if tokens[i] not in _END_BY_TEXT and i != ids["eos"]]
-    # llama.cpp takes <|im_end|>, the turn's end, as eot by its text, unless the key says otherwise.
-    free = ["eom"] if any(tokens[i] == "<|im_end|>" for i in eos_token_ids) else ["eot", "eom"]
+    # llama.cpp takes the turn's end as eot by its text, unless the key says otherwise.
+    free = ["eom"] if any(tokens[i] == END_OF_TURN for i in eos_token_ids) else ["eot", "eom"]
     if len(hidden) > len(free):
         raise CheckpointError(f"config.json: eos_token_id expected at most {len(free)} ids beyond those llama.cpp knows by text, got {hidden}")
     return {**ids, **dict(zip(free, hidden))}

@@ -1,28 +1,33 @@
 """Checks a finished GGUF: its structure, every row, the report's digests, and the checkpoint it came from."""
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert_step35.checkpoint import Checkpoint
 from convert_step35.chunks import CHUNK_WEIGHTS, Chunk, chunks
-from convert_step35.errors import GgufError
-from convert_step35.ggml import Ggml, row_bytes
+from convert_step35.errors import ConvertError, GgufError, quoted
+from convert_step35.ggml import QUANTIZABLE, Ggml, row_bytes
 from convert_step35.gguf_header import Entry
-from convert_step35.gguf_model import GgufModel
+from convert_step35.gguf_model import GgufModel, whole_name
 from convert_step35.gguf_reader import GgufTensor
 from convert_step35.imatrix import Imatrix
 from convert_step35.mapping import MappedTensor
+from convert_step35.measure import refuse_non_finite
+from convert_step35.metadata import ARCH
+from convert_step35.plan import MTP_PREFIX
 from convert_step35.report import report_path
 from convert_step35.rows import RowReader
+from convert_step35.strict_json import read_json
 
 _PIECE_BYTES = 4 * 1024**2
+_MAX_REPORT_BYTES = 64 * 1024**2
 
 # Keys that say where a file comes from rather than what the model is.
 _PROVENANCE = ("general.name", "general.license", "general.file_type", "general.size_label", "convert_step35.", "quantize.imatrix.", "split.")
@@ -40,17 +45,16 @@ class Verdict:
 
 def check_rows(model: GgufModel, ggml: Ggml, n_threads: int) -> tuple[dict[str, str], list[str]]:
     """Read every tensor: its sha256, and a problem where a scale or a value is NaN or infinite."""
-    ggml.prepare({tensor.ggml_type for tensor in model.tensors.values()})
     tensors = list(model.tensors.values())
     with ThreadPoolExecutor(n_threads) as pool:
-        results = list(pool.map(lambda tensor: _check_tensor(model.file_of(tensor.name).path, tensor, ggml), tensors))
+        results = list(pool.map(lambda tensor: _check_tensor(model.homes[tensor.name], tensor, ggml), tensors))
     digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results)}
-    problems = [f"{tensor.name} holds NaN or infinity" for tensor, (_, valid) in zip(tensors, results) if not valid]
+    problems = [f"{tensor.name} holds NaN or infinity; convert again" for tensor, (_, valid) in zip(tensors, results) if not valid]
     return digests, problems
 
 
 def _check_tensor(path: Path, tensor: GgufTensor, ggml: Ggml) -> tuple[str, bool]:
-    per_row = row_bytes(tensor.ggml_type, tensor.shape[-1])
+    per_row = row_bytes(tensor.ggml_type, tensor.shape[-1]) if tensor.shape else tensor.n_bytes
     piece = max(1, _PIECE_BYTES // per_row) * per_row
     sha, valid = hashlib.sha256(), True
     with path.open("rb") as file:
@@ -65,34 +69,48 @@ def _check_tensor(path: Path, tensor: GgufTensor, ggml: Ggml) -> tuple[str, bool
 def check_report(model: GgufModel, digests: dict[str, str]) -> tuple[int, list[str]]:
     """Compare with the digests in the report beside the model, if there is one: how many, and what differs."""
     expected = _reported_digests(model)
-    problems = [f"{name} differs from the report beside the file" for name, digest in digests.items() if expected.get(name, digest) != digest]
+    problems = [
+        f"{name} differs from the report: sha256 expected {quoted(expected[name])}, got {digest}; the file was changed or damaged"
+        for name, digest in digests.items()
+        if expected.get(name, digest) != digest
+    ]
     return sum(name in expected for name in digests), problems
 
 
 def _reported_digests(model: GgufModel) -> dict[str, str]:
+    """The digests of this model's files in its report, which also covers its MTP side file."""
+    own = model.path.with_name(whole_name(model.path.name))
     names = {file.path.name for file in model.files}
-    for path in sorted(model.files[0].path.parent.glob(report_path(Path("*")).name)):
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-            found = {entry["name"]: entry["sha256"] for entry in entries if entry["file"] in names}
-        except (ValueError, KeyError, TypeError) as exc:
-            raise GgufError(f"damaged report: {path} expected the JSON that convert-step35 writes; remove it or convert again") from exc
-        if found:
-            return found
+    for out in (own, own.with_name(own.name.removeprefix(MTP_PREFIX))):
+        if report_path(out).exists():
+            found = _digests_in(report_path(out), names)
+            if found:
+                return found
     return {}
 
 
+def _digests_in(path: Path, files: set[str]) -> dict[str, str]:
+    try:
+        entries = read_json(path, max_bytes=_MAX_REPORT_BYTES)["tensors"]
+        return {entry["name"]: entry["sha256"] for entry in entries if entry["file"] in files}
+    except (ConvertError, KeyError, TypeError) as exc:
+        raise GgufError(f"damaged report: {path} expected the JSON that convert-step35 writes; remove it, or convert again") from exc
+
+
 def check_metadata(model: GgufModel, expected: Sequence[Entry]) -> list[str]:
-    """Keys that the checkpoint would give another value; provenance is left out."""
-    problems = []
-    for entry in expected:
-        if entry.key.startswith(_PROVENANCE):
-            continue
-        want = list(entry.value) if entry.is_array else entry.value
-        got = model.metadata.get(entry.key)
-        if not _same(want, got):
-            problems.append(f"{entry.key} expected {str(want)[:80]}, got {str(got)[:80]}")
-    return problems
+    """Keys that the checkpoint would give another value, and those of the model that it would not give; provenance is left out."""
+    wanted = {entry.key: list(entry.value) if entry.is_array else entry.value for entry in expected if not entry.key.startswith(_PROVENANCE)}
+    problems = [f"{key} {_difference(want, model.metadata.get(key))}" for key, want in wanted.items() if not _same(want, model.metadata.get(key))]
+    extra = [key for key in model.metadata if key.startswith((f"{ARCH}.", "tokenizer.")) and key not in wanted]
+    return problems + [f"{key} expected nothing, got {quoted(model.metadata[key])}: the checkpoint gives no such key" for key in extra]
+
+
+def _difference(want: Any, got: Any) -> str:
+    """Wanted and got; of two lists of one length the first entries that differ."""
+    if isinstance(want, list) and isinstance(got, list) and len(want) == len(got):
+        i = next(i for i, (a, b) in enumerate(zip(want, got)) if not _same(a, b))
+        return f"expected {quoted(want[i])} at {i}, got {quoted(got[i])}"
+    return f"expected {quoted(want)}, got {quoted(got)}"
 
 
 def _same(want: object, got: object) -> bool:
@@ -112,45 +130,57 @@ def compare(
     *,
     n_threads: int,
     chunks_per_tensor: int | None,
-    on_chunk: Callable[[], None] = lambda: None,
 ) -> tuple[int, list[str]]:
     """Convert chunks of the checkpoint again and compare bytes; None compares all. How many, and what differs."""
+    problems = {tensor.name: _incomparable(model, ggml, imatrix, tensor) for tensor in mapped}
+    comparable = [tensor for tensor in mapped if problems[tensor.name] is None]
+    items = list(_sampled(comparable, chunks_per_tensor))
+    ggml.prepare({model.tensors[tensor.name].ggml_type for tensor in comparable})
     with RowReader(checkpoint, ggml) as reader, ThreadPoolExecutor(n_threads) as pool:
-
-        def differing(item: tuple[MappedTensor, Chunk]) -> str | None:
-            problem = _compare_chunk(model, reader, ggml, imatrix, *item)
-            on_chunk()
-            return problem
-
-        problems = list(pool.map(differing, _sampled(model, mapped, chunks_per_tensor)))
-    return len(problems), sorted({problem for problem in problems if problem is not None})
+        equal = list(pool.map(lambda item: _is_equal(model, reader, ggml, imatrix, *item), items))
+    hint = "; it was quantized with an imatrix, pass it with --imatrix" if imatrix is None and "quantize.imatrix.file" in model.metadata else ""
+    for (tensor, _), same in zip(items, equal):
+        if not same:
+            problems[tensor.name] = f"{tensor.name} is not what the checkpoint gives as {model.tensors[tensor.name].ggml_type.name}{hint}"
+    return len(items), [problem for problem in problems.values() if problem is not None]
 
 
-def _sampled(model: GgufModel, mapped: Sequence[MappedTensor], per_tensor: int | None) -> Iterator[tuple[MappedTensor, Chunk]]:
+def _incomparable(model: GgufModel, ggml: Ggml, imatrix: Imatrix | None, tensor: MappedTensor) -> str | None:
+    """Why a tensor can't be made again from the checkpoint; None if it can."""
+    stored = model.tensors.get(tensor.name)
+    if stored is None:
+        return f"{tensor.name} is missing, and the checkpoint has it"
+    if stored.shape != tensor.shape:
+        return f"{tensor.name} expected the checkpoint's shape {list(tensor.shape)}, got {list(stored.shape)}; is this another checkpoint?"
+    kind = stored.ggml_type
+    if kind not in QUANTIZABLE:
+        return f"{tensor.name} has the type {kind.name}, which this command can't make: not compared"
+    if ggml.requires_imatrix(kind) and (imatrix is None or tensor.name not in imatrix.entries):
+        return f"{tensor.name} was quantized to {kind.name} with an imatrix: not compared; pass it with --imatrix"
+    return None
+
+
+def _sampled(mapped: Sequence[MappedTensor], per_tensor: int | None) -> Iterator[tuple[MappedTensor, Chunk]]:
     """Chunks spread evenly over each tensor, first and last included."""
     for tensor in mapped:
-        if tensor.name not in model.tensors:
-            continue
         every = list(chunks(tensor))
         picked = every if per_tensor is None else [every[i] for i in sorted({*np.linspace(0, len(every) - 1, per_tensor).astype(int)})]
         yield from ((tensor, chunk) for chunk in picked)
 
 
-def _compare_chunk(model: GgufModel, reader: RowReader, ggml: Ggml, imatrix: Imatrix | None, tensor: MappedTensor, chunk: Chunk) -> str | None:
+def _is_equal(model: GgufModel, reader: RowReader, ggml: Ggml, imatrix: Imatrix | None, tensor: MappedTensor, chunk: Chunk) -> bool:
     stored = model.tensors[tensor.name]
     n = max(CHUNK_WEIGHTS, tensor.row_size)
     rows = reader.read(tensor, chunk, np.empty(n, np.float32), np.empty(4 * n, np.uint8))
+    refuse_non_finite(rows, tensor)
     weights = imatrix.entries.get(tensor.name) if imatrix is not None else None
     packed = np.empty(4 * n, np.uint8)
     n_bytes = ggml.quantize(stored.ggml_type, rows, packed, weights.weights(chunk.expert) if weights is not None else None)
-    if bytes(packed[:n_bytes]) == _stored_bytes(model, stored, chunk, n_bytes):
-        return None
-    hint = "; it was quantized with an imatrix, pass it with --imatrix" if imatrix is None and "quantize.imatrix.file" in model.metadata else ""
-    return f"{tensor.name} is not what the checkpoint gives as {stored.ggml_type.name}{hint}"
+    return bytes(packed[:n_bytes]) == _stored_bytes(model, stored, chunk, n_bytes)
 
 
 def _stored_bytes(model: GgufModel, stored: GgufTensor, chunk: Chunk, n_bytes: int) -> bytes:
-    descriptor = os.open(model.file_of(stored.name).path, os.O_RDONLY)
+    descriptor = os.open(model.homes[stored.name], os.O_RDONLY)
     try:
         return os.pread(descriptor, n_bytes, stored.offset + chunk.first_row * row_bytes(stored.ggml_type, stored.shape[-1]))
     finally:

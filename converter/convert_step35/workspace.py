@@ -1,5 +1,6 @@
 """From paths and options to what a command works on: the checkpoint, its tokenizer, the plan, the fingerprint."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,10 +83,12 @@ def _subject(checkpoint: Checkpoint, known: KnownCheckpoint | None, imatrix: Ima
     arch = checkpoint.arch
     generation_path = checkpoint.folder / "generation_config.json"
     generation = read_json(generation_path, max_bytes=MAX_GENERATION_BYTES) if generation_path.is_file() else {}
+    # A folder's name may be any bytes; the metadata is UTF-8.
+    name = os.fsencode(checkpoint.folder.resolve().name).decode(errors="replace")
     provenance = Provenance(
-        title=known.title if known is not None else checkpoint.folder.resolve().name,
+        title=known.title if known is not None else name,
         license=known.license if known is not None else None,
-        source=known.repository if known is not None else checkpoint.folder.resolve().name,
+        source=known.repository if known is not None else name,
         source_sha256=digest(checkpoint),
         recipe="",
         version=__version__,
