@@ -116,7 +116,7 @@ def test_a_slip_in_the_file_is_named_with_its_place(tmp_path: Path, case: str) -
     [
         ("recipes: {\n", "is not YAML: .*line"),
         ("recipes: {A: 1, A: 2}", "is not YAML: expected each key once, got A twice at line 1"),
-        ("- 1", r"expected the keys \['checkpoints', 'recipes', 'templates'\], got \[1\]"),
+        ("- 1", r"expected the keys \['checkpoints', 'machines', 'recipes', 'templates'\], got \[1\]"),
         ("", "got None"),
         ("a: !!python/object:os.system x", "is not YAML: "),
     ],

@@ -8,7 +8,7 @@ import yaml
 
 from convert_step35.errors import ConvertError
 
-_TOP_LEVEL = {"checkpoints", "templates", "recipes"}
+_TOP_LEVEL = {"checkpoints", "templates", "recipes", "machines"}
 _SAMPLING = {"temperature", "top_p"}
 _Entry = TypeVar("_Entry")
 
