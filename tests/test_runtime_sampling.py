@@ -137,3 +137,19 @@ def test_an_impossible_value_is_refused_with_its_range(bad):
     (name,) = bad
     with pytest.raises(SettingsError, match=f"bad sampling value: {name} expected .* got"):
         Sampling(**bad)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 2**20), spread=st.floats(0.01, 12))
+def test_over_a_large_vocabulary_the_winner_is_the_one_of_all_scores(seed, position, spread):
+    """The shortcut that leaves out tokens without a chance leaves out none that has one."""
+    logits = np.random.default_rng(seed % 1000).normal(0, spread, 20_000).astype(np.float32)
+    scores = logits + gumbel(seed, position, np.arange(len(logits)))
+    assert choose(logits, Sampling(1.0, seed=seed, **PLAIN), position) == scores.argmax()
+
+
+@given(logits=st.lists(st.floats(-3, 3, width=32), min_size=300, max_size=400), top_p=st.floats(0.3, 1))
+def test_a_wide_nucleus_equals_its_definition(logits, top_p):
+    values = np.array(logits, np.float32)
+    kept = truncate(values, Sampling(1.0, 0, top_p))
+    assert set(kept) == _slow_truncate(values, 0, top_p, 0.0) or _is_tie(values, kept)

@@ -80,6 +80,10 @@ class Turn:
         return self.session.tokens[self.n_prompt :]
 
     @property
+    def n_generated(self) -> int:
+        return len(self.session.tokens) - self.n_prompt
+
+    @property
     def n_todo(self) -> int:
         return len(self.session.tokens) - self.session.n_kv
 
@@ -152,16 +156,17 @@ def step(engine: Engine, turns: Sequence[Turn]) -> None:
 
 
 def _propose(engine: Engine, turns: Sequence[Turn]) -> list[Cycle]:
-    cycles = [_new_cycle(engine, turn) for turn in turns]
+    share = engine.options.n_batch // len(turns) - 1
+    cycles = [_new_cycle(engine, turn, share) for turn in turns]
     if not engine.drafter.is_off:
         engine.drafter.propose([cycle for cycle, turn in zip(cycles, turns, strict=True) if turn.n_todo == 1])
     return cycles
 
 
-def _new_cycle(engine: Engine, turn: Turn) -> Cycle:
+def _new_cycle(engine: Engine, turn: Turn, share: int) -> Cycle:
     """A draft never goes past the turn's last token: one of its tokens comes from the trunk itself."""
     session = turn.session
-    n_max = min(turn.n_predict - len(turn.generated) - 1, engine.n_free_cells - 2)
+    n_max = min(turn.n_predict - turn.n_generated - 1, engine.n_free_cells - 2, share)
     return Cycle(session.seq, session.tokens, turn.chooser.sampling, session.memory, n_max)
 
 
@@ -243,7 +248,7 @@ def _verify(feed: Feed, logits: np.ndarray) -> list[int]:
         chosen.append(token)
         if model.is_eog(token):
             turn.finish = "stop"
-        elif len(turn.generated) >= turn.n_predict:
+        elif turn.n_generated >= turn.n_predict:
             turn.finish = "length"
         if turn.finish or i == len(drafts) or token != drafts[i]:
             return chosen

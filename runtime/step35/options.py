@@ -64,7 +64,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         _check_range("n_ctx", self.n_ctx, 8, 1 << 30)
         _check_range("n_batch", self.n_batch, 8, 1 << 16)
-        _check_range("n_sessions", self.n_sessions, 1, MAX_SEQUENCES)
+        _check_range("n_sessions", self.n_sessions, 1, min(MAX_SEQUENCES, self.n_batch))
         _check_range("n_checkpoints", self.n_checkpoints, 0, 1 << 10)
         _check_range("n_threads", self.n_threads, 0, 4096)
         _check_range("n_threads_batch", self.n_threads_batch, 0, 4096)

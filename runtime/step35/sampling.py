@@ -17,6 +17,8 @@ import numpy as np
 from step35.errors import SettingsError
 
 DRAFT_MIN_P = 1e-4  # a draft needs no tail: tokens this far below the best are left out
+FEW = 128  # candidates that are cheap to sort
+UNLIKELY = 8.0  # a score this far below the best (e^-8) wins by extraordinary noise only
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +101,19 @@ def _nucleus(logits: np.ndarray, ids: np.ndarray, top_p: float) -> np.ndarray:
     total = float(weights.sum(dtype=np.float64))
     # All ids under this weight together hold less than 1 - top_p: the nucleus is full without them.
     likely = np.flatnonzero(weights >= (1 - top_p) * total / len(ids))
+    likely = _best_few(weights, likely, top_p * total)
     likely = likely[np.argsort(-weights[likely], kind="stable")]
     reached = np.cumsum(weights[likely], dtype=np.float64)
     n_keep = int(np.searchsorted(reached, top_p * total)) + 1
     return ids[likely[:n_keep]]
+
+
+def _best_few(weights: np.ndarray, likely: np.ndarray, wanted: float) -> np.ndarray:
+    """Returns the FEW heaviest of `likely` if they weigh enough, else all: sorting many is slow."""
+    if len(likely) <= FEW:
+        return likely
+    few = likely[np.argpartition(weights[likely], -FEW)[-FEW:]]
+    return few if weights[few].sum(dtype=np.float64) > wanted else likely
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -110,7 +121,12 @@ _MASK = 2**64 - 1
 
 
 def gumbel(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
-    """Returns Gumbel noise (len(ids),) float64, a function of seed, position and token alone.
+    """Returns Gumbel noise (len(ids),) float64, a function of seed, position and token alone."""
+    return -np.log(-np.log(_uniform(seed, position, ids)))
+
+
+def _uniform(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
+    """Returns numbers between 0 and 1, float64.
 
     splitmix64 (Steele, Lea, Flood 2014) over the token id, keyed by seed and position.
     """
@@ -119,8 +135,7 @@ def gumbel(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
-    uniform = ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -np.log(-np.log(uniform))
+    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def _mix(x: int) -> int:
@@ -134,21 +149,38 @@ def choose(logits: np.ndarray, sampling: Sampling, position: int) -> int:
     if sampling.temperature == 0:
         return int(logits.argmax())
     ids = truncate(logits, sampling)
-    scores = logits[ids] / sampling.temperature + gumbel(sampling.seed, position, ids)
+    scores = logits[ids] / sampling.temperature
+    if len(ids) > 16 * FEW:
+        able = _able_to_win(scores, sampling.seed, position, ids)
+        ids, scores = ids[able], scores[able]
+    scores = scores + gumbel(sampling.seed, position, ids)
     return int(ids[scores.argmax()])
+
+
+def _able_to_win(scores: np.ndarray, seed: int, position: int, ids: np.ndarray) -> np.ndarray:
+    """Returns indices of the likely ids, and of the unlikely ones whose noise may lift them to the top.
+
+    Exact, and saves the logarithms: below `floor` an id must make up for the distance to the best
+    noised score among the likely ones, which takes a uniform number of at least `needed`.
+    """
+    floor = scores.max() - UNLIKELY
+    likely = np.flatnonzero(scores > floor)
+    best = (scores[likely] + gumbel(seed, position, ids[likely])).max()
+    needed = np.exp(-np.exp(-(best - floor)))
+    return np.flatnonzero((scores > floor) | (_uniform(seed, position, ids) >= needed))
 
 
 def choose_with_margin(logits: np.ndarray, sampling: Sampling, position: int) -> tuple[int, float]:
     """Returns a draft for a position, and the distance of the two best (noised) scores."""
     ids = np.flatnonzero(logits >= logits.max() + np.log(DRAFT_MIN_P) * max(sampling.temperature, 1.0))
-    scores = logits[ids]
+    scores = logits[ids].astype(np.float64)
     if sampling.temperature > 0:
         kept = truncate(scores, sampling)
         ids = ids[kept]
         scores = scores[kept] / sampling.temperature + gumbel(sampling.seed, position, ids)
     best = int(scores.argmax())
-    others = np.delete(scores, best)
-    return int(ids[best]), float(scores[best] - others.max()) if len(others) else float("inf")
+    lead, scores[best] = float(scores[best]), -np.inf
+    return int(ids[best]), lead - float(scores.max())
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
