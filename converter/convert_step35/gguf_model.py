@@ -119,7 +119,7 @@ class _Keys:
         value = self._metadata.get(f"{ARCH}.{name}", default)
         values = value if isinstance(value, list) else [value] * n
         if len(values) != n:
-            raise self.unexpected(name, f"{n} values", f"{len(values)} values")
+            raise self.unexpected(name, f"{n} values", len(values))
         wrong = [v for v in values if type(v) is not kind]
         if wrong:
             raise self.unexpected(name, f"{n} values of {kind.__name__}", wrong[0])
