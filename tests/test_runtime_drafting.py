@@ -146,7 +146,7 @@ def test_sequences_of_unequal_length_in_one_batch_dont_touch_each_other(lengths,
         assert turn.generated == expected(prompt_of(n), 30)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**64 - 1), temperature=st.floats(0.1, 3), wrong=st.integers(2, 6), flatness=st.floats(0, 2))
 def test_the_same_seed_gives_the_same_text_at_any_depth(seed, temperature, wrong, flatness):
     sampling = Sampling(temperature=temperature, top_p=0.9, seed=seed)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step35.hidden import HiddenRows
@@ -10,9 +10,12 @@ from step35.ngram import KEY_LENGTH, NgramIndex
 from step35.sync import Cached, SyncPlan, common_prefix, plan_sync
 from step35.text import TextStream, stream_text
 
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
+
 tokens = st.lists(st.integers(0, 3), max_size=40)
 
 
+@relaxed
 @given(cached=tokens, prompt=tokens.filter(len), held_from=st.integers(0, 40), window=st.integers(1, 16), data=st.data())
 def test_a_plan_never_keeps_a_timeline_whose_window_is_lost(cached, prompt, held_from, window, data):
     held_from = min(held_from, len(cached))
@@ -26,6 +29,7 @@ def test_a_plan_never_keeps_a_timeline_whose_window_is_lost(cached, prompt, held
         assert held_from <= max(0, plan.n_keep - window + 1)
 
 
+@relaxed
 @given(cached=tokens, prompt=tokens.filter(len))
 def test_with_nothing_lost_the_whole_common_prefix_is_kept(cached, prompt):
     plan = plan_sync(Cached(cached, 0, ()), prompt, 8)
@@ -39,6 +43,7 @@ def test_the_nearest_checkpoint_before_the_fork_is_put_back():
     assert plan_sync(cached, [*range(90), 999], 8) == SyncPlan(90, False, 90)
 
 
+@relaxed
 @given(timeline=st.lists(st.integers(0, 2), min_size=1, max_size=60), n_max=st.integers(1, 8))
 def test_lookup_returns_what_followed_an_equal_ending(timeline, n_max):
     index = NgramIndex()
@@ -59,6 +64,7 @@ def test_lookup_returns_what_followed_an_equal_ending(timeline, n_max):
     )
 
 
+@relaxed
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=12))
 def test_lookup_survives_rewinds(moves):
     """Rewinds leave stale places in the index; what is found is in the timeline all the same."""
@@ -72,6 +78,7 @@ def test_lookup_survives_rewinds(moves):
             assert any(timeline[i : i + len(ending)] == ending for i in range(len(timeline)))
 
 
+@relaxed
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=15))
 def test_hidden_rows_come_back_as_they_were_put(puts):
     ring, known, end = HiddenRows(8, 2), {}, 0
@@ -92,6 +99,7 @@ def test_hidden_rows_come_back_as_they_were_put(puts):
         ring.get(ring.end, ring.end + 1)
 
 
+@relaxed
 @given(text=st.text(alphabet="abé漢😀", max_size=30), stop=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3), data=st.data())
 def test_text_ends_before_the_first_stop_string_however_it_is_cut(text, stop, data):
     raw = text.encode()

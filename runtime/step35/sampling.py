@@ -17,7 +17,8 @@ import numpy as np
 from step35.errors import SettingsError
 
 DRAFT_MIN_P = 1e-4  # a draft needs no tail: tokens this far below the best are left out
-FEW = 128  # candidates that are cheap to sort
+FEW = 256  # candidates that are cheap to sort
+BLOCK = 64
 UNLIKELY = 8.0  # a score this far below the best (e^-8) wins by extraordinary noise only
 
 
@@ -83,37 +84,55 @@ def _penalize(logits: np.ndarray, sampling: Sampling, counts: Mapping[int, int])
 
 def truncate(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Returns the token ids that top_k, top_p and min_p leave; at least the best one."""
-    ids = np.flatnonzero(logits > -np.inf)
-    if 0 < sampling.top_k < len(ids):
-        ids = ids[np.argpartition(logits[ids], -sampling.top_k)[-sampling.top_k :]]
+    cuts = []
+    if 0 < sampling.top_k < len(logits):
+        cuts.append(lambda values: _top_k(values, sampling.top_k))
     if sampling.top_p < 1:
-        ids = _nucleus(logits, ids, sampling.top_p)
+        cuts.append(lambda values: _nucleus(values, sampling.top_p))
     if sampling.min_p > 0:
-        values = logits[ids]
-        ids = ids[values >= values.max() + np.log(sampling.min_p)]
-    return ids
+        cuts.append(lambda values: np.flatnonzero(values >= values.max() + np.log(sampling.min_p)))
+    if not cuts:
+        return np.flatnonzero(logits > -np.inf)
+    ids = cuts[0](logits)
+    for cut in cuts[1:]:
+        ids = ids[cut(logits[ids])]
+    return ids[logits[ids] > -np.inf]
 
 
-def _nucleus(logits: np.ndarray, ids: np.ndarray, top_p: float) -> np.ndarray:
-    """Returns the smallest set of most probable ids whose probability reaches `top_p`."""
-    values = logits[ids]
+def _top_k(values: np.ndarray, k: int) -> np.ndarray:
+    leaders = _leaders(values, k)
+    return leaders[np.argpartition(values[leaders], -k)[-k:]]
+
+
+def _nucleus(values: np.ndarray, top_p: float) -> np.ndarray:
+    """Returns the smallest set of most probable indices whose probability reaches `top_p`."""
     weights = np.exp(values - values.max())
-    total = float(weights.sum(dtype=np.float64))
-    # All ids under this weight together hold less than 1 - top_p: the nucleus is full without them.
-    likely = np.flatnonzero(weights >= (1 - top_p) * total / len(ids))
-    likely = _best_few(weights, likely, top_p * total)
+    wanted = top_p * float(weights.sum(dtype=np.float64))
+    likely = _enough(weights, wanted)
     likely = likely[np.argsort(-weights[likely], kind="stable")]
     reached = np.cumsum(weights[likely], dtype=np.float64)
-    n_keep = int(np.searchsorted(reached, top_p * total)) + 1
-    return ids[likely[:n_keep]]
+    return likely[: int(np.searchsorted(reached, wanted)) + 1]
 
 
-def _best_few(weights: np.ndarray, likely: np.ndarray, wanted: float) -> np.ndarray:
-    """Returns the FEW heaviest of `likely` if they weigh enough, else all: sorting many is slow."""
-    if len(likely) <= FEW:
-        return likely
-    few = likely[np.argpartition(weights[likely], -FEW)[-FEW:]]
-    return few if weights[few].sum(dtype=np.float64) > wanted else likely
+def _enough(weights: np.ndarray, wanted: float) -> np.ndarray:
+    """Returns indices of the heaviest weights, together at least `wanted`; few if few will do, to be sorted fast."""
+    for k in (FEW, 16 * FEW):
+        heaviest = _leaders(weights, k)
+        if weights[heaviest].sum(dtype=np.float64) > wanted:
+            return heaviest
+    return np.arange(len(weights))
+
+
+def _leaders(values: np.ndarray, k: int) -> np.ndarray:
+    """Returns indices of all values that may be among the k largest: at least k, usually not many more.
+
+    k blocks have a maximum of at least the k-th largest maximum, so no smaller value is needed.
+    """
+    n_blocks = len(values) // BLOCK
+    if n_blocks <= k:
+        return np.arange(len(values))
+    maxima = values[: n_blocks * BLOCK].reshape(n_blocks, BLOCK).max(axis=1)
+    return np.flatnonzero(values >= np.partition(maxima, -k)[-k])
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -150,7 +169,7 @@ def choose(logits: np.ndarray, sampling: Sampling, position: int) -> int:
         return int(logits.argmax())
     ids = truncate(logits, sampling)
     scores = logits[ids] / sampling.temperature
-    if len(ids) > 16 * FEW:
+    if len(ids) > 8 * FEW:
         able = _able_to_win(scores, sampling.seed, position, ids)
         ids, scores = ids[able], scores[able]
     scores = scores + gumbel(sampling.seed, position, ids)
