@@ -29,9 +29,9 @@ class Gpu:
     flops: float
     reserve_bytes: int
     """What the driver and its kernels take beside the buffers that are planned."""
-    decode_share: float = 0.58
+    decode_share: float = 0.6
     """The share of the bandwidth that decoding reaches."""
-    kv_share: float = 0.45
+    kv_share: float = 0.4
     """The same for reading the KV cache."""
 
 
@@ -59,6 +59,17 @@ class Machine:
     def is_unified(self) -> bool:
         """Whether GPU and CPU share one memory."""
         return any(gpu.kind == INTEGRATED for gpu in self.gpus)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU as ggml's device API tells of it; `address` is its PCI address where it has one."""
+
+    name: str
+    kind: str
+    total_bytes: int
+    free_bytes: int
+    address: str | None
 
 
 def models_path() -> Path:
@@ -129,8 +140,8 @@ def _gpu(entry: Section) -> Gpu:
         host_bandwidth=entry.take("host_gbps", positive, _NUMBER) * 1e9,
         flops=entry.take("tflops", positive, _NUMBER) * 1e12,
         reserve_bytes=entry.take("reserve", _size, _SIZE, GIB),
-        decode_share=entry.take("decode_share", positive, _NUMBER, 0.58),
-        kv_share=entry.take("kv_share", positive, _NUMBER, 0.45),
+        decode_share=entry.take("decode_share", positive, _NUMBER, 0.6),
+        kv_share=entry.take("kv_share", positive, _NUMBER, 0.4),
     )
     entry.end()
     return gpu

@@ -23,6 +23,7 @@ from llama_cpp import __version__ as binding_version
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
+from step35.machine import DISCRETE, INTEGRATED, Device
 from step35.options import ContextOptions, ModelOptions
 from step35.rows import Rows
 
@@ -344,6 +345,34 @@ def _load(options: ModelOptions) -> object:
     if not handle:
         raise ModelError(f"can't load {options.path}: {_reason()}; if a download was cut short, fetch the file again")
     return handle
+
+
+# devices
+
+
+class _DeviceProps(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_char_p) for name in ("name", "description")]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("free", "total")]
+    _fields_ += [("type", ctypes.c_int), ("id", ctypes.c_char_p), ("caps", ctypes.c_bool * 16)]
+
+
+_device_count = _bind("ggml_backend_dev_count", "", [], ctypes.c_size_t)
+_device_get = _bind("ggml_backend_dev_get", "", [ctypes.c_size_t], _p)
+_device_props = _bind("ggml_backend_dev_get_props", "", [_p, ctypes.POINTER(_DeviceProps)], None)
+_GPU_KINDS = {1: DISCRETE, 2: INTEGRATED}
+
+
+def devices() -> list[Device]:
+    """Returns the GPUs that llama.cpp was built for and finds."""
+    _start_backend()
+    found = []
+    for index in range(_device_count()):
+        props = _DeviceProps()
+        _device_props(_device_get(index), props)
+        if props.type in _GPU_KINDS:
+            name, address = props.description.decode(), props.id.decode() if props.id else None
+            found.append(Device(name, _GPU_KINDS[props.type], props.total, props.free, address))
+    return found
 
 
 # a context
