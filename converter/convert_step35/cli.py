@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -182,7 +183,7 @@ def recipes(as_json: bool) -> None:
     """List what --type takes: this project's recipes, and llama-quantize's presets."""
     known = load_models().recipes
     if as_json:
-        print(to_json({"recipes": {name: recipe.about for name, recipe in known.items()}, "presets": list(PRESETS)}), end="")
+        print(to_json({"recipes": [asdict(recipe) for recipe in known.values()], "presets": list(PRESETS)}), end="")
         return
     _console().print(tables.recipe_table(known, PRESETS))
 

@@ -129,7 +129,7 @@ def preset_types(
 ) -> dict[str, T]:
     """The type of each MATRIX tensor; `manual` names a type that the user forced, which skips the rules.
 
-    Like upstream, a forced type counts only under a quantized preset, and does not advance the counters.
+    Like upstream, a forced type does not advance the counters; unlike upstream, it counts under F32, F16 and BF16 too.
     """
     state = _State(preset, facts, n_attn_v=sum(t.name.endswith("attn_v.weight") for t in tensors), manual=manual)
     matrices = [t for t in tensors if t.kind is Kind.MATRIX]
@@ -142,11 +142,11 @@ def _upstream_order(tensor: MappedTensor) -> tuple[int, str]:
 
 
 def _type(state: _State, tensor: MappedTensor) -> T:
-    default = state.preset.default
-    if default in _FLOAT:
-        return default
     forced = state.manual(tensor.name)
-    return fit_to_row(forced if forced is not None else _rule(state, tensor), tensor.row_size)
+    if forced is not None:
+        return fit_to_row(forced, tensor.row_size)
+    default = state.preset.default
+    return default if default in _FLOAT else fit_to_row(_rule(state, tensor), tensor.row_size)
 
 
 def _rule(state: _State, tensor: MappedTensor) -> T:

@@ -88,7 +88,7 @@ def inspection(found: Inspection) -> RenderableType:
     made_by = f", recipe {found.recipe}" if found.recipe else ""
     lines = [
         f"{found.name}: {found.n_trunk_layers} layers, {heads}, context {found.context_length}",
-        f"{len(found.files)} file(s), {format_size(found.n_bytes)}, {found.n_tensors} tensors, {found.file_type}{made_by}",
+        f"{len(found.files)} file{'s' if len(found.files) > 1 else ''}, {format_size(found.n_bytes)}, {found.n_tensors} tensors, {found.file_type}{made_by}",
         f"chat template: {found.template}",
     ]
     end = _problems(found.problems) or [Text("no problems found")]
@@ -97,9 +97,9 @@ def inspection(found: Inspection) -> RenderableType:
 
 def recipe_table(recipes: dict[str, Recipe], presets: dict[str, Preset]) -> RenderableType:
     """The recipes, best quality first, and the presets' names."""
-    table = _table("recipe", "gate, up", "down", "rest", "MTP", "about")
+    table = _table("recipe", "what it is", "rest", "MTP")
     for recipe in recipes.values():
-        table.add_row(recipe.name, recipe.experts_gate_up, recipe.experts_down, recipe.rest, recipe.mtp, recipe.about)
+        table.add_row(recipe.name, recipe.about, recipe.rest, recipe.mtp)
     return Group(table, Text(), Text("llama-quantize's presets: " + " ".join(presets)), Text("or any ggml type for all matrices, such as Q4_K"))
 
 

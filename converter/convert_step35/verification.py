@@ -106,8 +106,10 @@ def check_metadata(model: GgufModel, expected: Sequence[Entry]) -> list[str]:
 
 
 def _difference(want: Any, got: Any) -> str:
-    """Wanted and got; of two lists of one length the first entries that differ."""
-    if isinstance(want, list) and isinstance(got, list) and len(want) == len(got):
+    """Wanted and got; of two lists their lengths or the first entries that differ."""
+    if isinstance(want, list) and isinstance(got, list):
+        if len(want) != len(got):
+            return f"expected {len(want)} values, got {len(got)}"
         i = next(i for i, (a, b) in enumerate(zip(want, got)) if not _same(a, b))
         return f"expected {quoted(want[i])} at {i}, got {quoted(got[i])}"
     return f"expected {quoted(want)}, got {quoted(got)}"
