@@ -26,7 +26,8 @@ class Done:
 
 def convert_step35(*arguments: object) -> Done:
     """Run one command line."""
-    out, err = (TextIOWrapper(BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    out = TextIOWrapper(BytesIO(), encoding="utf-8", write_through=True)
+    err = TextIOWrapper(BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
     exit_code = 0
     with patch.object(sys, "argv", ["convert-step35", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:

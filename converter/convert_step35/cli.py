@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
+from unicodedata import category
 
 import click
 from gguf import LlamaFileType
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from convert_step35 import __version__, tables
 from convert_step35.conversion import Tools, convert
-from convert_step35.errors import CheckpointError, ConvertError, OptionError, OutputError
+from convert_step35.errors import CheckpointError, ConvertError, OptionError, OutputError, quoted
 from convert_step35.ggml import load_ggml
 from convert_step35.gguf_model import GgufModel, architecture_of, has_mtp, has_trunk, is_shard_name, open_model, whole_name
 from convert_step35.inspection import inspect_file
@@ -41,6 +42,8 @@ Examples:
 
 
 _NEVER_FOLD = 100_000
+# Whether a path can be read is said by what reads it.
+_PATH = click.Path(path_type=Path, readable=False)
 
 
 def main() -> None:
@@ -93,7 +96,7 @@ def _what_to_make(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--type", "type_name", metavar="T", help="A preset, a recipe or a ggml type; see `convert-step35 recipes`.  [default: Q8_0]"),
         click.option("--target-size", metavar="SIZE", help="Instead of --type: the best recipe whose file fits, such as 103GiB."),
         click.option("--tensor-type", "overrides", multiple=True, metavar="REGEX=TYPE", help="Type of the matrices whose GGUF name matches; repeatable, the first match wins."),
-        click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama-imatrix, in GGUF form."),
+        click.option("--imatrix", type=_PATH, help="Importance matrix of llama-imatrix, in GGUF form."),
         click.option("--mtp", type=click.Choice([mode.value for mode in MtpMode]), default="keep", show_default=True, help="MTP heads: in the file, in a file beside it, not at all, or nothing but them."),
         click.option("--split-max-size", metavar="SIZE", help="Write shards with at most this much data each, such as 45GB."),
     ]
@@ -107,7 +110,7 @@ _threads_option = click.option("--threads", type=click.IntRange(1, 1024), defaul
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=_PATH)
 @_what_to_make
 @_json_option
 def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
@@ -123,8 +126,8 @@ def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=_PATH)
+@click.argument("out", type=_PATH)
 @_what_to_make
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole.")
 @click.option("--restart", is_flag=True, help="Drop an unfinished conversion instead of going on with it.")
@@ -144,10 +147,10 @@ def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: in
 
 
 @cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), metavar="CKPT", help="Also convert parts of this checkpoint again and compare bytes.")
+@click.argument("file", type=_PATH)
+@click.option("--against", type=_PATH, metavar="CKPT", help="Also convert parts of this checkpoint again and compare bytes.")
 @click.option("--full", is_flag=True, help="With --against: compare every byte, which takes as long as converting.")
-@click.option("--imatrix", type=click.Path(path_type=Path), help="With --against: the imatrix that the file was made with.")
+@click.option("--imatrix", type=_PATH, help="With --against: the imatrix that the file was made with.")
 @_threads_option
 @_json_option
 def verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, threads: int | None, as_json: bool) -> None:
@@ -164,7 +167,7 @@ def verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, t
 
 
 @cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_PATH)
 @_json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Say what a GGUF file holds and what is wrong with it; exit code 1 if something is."""
@@ -217,6 +220,8 @@ def _plan(
 def _gguf_path(out: Path) -> Path:
     if out.suffix != ".gguf":
         raise click.UsageError(f"OUT expected a name that ends in .gguf, got {out}")
+    if any(category(char) in ("Cc", "Cs") for char in out.name):
+        raise click.UsageError(f"OUT expected a name of UTF-8 without control characters, got {quoted(str(out), 400)}")
     if is_shard_name(out.name):
         raise click.UsageError(f"OUT expected a name that is not a shard's, got {out}: --split-max-size numbers shards itself")
     if not out.parent.is_dir():

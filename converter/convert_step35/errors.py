@@ -9,6 +9,8 @@ ConvertError            one clear line; the command prints `convert-step35: erro
     └── DiskFullError   there is no room for it
 """
 
+from unicodedata import category
+
 
 class ConvertError(Exception):
     """What went wrong, where, what was wanted, what was found and what to do, in one line."""
@@ -47,6 +49,6 @@ def quoted(value: object, max_chars: int = 80) -> str:
 
 
 def printable(value: object, max_chars: int = 80) -> str:
-    """A name from an untrusted file for a terminal: no control characters, and not without end."""
-    text = "".join(char if char.isprintable() else "?" for char in str(value)[: max_chars + 1])
+    """A name from an untrusted file for a terminal: no control characters or line ends, and not without end."""
+    text = "".join("?" if category(char)[0] == "C" or category(char) in ("Zl", "Zp") else char for char in str(value)[: max_chars + 1])
     return text if len(text) <= max_chars else text[:max_chars] + "..."

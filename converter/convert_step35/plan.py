@@ -102,7 +102,7 @@ class Subject:
 def make_plan(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe]) -> Plan:
     """Lay out every file; PlanError where the wishes can't be met."""
     parts = list(_parts(subject, wishes))
-    name = wishes.type_name or _fitting(subject, wishes, recipes, parts)
+    name = wishes.type_name if wishes.type_name is not None else _fitting(subject, wishes, recipes, parts)
     files: list[PlannedFile] = []
     notes = _mtp_notes(subject, wishes)
     for path, tensors, with_mtp in parts:

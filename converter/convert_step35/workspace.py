@@ -82,7 +82,7 @@ def fingerprint(workspace: Workspace, plan: Plan, ggml: Ggml) -> dict[str, str]:
 def _subject(checkpoint: Checkpoint, known: KnownCheckpoint | None, imatrix: Imatrix | None) -> Subject:
     arch = checkpoint.arch
     generation_path = checkpoint.folder / "generation_config.json"
-    generation = read_json(generation_path, max_bytes=MAX_GENERATION_BYTES) if generation_path.is_file() else {}
+    generation = read_json(generation_path, max_bytes=MAX_GENERATION_BYTES) if generation_path.exists() else {}
     # A folder's name may be any bytes; the metadata is UTF-8.
     name = os.fsencode(checkpoint.folder.resolve().name).decode(errors="replace")
     provenance = Provenance(
