@@ -12,6 +12,7 @@ import click
 from step35 import __version__
 from step35.errors import Step35Error
 from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES, EngineOptions
+from step35.plan_cli import plan
 
 if TYPE_CHECKING:
     from step35.generation import Stats
@@ -178,6 +179,9 @@ def summary_line(stats: "Stats") -> str:
     heads = " ".join(f"{a}/{d}" for a, d in zip(stats.accepted_per_head, stats.drafted_per_head, strict=True))
     per_head = f", per head {heads}" if heads else ""
     return f"{line} · accepted {stats.n_accepted} of {stats.n_drafted} drafted{per_head}, mean depth {stats.mean_depth:.2f}"
+
+
+cli.add_command(plan)
 
 
 def main() -> None:

@@ -114,6 +114,8 @@ def _check(header: Header, machine: Machine, wishes: Wishes) -> None:
     n_most = header.shape.n_ctx_train
     if wishes.n_ctx is not None and wishes.n_ctx > n_most:
         raise SettingsError(f"context too long: expected at most {n_most} (the model's), got {wishes.n_ctx}")
+    if wishes.gpu_budget is not None and not machine.gpus:
+        raise SettingsError(f"no GPU to budget: {machine.name} has none; leave the GPU budget out")
     largest = max((gpu.total_bytes for gpu in machine.gpus), default=0)
     if wishes.gpu_budget is not None and wishes.gpu_budget > largest:
         raise SettingsError(

@@ -20,3 +20,11 @@ def format_size(n_bytes: int) -> str:
     if abs(n_bytes) >= 2**30 // 10:
         return f"{n_bytes / 2**30:.2f} GiB"
     return f"{n_bytes / 2**20:.1f} MiB"
+
+
+def exact_size(n_bytes: int) -> str:
+    """Returns a size that parse_size turns into the very same bytes."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if n_bytes % size == 0:
+            return f"{n_bytes // size}{unit}"
+    return f"{n_bytes // 1000}.{n_bytes % 1000:03}KB"

@@ -1,6 +1,7 @@
 """YAML of our own, read strictly: every mistake is one line that names the file's line."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +63,10 @@ class Section:
                 hint = f"; known here: {known}" if known else ""
                 raise self.error(self._path(key), "a known key", f"an unknown one{hint}", self._entries[key])
 
+    def fault(self, key: str, want: str, got: object) -> SettingsError:
+        """Returns the error that names a key's line; for checks that need more than one value."""
+        return self.error(self._path(key), want, got, self._entries.get(key))
+
     def error(self, what: str, want: str, got: object, node: yaml.Node | None = None) -> SettingsError:
         line = (node or self._node).start_mark.line + 1
         return SettingsError(f"bad value: {self._file} line {line}: {what} expected {want}, got {got}")
@@ -71,8 +76,13 @@ class Section:
         if key in self._entries:
             return self._entries[key]
         if default is _NEEDED:
-            raise self.error(self._path(key), "to be there", "nothing")
+            raise self._missing(key)
         return None
+
+    def _missing(self, key: str) -> SettingsError:
+        for meant in get_close_matches(key, self._left, 1):
+            return self.error(self._path(meant), f"the key {key}", "an unknown one", self._entries[meant])
+        return self.error(self._path(key), "to be there", "nothing")
 
     def _path(self, key: str) -> str:
         return f"{self.name}.{key}" if self.name else key

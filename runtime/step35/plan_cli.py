@@ -1,0 +1,126 @@
+"""`step35 plan`: what would go where on a box, what that takes, how fast it may be, and whether it fits."""
+
+import json
+from pathlib import Path
+
+import click
+
+from step35.options import KV_TYPES
+from step35.sizes import format_size, parse_size
+
+
+class Size(click.ParamType):
+    """A size with its unit."""
+
+    name = "SIZE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--machine", "machine_name", metavar="NAME", help="A box of models.yaml, or a .yaml file; default this one.")
+@click.option("-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default the longest that fits.")
+@click.option("--policy", default="auto", show_default=True, help="auto, unified, split, gpu or cpu.")
+@click.option("--gpu-budget", type=Size(), help="What to take of each GPU at most, such as 22GiB.")
+@click.option("-b", "--batch", "n_batch", type=click.IntRange(8, 1 << 16), help="Prompt tokens per decode; default the plan's.")
+@click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache; default the plan's.")
+@click.option("--sessions", "n_sessions", type=click.IntRange(1, 64), default=1, show_default=True, help="Sessions at a time.")
+@click.option("--no-heads", is_flag=True, help="Without the MTP heads.")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Judge this plan file instead of making one.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the plan to a file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def plan(model, machine_name, plan_path, out, as_json, no_heads, **wishes) -> None:
+    """Plans where MODEL's tensors and buffers go; reads its header only. Exit code 1 if it doesn't fit."""
+    from step35.advice import advice
+    from step35.gguf_facts import read_header
+    from step35.hardware import probe, this_box
+    from step35.machine import find_machine
+    from step35.placement import Wishes, judge, place
+    from step35.plan_file import from_text, to_text
+
+    header = read_header(model)
+    machine = find_machine(machine_name) if machine_name else probe(this_box())
+    asked = Wishes(**wishes, with_heads=not no_heads)
+    if plan_path is None:
+        judged = place(header, machine, asked)
+    else:
+        judged = judge(header, machine, from_text(plan_path.read_text(encoding="utf-8"), str(plan_path), header, machine))
+    hints = [] if judged.fits else advice(header, machine, asked)
+    if out is not None:
+        out.write_text(to_text(judged.placement, model.name), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(as_data(header, judged, hints)))
+    else:
+        click.echo(as_table(header, judged, hints))
+    if not judged.fits:
+        raise SystemExit(1)
+
+
+def as_data(header, judged, hints) -> dict[str, object]:
+    """Returns a judged placement under the names that --json prints; sizes in bytes, speeds in tokens a second."""
+    placement = judged.placement
+    run = placement.run
+    return {
+        "model": str(header.path),
+        "machine": placement.machine,
+        "policy": placement.policy,
+        "fits": judged.fits,
+        "try": hints,
+        "context": run.n_ctx,
+        "batch": run.n_batch,
+        "kv_type": run.kv_type,
+        "usage": {device: {str(purpose): n for purpose, n in sizes.items()} for device, sizes in judged.usage.items()},
+        "budgets": [{"name": p.name, "devices": p.devices, "used": _taken(judged, p), "budget": p.budget} for p in judged.pools],
+        "estimates": [
+            {"n_past": s.n_past, "prefill_tps": s.prefill, "decode_tps": s.decode, "drafted_tps": s.drafted, "depth": s.depth}
+            for s in judged.speeds
+        ],
+        "reasons": placement.reasons,
+    }
+
+
+def _taken(judged, pool) -> int:
+    from step35.usage import taken
+
+    return taken(judged.usage, pool)
+
+
+def as_table(header, judged, hints) -> str:
+    """Returns a judged placement as text: settings, bytes by device and purpose, reasons, estimate, verdict."""
+    placement = judged.placement
+    run = placement.run
+    what = f"{header.path.name} ({format_size(header.n_bytes)}) on {placement.machine}, policy {placement.policy}"
+    settings = f"context {run.n_ctx}, batch {run.n_batch}, KV {run.kv_type}, {run.n_sessions} session(s), {run.n_heads} MTP heads"
+    lines = [what, settings, "", *_bytes_table(judged.usage), ""]
+    lines += [f"{p.name}: {format_size(_taken(judged, p))} of {format_size(p.budget)}" for p in judged.pools]
+    lines += ["", *(f"- {reason}" for reason in placement.reasons), ""]
+    for s in judged.speeds:
+        drafted = f", {s.drafted:.1f} at draft depth {s.depth}" if s.depth else ""
+        lines.append(f"estimate at {s.n_past} tokens: prefill {s.prefill:.0f} tok/s, decode {s.decode:.1f} tok/s{drafted}")
+    return "\n".join([*lines, verdict(judged.fits, hints)])
+
+
+def verdict(does_fit: bool, hints: list[str]) -> str:
+    """Returns the last line of a plan."""
+    if does_fit:
+        return "fits"
+    return f"does not fit; try {' or '.join(hints)}" if hints else "does not fit at any context; this box is too small"
+
+
+def _bytes_table(usage) -> list[str]:
+    from step35.usage import Purpose
+
+    devices = list(usage)
+    purposes = [p for p in Purpose if any(p in sizes for sizes in usage.values())]
+    rows = [("", *devices)]
+    rows += [(str(p), *(format_size(usage[d][p]) if p in usage[d] else "-" for d in devices)) for p in purposes]
+    rows.append(("all", *(format_size(sum(usage[d].values())) for d in devices)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
