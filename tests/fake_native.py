@@ -117,6 +117,9 @@ class FakeContext:
     def cancel(self) -> None:
         self._cancelled = True
 
+    def clear_cancel(self) -> None:
+        self._cancelled = False
+
     # decoding
 
     def decode(self, rows: Sequence[Rows]) -> None:

@@ -13,7 +13,7 @@ from step35.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 # Batches of another shape add up in another order: above that, far below any real difference.
-FLOAT_NOISE = 1e-3
+FLOAT_NOISE = 5e-3
 
 
 def engine(**options) -> Engine:
@@ -72,7 +72,7 @@ def test_without_the_guard_the_lost_cells_would_show():
             e.trunk.truncate(session.seq, 150)
             step(e, [turn])
             logits = e.trunk.logits()[-1].copy()
-        assert np.abs(logits - fresh_logits(e, prompt[:-1])).max() > 100 * FLOAT_NOISE
+        assert np.abs(logits - fresh_logits(e, prompt[:-1])).max() > 20 * FLOAT_NOISE
 
 
 def test_a_longer_prompt_extends_and_a_foreign_one_rebuilds():
@@ -182,3 +182,31 @@ def test_heads_from_a_side_file_draft_like_embedded_ones():
             turn = begin(session, prompt, Chooser(GREEDY), 40)
             stats.append((list(generate(turn)), turn.stats.accepted_per_head))
     assert stats[0] == stats[1]
+
+
+def patched(tmp_path, source, old: bytes, new: bytes):
+    """Returns a copy of a file with the first `old` replaced by `new`, of equal length."""
+    data = source.read_bytes()
+    assert len(old) == len(new)
+    assert old in data
+    path = tmp_path / "patched.gguf"
+    path.write_bytes(data.replace(old, new, 1))
+    return path
+
+
+def test_a_file_with_some_of_its_heads_is_refused(tmp_path):
+    path = patched(tmp_path, tiny_gguf(), b"blk.7.nextn.eh_proj", b"blk.7.nextn.eh_gone")
+    with pytest.raises(ModelError, match=r"incomplete MTP heads: .* expected 3 .* got 2"):
+        Engine(EngineOptions(path))
+
+
+def test_a_side_file_with_another_vocabulary_is_refused(tmp_path):
+    path = patched(tmp_path, tiny_gguf(mtp="only"), b"return", b"retirn")
+    with pytest.raises(ModelError, match=r"the MTP file doesn't belong to the model: .* expected vocab_digest="):
+        Engine(EngineOptions(tiny_gguf(mtp="drop"), path, n_ctx=64))
+
+
+@pytest.mark.parametrize("option", [{"draft": "4"}, {"kv_type": "q2"}, {"load_mode": "x"}, {"n_ctx": 0}, {"n_sessions": 99}])
+def test_an_unknown_option_value_is_refused_with_what_is_known(option):
+    with pytest.raises(SettingsError, match=f"bad option: {next(iter(option))} expected"):
+        EngineOptions(tiny_gguf(), **option)
