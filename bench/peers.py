@@ -1,0 +1,372 @@
+"""step35 beside llama-server and llama-bench: the same GGUF, tokens, threads, context and kernels.
+
+Four parts: `tiny` (the bundled checkpoint: acceptance per head), `widened` (the same text from a 2 GB
+model: tokens per second at temperature 0 and 1), `slice` (five layers of the real width, random weights:
+milliseconds per decode, per verification, per draft cycle, prefill), `wrecked` (heads of noise: automatic
+drafting must not lose). In every round each contender loads the model, runs one task that doesn't count,
+then the tasks; every second round goes in the other order. Numbers are medians over the rounds.
+The machine must be quiet. Needs 24 GB of memory and 20 GB of disk for the slice.
+"""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+from contenders import Contender, LlamaServer, Run, Setup, Step35, Task, llama_bench
+from rich.console import Console
+from rich.table import Table
+from step35.rows import Rows
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # the bundled checkpoint and its training text
+
+import real_width  # noqa: E402
+import widen  # noqa: E402
+import wreck  # noqa: E402
+from checkpoints import BUNDLED  # noqa: E402
+from convert import cpu_model  # noqa: E402
+from reference.chats import generate_chats  # noqa: E402
+from reference.corpus import split_sources, standard_library  # noqa: E402
+
+OPENING = "<|im_start|>assistant\n<think>\n"
+CODE_CHARS, HELD_OUT_SEED = 500, 53
+DEPTHS = (1, 2, 3)
+OURS = ("off", "auto", "1", "2", "3", "ngram")
+LONG_PROMPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One task of one contender in one round."""
+
+    part: str
+    round: int
+    contender: str
+    task: Task
+    run: Run
+
+
+# the tasks
+
+
+def make_tasks(n_code: int, n_chats: int, n_predict: int) -> list[Task]:
+    """Returns prompts the model wasn't trained on: beginnings of source files, and chats before an answer."""
+    encode = Tokenizer.from_file(str(BUNDLED / "tokenizer.json")).encode
+    _, files = split_sources(standard_library())
+    code = [text[: text.rindex("\n", 0, CODE_CHARS) + 1] for text in files if len(text) > 4 * CODE_CHARS][:n_code]
+    chats = [chat.rpartition(OPENING)[0] + OPENING for chat in generate_chats(n_chats, HELD_OUT_SEED)]
+    texts = [*(("code", text) for text in code), *(("chat", text) for text in chats)]
+    return [Task(kind, tuple(encode(text).ids), n_predict) for kind, text in texts]
+
+
+def at_temperatures(tasks: Iterable[Task], temperatures: Iterable[float]) -> list[Task]:
+    return [replace(task, temperature=t, seed=i) for t in temperatures for i, task in enumerate(tasks)]
+
+
+def play(part: str, contenders: Sequence[Contender], tasks: Sequence[Task], rounds: int) -> Iterator[Result]:
+    """Runs all tasks by all contenders; a round has seeds of its own."""
+    for number in range(1, rounds + 1):
+        for contender in contenders[:: 1 if number % 2 else -1]:
+            with contender:
+                contender.run(tasks[0])
+                for task in tasks:
+                    task = replace(task, seed=task.seed + 1000 * number)
+                    yield Result(part, number, contender.name, task, contender.run(task))
+            click.echo(f"{part} round {number}: {contender.name}", err=True)
+
+
+# numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One contender's results of one kind and temperature."""
+
+    results: list[Result]
+
+    @property
+    def tps(self) -> float:
+        return median(self.tps_of_rounds.values())
+
+    @property
+    def tps_of_rounds(self) -> dict[int, float]:
+        rounds = {r.round: [s.run for s in self.results if s.round == r.round] for r in self.results}
+        return {n: sum(run.n_decoded for run in runs) / sum(run.decode_s for run in runs) for n, runs in rounds.items()}
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Shares of verifications in which the draft of each head was accepted."""
+        runs = [r.run for r in self.results if r.run.n_cycles]
+        n_heads = max((len(run.accepted) for run in runs), default=0)
+        accepted = ([run.accepted[head] if head < len(run.accepted) else 0 for run in runs] for head in range(n_heads))
+        return [sum(counts) / sum(run.n_cycles for run in runs) for counts in accepted]
+
+    @property
+    def tokens_per_decode(self) -> float:
+        n_decoded = sum(r.run.n_decoded for r in self.results)
+        return n_decoded / (n_decoded - sum(sum(r.run.accepted) for r in self.results))
+
+    @property
+    def head_decodes(self) -> float:
+        cycles = sum(r.run.n_cycles for r in self.results)
+        return sum(r.run.head_decodes for r in self.results) / cycles if cycles else 0.0
+
+
+def cells(results: Sequence[Result], kind: str, temperature: float) -> dict[str, Cell]:
+    wanted = [r for r in results if (r.task.kind, r.task.temperature) == (kind, temperature)]
+    return {name: Cell([r for r in wanted if r.contender == name]) for name in dict.fromkeys(r.contender for r in wanted)}
+
+
+def ratio(over: Cell, under: Cell) -> float:
+    """Returns the median of the rounds' ratios of speed."""
+    return median(over.tps_of_rounds[n] / under.tps_of_rounds[n] for n in over.tps_of_rounds)
+
+
+def show(part: str, results: Sequence[Result]) -> None:
+    """Prints a table for each kind of prompt and temperature."""
+    for kind, temperature in dict.fromkeys((r.task.kind, r.task.temperature) for r in results):
+        table = Table("contender", "tok/s", "of plain", "tokens a decode", "accepted per head", "MTP decodes a cycle")
+        by_name = cells(results, kind, temperature)
+        for name, cell in by_name.items():
+            plain = by_name[f"{name.split()[0]} off"]
+            accepted = " ".join(f"{share:.3f}" for share in cell.acceptance)
+            decodes = f"{cell.head_decodes:.2f}" if cell.head_decodes else ""
+            table.add_row(name, f"{cell.tps:.2f}", f"{ratio(cell, plain):.3f}x", f"{cell.tokens_per_decode:.2f}", accepted, decodes)
+        Console().print(f"{part}, {kind}, temperature {temperature:g}", table)
+        for line in _verdicts(by_name):
+            click.echo(line)
+
+
+def _verdicts(by_name: dict[str, Cell]) -> Iterator[str]:
+    auto, plain = by_name["step35 auto"], by_name["step35 off"]
+    yield f"  auto / plain: {ratio(auto, plain):.3f}x (wanted 0.98x or more)"
+    peers = {name: cell for name, cell in by_name.items() if name.startswith("llama-server")}
+    if peers:
+        best = max(peers, key=lambda name: peers[name].tps)
+        yield f"  auto / {best}: {ratio(auto, peers[best]):.3f}x"
+
+
+# the parts
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where the models lie, and how often things are measured."""
+
+    work: Path
+    rounds: int
+    n_threads: int
+
+    def tiny(self) -> list[Result]:
+        setup = Setup(self._tiny_model(), n_threads=self.n_threads)
+        tasks = at_temperatures(make_tasks(6, 8, 256), (0.0, 1.0))
+        return list(play("tiny", _all_contenders(setup), tasks, self.rounds))
+
+    def widened(self) -> list[Result]:
+        setup = Setup(self._widened_model(), n_threads=self.n_threads)
+        tasks = at_temperatures(make_tasks(3, 5, 96), (0.0, 1.0))
+        return list(play("widened", _all_contenders(setup), tasks, self.rounds))
+
+    def wrecked(self) -> list[Result]:
+        results = []
+        for part, source in (("wrecked tiny", self._tiny_model()), ("wrecked widened", self._widened_model())):
+            model = self._made(source.with_name(f"wrecked-{source.name}"), lambda path, source=source: wreck.wreck(source, path))
+            setup = Setup(model, n_threads=self.n_threads)
+            tasks = at_temperatures(make_tasks(3, 4, 96), (0.0, 1.0))
+            results += play(part, [Step35(setup, draft) for draft in ("off", "auto")], tasks, self.rounds)
+        return results
+
+    def slice(self) -> "list[Timing]":
+        model = self._made(self.work / "slice-Q4_K_S.gguf", real_width.write_model)
+        setup = Setup(model, n_ctx=LONG_PROMPT + 512, n_threads=self.n_threads)
+        return [timing for number in range(1, self.rounds + 1) for timing in time_slice(setup, number)]
+
+    def _tiny_model(self) -> Path:
+        return self._made(self.work / "tiny-Q8_0.gguf", lambda path: _convert(BUNDLED, path))
+
+    def _widened_model(self) -> Path:
+        return self._made(self.work / "widened-Q8_0.gguf", self._make_widened)
+
+    def _make_widened(self, path: Path) -> None:
+        checkpoint = path.with_suffix(".checkpoint")
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        _convert(widen.widen_checkpoint(BUNDLED, checkpoint, widen.Factors()), path)
+        shutil.rmtree(checkpoint)
+
+    @staticmethod
+    def _made(path: Path, make: Callable[[Path], object]) -> Path:
+        if not path.is_file():
+            click.echo(f"making {path.name}", err=True)
+            make(path)
+        return path
+
+
+def _convert(checkpoint: Path, out: Path) -> None:
+    command = [sys.executable, "-m", "convert_step35", "run", str(checkpoint), str(out), "--type", "Q8_0"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def _all_contenders(setup: Setup) -> list[Contender]:
+    return [*(Step35(setup, draft) for draft in OURS), *(LlamaServer(setup, depth) for depth in (0, *DEPTHS))]
+
+
+# the slice of the real width
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds of one thing, by one contender, in one round."""
+
+    round: int
+    contender: str
+    what: str
+    ms: float
+
+
+def time_slice(setup: Setup, number: int) -> Iterator[Timing]:
+    """Times everything once, in the other order in every second round."""
+    random = np.random.default_rng(number)
+    short = Task("random", _random_tokens(random, 64), 48)
+    long = Task("random", _random_tokens(random, LONG_PROMPT), 1)
+    jobs: list[Callable[[], Iterator[tuple[str, str, float]]]] = [
+        lambda: _time_llama_bench(setup),
+        *(lambda draft=draft: _time_contender(Step35(setup, draft), short, long) for draft in ("off", "1", "2", "3", "auto")),
+        *(lambda depth=depth: _time_contender(LlamaServer(setup, depth), short, long) for depth in (0, *DEPTHS)),
+        lambda: _time_verification(setup, random),
+    ]
+    for job in jobs[:: 1 if number % 2 else -1]:
+        for contender, what, seconds in job():
+            yield Timing(number, contender, what, 1e3 * seconds)
+            click.echo(f"slice round {number}: {contender} {what} {1e3 * seconds:.1f} ms", err=True)
+
+
+def _random_tokens(random: np.random.Generator, n: int) -> tuple[int, ...]:
+    return tuple(random.integers(3, 2000, n).tolist())
+
+
+def _time_llama_bench(setup: Setup) -> Iterator[tuple[str, str, float]]:
+    for (n_prompt, n_gen), seconds in llama_bench(setup, ["-p", "2,3,4", "-n", "48", "-r", "3"]).items():
+        yield "llama-bench", "decode" if n_gen else f"verify {n_prompt}", median(seconds) / max(n_gen, 1)
+
+
+def _time_contender(contender: Contender, short: Task, long: Task) -> Iterator[tuple[str, str, float]]:
+    """Times a decode cycle after a short prompt; where drafting is off or at its deepest, also a long prompt."""
+    with contender:
+        contender.run(replace(short, n_predict=8))
+        run = contender.run(short)
+        yield contender.name, "cycle", run.decode_s / (run.n_decoded - sum(run.accepted))
+        yield contender.name, "token", run.decode_s / run.n_decoded
+        if contender.name.endswith(("off", "3")):
+            yield contender.name, f"prefill {LONG_PROMPT}", contender.run(long).prefill_s
+
+
+def _time_verification(setup: Setup, random: np.random.Generator) -> Iterator[tuple[str, str, float]]:
+    """Times decodes of 1 to 4 random tokens with all their logits, behind a short prompt."""
+    with Step35(setup, "1") as ours:
+        trunk, clock, n_kv = ours.engine.trunk, ours.engine.clock, 64
+        trunk.extract_hidden(True)
+        trunk.decode([Rows(0, 0, _random_tokens(random, n_kv), outputs=1)])
+        for width in (1, *(depth + 1 for depth in DEPTHS)):
+            times = []
+            for _ in range(9):
+                rows = Rows(0, n_kv, _random_tokens(random, width), outputs=width)
+                started = clock()
+                trunk.decode([rows])
+                trunk.logits()
+                times.append(clock() - started)
+                trunk.truncate(0, n_kv)
+            yield "step35", f"verify {width}", median(times[1:])
+
+
+def show_slice(timings: Sequence[Timing]) -> None:
+    """Prints the medians and what follows from them."""
+    ms = {}
+    for key in dict.fromkeys((t.contender, t.what) for t in timings):
+        ms[key] = median(t.ms for t in timings if (t.contender, t.what) == key)
+    table = Table("contender", "what", "ms")
+    for (contender, what), value in ms.items():
+        table.add_row(contender, what, f"{value:.1f}")
+    Console().print(table)
+    for line in _slice_verdicts(ms):
+        click.echo(line)
+
+
+def _slice_verdicts(ms: dict[tuple[str, str], float]) -> Iterator[str]:
+    plain = ms["step35 off", "cycle"]
+    yield f"  plain decode: {plain / ms['llama-bench', 'decode'] - 1:+.1%} of llama-bench (wanted +2 % at most)"
+    for depth in DEPTHS:
+        ours, theirs = (_mtp_ms(ms, name, depth) for name in ("step35", "llama-server"))
+        yield f"  MTP of a cycle, depth {depth}: {ours:.1f} ms, llama-server {theirs:.1f} ms: {ours / theirs - 1:+.1%} (wanted -15 %)"
+    prefill = f"prefill {LONG_PROMPT}"
+    for name in ("step35", "llama-server"):
+        more = ms[f"{name} 3", prefill] / ms[f"{name} off", prefill] - 1
+        yield f"  prefill of {LONG_PROMPT} with MTP: {name} {more:+.1%}" + (" (wanted +2 % at most)" if name == "step35" else "")
+    yield f"  auto / plain: {ms['step35 off', 'token'] / ms['step35 auto', 'token']:.3f}x (wanted 0.98x or more)"
+
+
+def _mtp_ms(ms: dict[tuple[str, str], float], name: str, depth: int) -> float:
+    """What a cycle takes over a plain one, less what the wider verification takes over a plain decode.
+
+    The difference of two differences: a contender's own cost per cycle cancels out.
+    """
+    verification = ms["step35", f"verify {depth + 1}"] - ms["step35", "verify 1"]
+    return ms[f"{name} {depth}", "cycle"] - ms[f"{name} off", "cycle"] - verification
+
+
+# the command
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, object]], n_threads: int) -> None:
+    """Writes one line for each measurement, with the facts of the run in front."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"cpu": cpu_model(), "n_threads": n_threads}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*facts, *rows[0]], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(facts | row for row in rows)
+
+
+def _row(result: Result) -> dict[str, object]:
+    task, run = result.task, asdict(result.run)
+    run["accepted"] = " ".join(map(str, run["accepted"]))
+    run |= {key: round(run[key], 5) for key in ("prefill_s", "decode_s")}
+    where = {"part": result.part, "round": result.round, "contender": result.contender}
+    return where | {"kind": task.kind, "temperature": task.temperature, "seed": task.seed} | run
+
+
+PARTS = ("tiny", "widened", "slice", "wrecked")
+
+
+@click.command(help=__doc__)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Rounds, each in the other order.")
+@click.option("--only", multiple=True, type=click.Choice(PARTS), help="Which parts; default all.")
+@click.option("--work", default=ROOT / "build" / "peers", type=click.Path(path_type=Path), show_default="build/peers", help="Folder for the models; they stay there.")
+@click.option("--results", default=ROOT / "bench" / "results", type=click.Path(path_type=Path), show_default="bench/results", help="Folder for peers-PART.csv.")
+@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default="all cores", help="CPU threads of every contender.")
+def main(rounds: int, only: tuple[str, ...], work: Path, results: Path, threads: int) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(work, rounds, threads)
+    for part in only or PARTS:
+        csv_path = results / f"peers-{part}.csv"
+        if part == "slice":
+            timings = bench.slice()
+            write_csv(csv_path, [asdict(timing) for timing in timings], threads)
+            show_slice(timings)
+            continue
+        measured = getattr(bench, part)()
+        write_csv(csv_path, [_row(result) for result in measured], threads)
+        for name in dict.fromkeys(result.part for result in measured):
+            show(name, [result for result in measured if result.part == name])
+
+
+if __name__ == "__main__":
+    main()
