@@ -1,0 +1,163 @@
+"""Writes docs/plans.md: what step35 plan says for every known machine, and how far its estimates are from
+published measurements. Needs no machine but this one: all of it is arithmetic on headers.
+
+    python bench/plans.py            writes docs/plans.md
+    python bench/plans.py --stdout   prints it
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # the tests' generator of sparse GGUFs
+
+import planned_gguf  # noqa: E402
+from checkpoints import REAL  # noqa: E402
+
+from step35.estimate import Box, prefill, speed, step_seconds  # noqa: E402
+from step35.gguf_facts import Header, read_header  # noqa: E402
+from step35.machine import Machine, known_machines  # noqa: E402
+from step35.memory import Run  # noqa: E402
+from step35.placement import Judged, Wishes, place  # noqa: E402
+from step35.usage import HOST, Layout, gpu_name  # noqa: E402
+
+RECIPES = ("MOE_IQ3_S_IQ4_XS", "MOE_IQ4_XS", "MOE_IQ4_XS_Q4_K", "MOE_Q4_K_Q5_K")
+CONTEXTS = (32768, 131072, 262144)
+GIB = 2**30
+
+# StepFun's docs/step3.5-flash.md: Q4_K_S, llama-batched-bench -b 2048 -ub 1024 -ntg 128 -npl 1, no MTP.
+# Tokens in the context: prefill and decode in tokens a second.
+PUBLISHED = {
+    ("dgx-spark", "q8_0"): {
+        2048: (392, 20.27),
+        8192: (534, 20.25),
+        16384: (528, 19.24),
+        32768: (478, 17.75),
+        65536: (391, 15.42),
+        262144: (217, 8.39),
+    },
+    ("mac-studio-128", "f16"): {
+        2048: (406, 45.96),
+        8192: (392, 43.90),
+        16384: (373, 41.27),
+        32768: (336, 38.22),
+        65536: (274, 31.52),
+        262144: (119.5, 8.88),
+    },
+}
+
+HEAD = """\
+# Plans for known machines
+
+What `step35 plan MODEL --machine NAME --ctx N` says, for every machine of models.yaml and four recipes.
+Written by `python bench/plans.py`; nothing here was measured on these machines.
+
+- Bytes are arithmetic on the file's header. Weights, KV cells and compute buffers are what llama.cpp's dry run gives,
+  to the byte, on a CPU build (tests/test_memory.py). On GPUs the same graphs are counted on every device
+  that may run a part of them; the driver's share is a round number.
+- Speeds are **estimates** from bytes and bandwidth. Decode is for one session: plain, and at the draft depth that the
+  estimate finds best, with posted acceptance (.85, .75, .65 head by head) and independent routing.
+- "fits" leaves the machine's reserve free. A plan that doesn't fit shows its most frugal settings.
+"""
+
+
+def headers() -> dict[str, Header]:
+    """Returns the real model's header in every recipe of the tables, and in Q4_K_S."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: read_header(planned_gguf.write(Path(folder) / f"{name}.gguf", REAL, name)) for name in (*RECIPES, "Q4_K_S")}
+
+
+def document(found: dict[str, Header]) -> str:
+    """Returns docs/plans.md."""
+    sections = [machine_section(machine, found) for machine in known_machines().values()]
+    return "\n".join([HEAD, *published_section(found["Q4_K_S"]), *sections])
+
+
+def machine_section(machine: Machine, found: dict[str, Header]) -> str:
+    """Returns one machine's table."""
+    rows = ["| recipe | context | | policy | batch, KV | GPU GiB | RAM GiB | prefill | decode at 2k | decode, full | drafting at 2k |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    for recipe in RECIPES:
+        for n_ctx in CONTEXTS:
+            rows.append(_row(found[recipe], n_ctx, place(found[recipe], machine, Wishes(n_ctx=n_ctx))))
+    return "\n".join([f"## {machine.name}", "", f"{machine.about}.", "", *rows, ""])
+
+
+def _row(header: Header, n_ctx: int, judged: Judged) -> str:
+    placement = judged.placement
+    used = {device: sum(sizes.values()) / GIB for device, sizes in judged.usage.items()}
+    gpus = " + ".join(f"{n:.1f}" for device, n in used.items() if device != HOST) or "-"
+    first, last = judged.speeds[0], judged.speeds[-1]
+    drafting = f"{first.drafted:.1f} (depth {first.depth})" if first.depth else "-"
+    cells = (
+        f"{header.recipe} ({header.n_bytes / GIB:.1f} GiB)",
+        f"{n_ctx // 1024}k",
+        "fits" if judged.fits else "**no**",
+        placement.policy,
+        f"{placement.run.n_batch}, {placement.run.kv_type}",
+        gpus,
+        f"{used.get(HOST, 0):.1f}",
+        f"{last.prefill:.0f}",
+        f"{first.decode:.1f}",
+        f"{last.decode:.1f}",
+        drafting,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def published_section(header: Header) -> Iterator[str]:
+    """Yields the estimates beside the published measurements."""
+    yield "## Estimates beside published measurements"
+    yield ""
+    yield "Measured: StepFun, docs/step3.5-flash.md; Q4_K_S without MTP, batch 1024. The machine's shares of its bandwidth"
+    yield "(models.yaml) are fitted on these decode numbers, one number for weights and one for KV cells."
+    yield ""
+    yield "| machine, KV | context | prefill measured | estimate | decode measured | estimate | error |"
+    yield "|---|---|---|---|---|---|---|"
+    errors = []
+    for (name, kv_type), points in PUBLISHED.items():
+        box = unified_box(header, known_machines()[name], kv_type)
+        for n_past, (pp, tg) in points.items():
+            decode = 1 / step_seconds(box, n_past, 1)
+            errors.append(abs(decode / tg - 1))
+            shown = f"{pp:g} | {prefill(box, n_past):.0f} | {tg:.2f} | {decode:.2f} | {decode / tg - 1:+.0%}"
+            yield f"| {name}, {kv_type} | {n_past} | {shown} |"
+    yield ""
+    yield f"Largest error of plain decode: {max(errors):.0%}."
+    yield ""
+    yield from _drafting(header)
+
+
+def _drafting(header: Header) -> Iterator[str]:
+    spark = known_machines()["dgx-spark"]
+    estimate = speed(replace(unified_box(header, spark, "q8_0"), run=Run(n_heads=3)), 2048)
+    yield f"DGX Spark with MTP: posted 30 to 37 tok/s, estimate {estimate.drafted:.1f} at depth {estimate.depth}."
+    yield ""
+
+
+def unified_box(header: Header, machine: Machine, kv_type: str) -> Box:
+    """Returns everything on the one GPU, as it was measured."""
+    device = gpu_name(0)
+    experts = tuple((device,) * 3 if layer.is_moe else () for layer in header.shape.layers)
+    layout = Layout((device,) * len(header.shape.layers), experts, device)
+    return Box(header, machine, Run(262144, 1024, 1, 0, kv_type), layout)
+
+
+@click.command()
+@click.option("--stdout", is_flag=True, help="Print the document instead of writing it.")
+def main(stdout: bool) -> None:
+    """Writes docs/plans.md."""
+    text = document(headers())
+    if stdout:
+        click.echo(text, nl=False)
+    else:
+        (ROOT / "docs" / "plans.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
