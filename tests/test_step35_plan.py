@@ -1,0 +1,87 @@
+"""`step35 plan` as a user runs it, and its estimates beside what others measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import planned_gguf
+from checkpoints import REAL
+from step35.estimate import Box, step_seconds
+from step35.gguf_facts import read_header
+from step35.machine import known_machines
+from step35.memory import Run
+from step35.usage import Layout
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return planned_gguf.write(tmp_path_factory.mktemp("plan") / "real.gguf", REAL, "MOE_IQ4_XS")
+
+
+def step35(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "step35.cli", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_a_plan_is_printed_written_and_judged_again(model, tmp_path):
+    out = tmp_path / "plan.yaml"
+    first = step35("plan", model, "--machine", "rtx4090-24+128", "--ctx", 131072, "--out", out)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == "fits"
+    assert "op-offload scratch" in first.stdout
+    again = step35("plan", model, "--machine", "rtx4090-24+128", "--plan", out)
+    assert again.stdout == first.stdout
+
+
+def test_what_does_not_fit_says_what_to_try_and_exits_1(model):
+    done = step35("plan", model, "--machine", "dgx-spark", "--ctx", 262144)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith("does not fit; try ctx 2")
+    assert "or recipe MOE_IQ3_S_" in done.stdout
+
+
+def test_json_holds_the_same_plan(model):
+    done = step35("plan", model, "--machine", "h200-141", "--ctx", 32768, "--json")
+    data = json.loads(done.stdout)
+    assert data["fits"] is True
+    assert data["policy"] == "gpu"
+    assert sum(data["usage"]["GPU0"].values()) == data["budgets"][0]["used"] <= data["budgets"][0]["budget"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--machine", "toaster"], 1, "unknown machine: expected one of dgx-spark"),
+        (["--machine", "h100-80", "--gpu-budget", "22"], 2, "expected a number with a unit such as 22GiB"),
+        (["--machine", "h100-80", "--policy", "fast"], 1, "bad policy: expected one of auto, unified"),
+        (["--machine", "h100-80", "--plan", "/nonexistent.yaml"], 1, "No such file"),
+    ],
+)
+def test_bad_input_is_one_line(model, arguments, code, message):
+    done = step35("plan", model, *arguments)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.startswith("step35: error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+PUBLISHED = [
+    ("dgx-spark", "q8_0", 2048, 20.27),
+    ("dgx-spark", "q8_0", 32768, 17.75),
+    ("dgx-spark", "q8_0", 262144, 8.39),
+    ("mac-studio-128", "f16", 2048, 45.96),
+    ("mac-studio-128", "f16", 32768, 38.22),
+    ("mac-studio-128", "f16", 262144, 8.88),
+]
+
+
+@pytest.mark.parametrize(("name", "kv_type", "n_past", "measured"), PUBLISHED)
+def test_plain_decode_is_estimated_within_a_fifth(tmp_path_factory, name, kv_type, n_past, measured):
+    """StepFun's docs/step3.5-flash.md: Q4_K_S, everything on the one GPU. See docs/plans.md for all points."""
+    header = read_header(planned_gguf.write(tmp_path_factory.mktemp("q4") / "m.gguf", REAL, "Q4_K_S"))
+    layers = header.shape.layers
+    layout = Layout(("GPU0",) * len(layers), tuple(("GPU0",) * 3 if layer.is_moe else () for layer in layers), "GPU0")
+    box = Box(header, known_machines()[name], Run(262144, 1024, kv_type=kv_type), layout)
+    assert 1 / step_seconds(box, n_past, 1) == pytest.approx(measured, rel=0.2)
