@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 from command import Done, convert_step35
 from edited_gguf import edit_gguf
+from gguf import GGMLQuantizationType
+from gguf import GGUFValueType as V
 
 from checkpoints import REAL, TINY, write_checkpoint
+from convert_step35.gguf_header import Entry, TensorInfo, encode_header
 from convert_step35.models import load_models
 
 SMALL = replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=1)
@@ -230,6 +233,22 @@ def test_an_unreadable_file_is_one_line(spoiled: Path, name: str) -> None:
         (spoiled / name).chmod(0o700)
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (Entry("imatrix.datasets", V.UINT32, 3), r"imatrix\.datasets expected a list of names, got 3"),
+        (Entry("imatrix.datasets", V.UINT32, (3,)), r"imatrix\.datasets expected a list of names, got \[3\]"),
+        (Entry("imatrix.chunk_count", V.STRING, "many"), r"imatrix\.chunk_count expected a count, got 'many'"),
+        (Entry("imatrix.chunk_count", V.INT32, -1), r"imatrix\.chunk_count expected a count, got -1"),
+    ],
+)
+def test_an_imatrix_with_odd_keys_is_one_line(checkpoint: Path, tmp_path: Path, entry: Entry, message: str) -> None:
+    names = [f"output.weight{suffix}" for suffix in (".in_sum2", ".counts")]
+    infos = [TensorInfo(names[0], GGMLQuantizationType.F32, (1, 256), 0), TensorInfo(names[1], GGMLQuantizationType.F32, (1, 1), 1024)]
+    (tmp_path / "i.gguf").write_bytes(encode_header([entry], infos) + bytes(1056))
+    refused("plan", checkpoint, "--imatrix", tmp_path / "i.gguf", exit_code=1, message=rf"damaged imatrix: .*i\.gguf: {message}; make the imatrix again")
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_what_is_no_gguf_is_one_line(tmp_path: Path, command: str) -> None:
     text, empty = tmp_path / "text.gguf", tmp_path / "empty.gguf"
@@ -276,6 +295,12 @@ def test_a_read_only_folder_is_one_line(checkpoint: Path, tmp_path: Path) -> Non
         refused("run", checkpoint, tmp_path / "out.gguf", exit_code=1, message=r"out\.gguf\S*: Permission denied")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_folder_in_place_of_the_report_is_noticed_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.gguf.report.json").mkdir()
+    refused("run", checkpoint, tmp_path / "out.gguf", exit_code=1, message=r"out\.gguf\.report\.json is a folder; choose another name")
+    assert left(tmp_path) == ["out.gguf.report.json"]
 
 
 def test_an_existing_file_stays_unless_overwritten(checkpoint: Path, tmp_path: Path) -> None:
@@ -426,11 +451,11 @@ def interrupted(command: list[Any], after: Path) -> Done:
 
 def test_after_ctrl_c_the_same_command_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
-    command = [*COMMAND, "run", checkpoint, out, "--type", "IQ3_S", "--threads", "1"]
+    command = [*COMMAND, "run", checkpoint, out, "--type", "IQ4_XS", "--threads", "1"]
     stopped = interrupted(command, after=tmp_path / "out.gguf.journal")
     assert (stopped.exit_code, stopped.out) == (130, "")
     assert stopped.err.strip() == "convert-step35: stopped; the same command goes on from here"
     assert left(tmp_path) == ["out.gguf.journal", "out.gguf.partial"]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert convert_step35("run", checkpoint, whole, "--type", "IQ3_S").exit_code == 0
+    assert convert_step35("run", checkpoint, whole, "--type", "IQ4_XS").exit_code == 0
     assert [hashlib.sha256(path.read_bytes()).digest() for path in (out, whole)] == [hashlib.sha256(whole.read_bytes()).digest()] * 2

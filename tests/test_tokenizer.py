@@ -354,7 +354,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         read_tokenizer(tmp_path, N_VOCAB, (EOS,), {})
 
 
-JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 400), st.floats(0, 300), st.text(max_size=6), st.just([]), st.just({}), st.just([["a"]]))
+JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 400), st.floats(0, 300), st.text(max_size=6), st.builds(list), st.builds(dict), st.builds(lambda: [["a"]]))
 
 
 @st.composite

@@ -138,7 +138,7 @@ def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: in
     workspace, made = _plan(checkpoint, _gguf_path(out), **choices)
     if restart:
         _drop_unfinished(out)
-    _refuse_existing(made, journal_path(out), overwrite)
+    _refuse_existing(made, out, overwrite)
     report = _convert(workspace, made, out, threads)
     if as_json:
         print(to_json(report), end="")
@@ -237,12 +237,14 @@ def _drop_unfinished(out: Path) -> None:
             path.unlink()
 
 
-def _refuse_existing(made: Plan, journal: Path, overwrite: bool) -> None:
-    for path in (file.path for file in made.files):
+def _refuse_existing(made: Plan, out: Path, overwrite: bool) -> None:
+    files = [file.path for file in made.files]
+    for path in (*files, report_path(out)):
         if path.is_dir():
             raise OutputError(f"{path} is a folder; choose another name")
-        if path.exists() and not overwrite and not journal.exists():
-            raise OutputError(f"{path} exists; choose another name or pass --overwrite")
+    existing = [path for path in files if path.exists()]
+    if existing and not overwrite and not journal_path(out).exists():
+        raise OutputError(f"{existing[0]} exists; choose another name or pass --overwrite")
 
 
 def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -> dict[str, Any]:

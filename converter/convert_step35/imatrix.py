@@ -5,6 +5,7 @@ expert that was never hit, as llama-quantize does.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from gguf import GGUFValueType as V
 
-from convert_step35.errors import GgufError, PlanError
+from convert_step35.errors import GgufError, PlanError, quoted
 from convert_step35.gguf_header import Entry
 from convert_step35.gguf_reader import GgufFile, GgufTensor, read_gguf
 from convert_step35.mapping import MappedTensor
@@ -47,7 +48,7 @@ class Imatrix:
 
     def provenance(self) -> tuple[Entry, ...]:
         """llama-quantize's own keys for the file, its data and its size."""
-        keys = [Entry("quantize.imatrix.file", V.STRING, self.path.name)]
+        keys = [Entry("quantize.imatrix.file", V.STRING, os.fsencode(self.path.name).decode(errors="replace"))]
         if self.datasets:
             keys.append(Entry("quantize.imatrix.dataset", V.STRING, self.datasets[0]))
         keys.append(Entry("quantize.imatrix.entries_count", V.UINT32, len(self.entries)))
@@ -66,8 +67,8 @@ def read_imatrix(path: Path) -> Imatrix:
         path=path,
         sha256=_sha256(path),
         entries={name: _importance(file, name, data) for name in names},
-        datasets=tuple(file.metadata.get("imatrix.datasets", ())),
-        n_chunks=int(file.metadata.get("imatrix.chunk_count", 0)),
+        datasets=_datasets(file),
+        n_chunks=_n_chunks(file),
     )
 
 
@@ -80,6 +81,20 @@ def check_fit(imatrix: Imatrix, tensors: tuple[MappedTensor, ...]) -> None:
         want = (tensor.shape[0] if len(tensor.shape) == 3 else 1, tensor.row_size)
         if entry.sums.shape != want:
             raise PlanError(f"imatrix of another model: {imatrix.path}: {tensor.name} expected {want} (matrices, columns), got {entry.sums.shape}")
+
+
+def _datasets(file: GgufFile) -> tuple[str, ...]:
+    names = file.metadata.get("imatrix.datasets", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise PlanError(f"damaged imatrix: {file.path}: imatrix.datasets expected a list of names, got {quoted(names)}; make the imatrix again")
+    return tuple(names)
+
+
+def _n_chunks(file: GgufFile) -> int:
+    n = file.metadata.get("imatrix.chunk_count", 0)
+    if type(n) is not int or not 0 <= n < 2**32:
+        raise PlanError(f"damaged imatrix: {file.path}: imatrix.chunk_count expected a count, got {quoted(n)}; make the imatrix again")
+    return n
 
 
 def _importance(file: GgufFile, name: str, data: np.ndarray) -> Importance:

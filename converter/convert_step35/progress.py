@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 from gguf import GGMLQuantizationType as T
 from rich.console import Console
@@ -42,10 +43,13 @@ def progress_bar(plan: Plan) -> Iterator[Callable[[PlannedTensor, Chunk], None]]
     columns = (TextColumn("{task.description}"), BarColumn(), _Bytes(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("converting", total=total, done_bytes=0, total_bytes=plan.n_bytes)
+        lock = Lock()
 
         def advance(tensor: PlannedTensor, chunk: Chunk) -> None:
             n_bytes = chunk.n_rows * row_bytes(tensor.kind, tensor.mapped.row_size)
-            done = bar.tasks[0].fields["done_bytes"] + n_bytes
-            bar.update(task, advance=cost(tensor.kind, chunk.n_rows * tensor.mapped.row_size), done_bytes=done)
+            # Several threads report at once, and none may take back what another added.
+            with lock:
+                done = bar.tasks[0].fields["done_bytes"] + n_bytes
+                bar.update(task, advance=cost(tensor.kind, chunk.n_rows * tensor.mapped.row_size), done_bytes=done)
 
         yield advance
