@@ -34,8 +34,8 @@ class World:
 
     def _cycle(self, depth: int | None) -> tuple[int, float]:
         c, drafts, chance, elapsed = self.controller, [], 1.0, 0.0
-        c.begin_cycle()
-        for head in range(3):
+        thinks = c.begin_cycle()
+        for head in range(3 if thinks or depth is not None else 0):
             if not (head < depth if depth is not None else c.runs_head(head, chance)):
                 break
             elapsed += self.draft_s
@@ -44,6 +44,8 @@ class World:
                 break
             drafts.append(Drafted(0, margin))
             chance *= c.chance(head, margin)
+        if thinks:
+            c.end_proposal(len(drafts))
         n_accepted = self._n_accepted(drafts)
         verify = self.verify_s(len(drafts) + 1)
         c.costs.observe_verify(len(drafts) + 1, verify)

@@ -20,6 +20,7 @@ MARGIN_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PRIOR_WEIGHT = 4.0
 DECAY = 0.98
 N_SAMPLES = 15
+REST = 8  # cycles after one that ran no head before drafting is considered again
 
 
 @dataclass(slots=True)
@@ -128,20 +129,39 @@ class DepthController:
         self._lookups: dict[int, Acceptance] = {}
         self._budget_s = 0.0
         self._probe: int | None = None
+        self._n_resting = 0
+        self._has_run = False
         self._next_probe_is_deep = True
         self._tokens = self._seconds = 0.0
         self._drafting_rate: dict[str, float] = {}
 
     # before a cycle
 
-    def begin_cycle(self) -> None:
-        """Decides whether the cycle is a probe: at full depth, or without a draft."""
-        self._probe = None
+    def begin_cycle(self) -> bool:
+        """Returns whether to think about drafting at all; decides whether the cycle is a probe.
+
+        A probe is at full depth, or without a draft. Cycles after one that ran no head rest: thinking
+        takes time, too.
+        """
+        self._probe, self._has_run = None, False
+        if self._n_resting:
+            self._n_resting -= 1
+            return False
         depth = len(self._heads) if self._next_probe_is_deep else 0
         if self._budget_s > self._probe_cost(depth) > 0:
             self._budget_s -= self._probe_cost(depth)
             self._probe = depth
             self._next_probe_is_deep = not self._next_probe_is_deep
+        return True
+
+    def end_proposal(self, n_drafted: int) -> None:
+        """Takes a rest when not even running a head was worth it."""
+        if not n_drafted and not self._has_run and self._probe is None:
+            self._n_resting = REST
+
+    @property
+    def is_resting(self) -> bool:
+        return self._n_resting > 0
 
     def _probe_cost(self, depth: int) -> float:
         plain = self.costs.verify(1)
@@ -162,7 +182,9 @@ class DepthController:
             return head < self._probe
         value = chain_chance * self.token_value_s()
         gain = self._heads[head].expected_gain(value, self._added(head))
-        return gain > self.costs.draft(head)
+        is_worth = gain > self.costs.draft(head)
+        self._has_run |= is_worth
+        return is_worth
 
     def keeps(self, head: int, chain_chance: float, margin: float) -> bool:
         """Whether a head's token is worth verifying."""
@@ -183,14 +205,16 @@ class DepthController:
         """Returns how many tokens of a prompt-lookup match to verify; 0 if another way is faster."""
         if self._probe is not None:
             return 0
-        chance = self._lookup(match_length).chance(_lookup_margin(match_length))
-        rates = [self._lookup_rate(chance, n) for n in range(n_available + 1)]
-        best = max(range(n_available + 1), key=rates.__getitem__)
-        return best if rates[best] > self._drafting_rate.get("mtp", 0.0) else 0
+        chance, value, n = self._lookup_chance(match_length), self.token_value_s(), 0
+        while n < n_available and chance ** (n + 1) * value > self._added(n):
+            n += 1
+        if not n:
+            return 0
+        rate = sum(chance**i for i in range(n + 1)) / self.costs.verify(n + 1)
+        return n if rate > self._drafting_rate.get("mtp", 0.0) else 0
 
-    def _lookup_rate(self, chance: float, n: int) -> float:
-        seconds = self.costs.verify(n + 1)
-        return sum(chance**i for i in range(n + 1)) / seconds if seconds else 0.0
+    def _lookup_chance(self, match_length: int) -> float:
+        return self._lookup(match_length).chance(_lookup_margin(match_length))
 
     def _lookup(self, match_length: int) -> Acceptance:
         return self._lookups.setdefault(min(match_length.bit_length(), 6), Acceptance())

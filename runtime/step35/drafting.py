@@ -74,16 +74,21 @@ class Drafter:
 
     def propose(self, cycles: Sequence[Cycle]) -> None:
         """Fills in the drafts of each cycle."""
-        started = self._clock()
-        self.controller.begin_cycle()
-        if self._fixed_depth is None and self.mode != "off":
+        if self._fixed_depth is not None:
+            self._run_heads(cycles)
+        elif self.controller.begin_cycle():
+            started = self._clock()
+            self._consider(cycles)
+            seconds = self._clock() - started
             for cycle in cycles:
-                self._look_up(cycle)
+                cycle.seconds = seconds
+
+    def _consider(self, cycles: Sequence[Cycle]) -> None:
+        for cycle in cycles:
+            self._look_up(cycle)
         if self.heads:
             self._run_heads([c for c in cycles if c.source == "plain"])
-        seconds = self._clock() - started
-        for cycle in cycles:
-            cycle.seconds = seconds
+        self.controller.end_proposal(sum(len(c.drafts) for c in cycles))
 
     def _look_up(self, cycle: Cycle) -> None:
         n_max = min(LONGEST_LOOKUP, cycle.n_max)
@@ -96,13 +101,13 @@ class Drafter:
             cycle.source, cycle.match_length = "ngram", match.length
 
     def _run_heads(self, cycles: Sequence[Cycle]) -> None:
-        open_cycles = [cycle for cycle in cycles if self._open_chain(cycle)]
-        for head in range(len(self.heads)):
-            open_cycles = [c for c in open_cycles if head < c.n_max and self._runs(head, c)]
-            if not open_cycles:
+        for head in range(len(self.heads or ())):
+            cycles = [c for c in cycles if len(c.drafts) == head < c.n_max and self._runs(head, c)]
+            if head == 0:
+                cycles = [c for c in cycles if self._open_chain(c)]
+            if not cycles:
                 return
-            self._run_head(head, open_cycles)
-            open_cycles = [c for c in open_cycles if len(c.drafts) > head]
+            self._run_head(head, cycles)
 
     def _open_chain(self, cycle: Cycle) -> bool:
         cycle.chain = Chain(cycle.seq, cycle.tokens, len(cycle.tokens) - 1, cycle.memory.tracks)
@@ -142,5 +147,6 @@ class Drafter:
         elif cycle.source == "ngram":
             self.controller.learn_lookup(cycle.match_length, len(cycle.drafts), n_accepted)
         if is_alone:
-            self.controller.costs.observe_verify(len(cycle.drafts) + 1, verify_s)
+            if not self.controller.is_resting:
+                self.controller.costs.observe_verify(len(cycle.drafts) + 1, verify_s)
             self.controller.learn_cycle(cycle.source, n_tokens, cycle.seconds + verify_s)

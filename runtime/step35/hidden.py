@@ -22,8 +22,11 @@ class HiddenRows:
         if not self.start <= first <= self.end:
             self.start = first
         self.end = first + len(rows)
-        rows = rows[-self.capacity :]
-        self._ring[np.arange(self.end - len(rows), self.end) % self.capacity] = rows
+        if len(rows) == 1:  # every plain step
+            self._ring[first % self.capacity] = rows[0]
+        else:
+            rows = rows[-self.capacity :]
+            self._ring[np.arange(self.end - len(rows), self.end) % self.capacity] = rows
         self.start = max(self.start, self.end - self.capacity)
 
     def get(self, first: int, end: int) -> np.ndarray:

@@ -31,10 +31,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + text
-        found = [at for at in map(text.find, self._stop) if at >= 0]
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]  # the one complete first: as if the text came by characters
         n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
