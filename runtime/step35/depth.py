@@ -20,6 +20,7 @@ MARGIN_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PRIOR_WEIGHT = 4.0
 DECAY = 0.98
 N_SAMPLES = 15
+ROWS_PER_RUN = 4  # rows of a measured head run
 REST = 8  # cycles after one that ran no head before drafting is considered again
 
 
@@ -137,19 +138,18 @@ class DepthController:
 
     # before a cycle
 
-    def begin_cycle(self) -> bool:
+    def begin_cycle(self, n_behind: int = 0) -> bool:
         """Returns whether to think about drafting at all; decides whether the cycle is a probe.
 
-        A probe is at full depth, or without a draft. Cycles after one that ran no head rest: thinking
-        takes time, too.
+        A probe is at full depth, or without a draft; `n_behind` rows must be decoded by each head
+        before it. Cycles after one that ran no head rest: thinking takes time, too.
         """
         self._probe, self._has_run = None, False
         if self._n_resting:
             self._n_resting -= 1
             return False
         depth = len(self._heads) if self._next_probe_is_deep else 0
-        if self._budget_s > self._probe_cost(depth) > 0:
-            self._budget_s -= self._probe_cost(depth)
+        if self._budget_s > self._probe_cost(depth, n_behind) > 0:
             self._probe = depth
             self._next_probe_is_deep = not self._next_probe_is_deep
         return True
@@ -163,11 +163,13 @@ class DepthController:
     def is_resting(self) -> bool:
         return self._n_resting > 0
 
-    def _probe_cost(self, depth: int) -> float:
+    def _probe_cost(self, depth: int, n_behind: int) -> float:
+        """Returns the seconds a probe may lose. Rows to catch up with come in batches: half price."""
         plain = self.costs.verify(1)
         if depth == 0:
             return plain
-        return self.costs.verify(depth + 1) - plain + sum(self.costs.draft(h) for h in range(depth))
+        n_runs = 1 + n_behind / ROWS_PER_RUN / 2
+        return self.costs.verify(depth + 1) - plain + n_runs * sum(self.costs.draft(h) for h in range(depth))
 
     def token_value_s(self) -> float:
         """Returns the seconds that one more token is worth."""
@@ -234,6 +236,9 @@ class DepthController:
 
     def learn_cycle(self, kind: str, n_tokens: int, seconds: float) -> None:
         """Learns what a cycle of one sequence took in all: `kind` is plain, mtp or ngram."""
+        if self._probe is not None:
+            self._budget_s -= max(0.0, seconds - n_tokens * self.token_value_s())
+            self._probe = None
         self._tokens = self._tokens * DECAY + n_tokens
         self._seconds = self._seconds * DECAY + seconds
         self._budget_s += PROBE_SHARE * seconds

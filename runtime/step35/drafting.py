@@ -76,7 +76,7 @@ class Drafter:
         """Fills in the drafts of each cycle."""
         if self._fixed_depth is not None:
             self._run_heads(cycles)
-        elif self.controller.begin_cycle():
+        elif self.controller.begin_cycle(max(map(self._n_behind, cycles), default=0)):
             started = self._clock()
             self._consider(cycles)
             seconds = self._clock() - started
@@ -89,6 +89,12 @@ class Drafter:
         if self.heads:
             self._run_heads([c for c in cycles if c.source == "plain"])
         self.controller.end_proposal(sum(len(c.drafts) for c in cycles))
+
+    def _n_behind(self, cycle: Cycle) -> int:
+        """Returns how many rows the heads would have to catch up with."""
+        if not self.heads:
+            return 0
+        return min(len(cycle.tokens) - cycle.memory.tracks[0].n_final, self.heads.window)
 
     def _look_up(self, cycle: Cycle) -> None:
         n_max = min(LONGEST_LOOKUP, cycle.n_max)

@@ -59,7 +59,7 @@ class Heads:
 
     def __init__(self, contexts: "Sequence[Context]", window: int, n_embd: int) -> None:
         self.contexts = contexts
-        self._window = window
+        self.window = window
         self._n_embd = n_embd
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class Heads:
 
     def new_tracks(self) -> list[Track]:
         """Returns the tracks of an empty timeline."""
-        return [Track(HiddenRows(self._window + 2 * REDONE, self._n_embd)) for _ in self.contexts]
+        return [Track(HiddenRows(self.window + 2 * REDONE, self._n_embd)) for _ in self.contexts]
 
     def truncate(self, seq: int, tracks: Sequence[Track], n_keep: int) -> None:
         """Forgets rows that depend on tokens from `n_keep` on."""
@@ -111,7 +111,7 @@ class Heads:
     def _rewind(self, head: int, chain: Chain) -> int:
         """Drops the rows to be decoded from the head's cache; returns the first of them."""
         track, n = chain.tracks[head], chain.n_rows
-        oldest = max(track.inputs.start, n - self._window, 0)
+        oldest = max(track.inputs.start, n - self.window, 0)
         first = max(min(track.n_final, n - REDONE), oldest)
         # llama.cpp wants consecutive positions: after a gap the cache starts anew.
         self.contexts[head].truncate(chain.seq, first if first <= track.n_final else 0)

@@ -1,0 +1,73 @@
+"""From a placement to the options that make llama.cpp do exactly that."""
+
+from itertools import groupby
+from pathlib import Path
+
+from step35.machine import Machine
+from step35.options import EngineOptions
+from step35.placement import Placement
+from step35.usage import HOST, MATRICES, Layout, gpu_name
+
+OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
+"""Read once, when ggml's backends are registered: to be set before llama_cpp is imported."""
+ALL_LAYERS = -1
+
+
+def engine_options(placement: Placement, machine: Machine, model: Path, **more: object) -> EngineOptions:
+    """Returns the engine's options for a placement; `more` sets options that a plan says nothing of."""
+    run, layout = placement.run, placement.layout
+    return EngineOptions(
+        model,
+        draft="auto" if run.n_heads else "off",
+        n_ctx=run.n_ctx,
+        n_batch=run.n_batch,
+        n_sessions=run.n_sessions,
+        n_checkpoints=run.n_checkpoints,
+        n_threads=placement.n_threads,
+        n_gpu_layers=ALL_LAYERS if layout.gpus else 0,
+        load_mode=placement.load_mode,
+        kv_type=run.kv_type,
+        op_offload=placement.op_offload_from is not None,
+        overrides=overrides(layout),
+        tensor_split=tensor_split(layout, len(machine.gpus)),
+        **more,
+    )
+
+
+def environment(placement: Placement) -> dict[str, str]:
+    """Returns the variables to set before llama_cpp is imported."""
+    threshold = placement.op_offload_from
+    return {} if threshold is None else {OFFLOAD_VARIABLE: str(threshold)}
+
+
+def overrides(layout: Layout) -> tuple[tuple[str, str], ...]:
+    """Returns (pattern of tensor names, buffer type) for the experts that don't lie where their layer does.
+
+    With everything on the host there is nothing to say.
+    """
+    if not layout.gpus:
+        return ()
+    found: dict[tuple[str, ...], list[int]] = {}
+    for layer, devices in enumerate(layout.experts):
+        on_host = tuple(m for m, device in zip(MATRICES, devices, strict=True) if device == HOST) if devices else ()
+        if on_host:
+            found.setdefault(on_host, []).append(layer)
+    return tuple((_pattern(layers, matrices), HOST) for matrices, layers in found.items())
+
+
+def _pattern(layers: list[int], matrices: tuple[str, ...]) -> str:
+    return rf"^blk\.({'|'.join(map(str, layers))})\.ffn_({'|'.join(matrices)})_exps\."
+
+
+def tensor_split(layout: Layout, n_gpus: int) -> tuple[float, ...]:
+    """Returns the share of the layers that each GPU takes; the output counts as one more layer.
+
+    llama.cpp compares layer / (n_layers + 1) with the shares' running sum, so the cuts lie between two layers.
+    """
+    if n_gpus < 2 or not layout.gpus:  # noqa: PLR2004
+        return ()
+    places = [*layout.layers, layout.output]
+    counts = {device: len(list(group)) for device, group in groupby(places)}
+    cuts = [sum(counts.get(gpu_name(j), 0) for j in range(i + 1)) - 0.5 for i in range(n_gpus - 1)]
+    bounds = [0.0, *(max(0.0, cut) for cut in cuts), float(len(places))]
+    return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))

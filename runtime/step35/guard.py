@@ -1,0 +1,94 @@
+"""Refuses what the memory can't hold, before anything is loaded; on a unified box there is no second chance."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from step35.errors import DoesNotFit
+from step35.gguf_facts import Header, read_header
+from step35.machine import Machine
+from step35.memory import Run, head_context, weight_bytes
+from step35.options import EngineOptions
+from step35.sizes import format_size
+from step35.usage import HOST, Layout, Loading, Pool, Purpose, Usage, gpu_name, pools, taken, usage
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What an engine with some options takes, and what there is."""
+
+    usage: Usage
+    pools: tuple[Pool, ...]
+
+    def check(self) -> None:
+        """Raises DoesNotFit for the first memory that is too small."""
+        for pool in self.pools:
+            n_bytes = taken(self.usage, pool)
+            if n_bytes > pool.budget:
+                raise DoesNotFit(
+                    f"doesn't fit: {pool.name} expected to need at most {format_size(pool.budget)} (what is free, less "
+                    f"the reserve), needs {format_size(n_bytes)}; see what would fit with step35 plan"
+                )
+
+
+def need(options: EngineOptions, machine: Machine) -> Need:
+    """Returns what an engine with these options would take; reads headers only."""
+    header = read_header(options.model)
+    side = None if options.mtp is None or options.draft in ("off", "ngram") else read_header(options.mtp)
+    layout = layout_of(header, options, machine)
+    run = _run(options, header.shape.n_heads if side is None else 0)
+    used = usage(header, machine, run, layout, Loading(options.load_mode, options.op_offload))
+    if side is not None:
+        _add_side(used, side, _run(options, side.shape.n_heads), layout.output)
+    return Need(used, tuple(pools(machine)))
+
+
+def _run(options: EngineOptions, n_heads: int) -> Run:
+    depth = 0 if options.draft in ("off", "ngram") else int(options.draft) if options.draft.isdigit() else n_heads
+    return Run(
+        options.n_ctx,
+        options.n_batch,
+        options.n_sessions,
+        min(depth, n_heads),
+        options.kv_type,
+        options.n_checkpoints,
+        options.flash_attention is not False,
+    )
+
+
+def layout_of(header: Header, options: EngineOptions, machine: Machine) -> Layout:
+    """Returns where llama.cpp puts everything with these options, as far as one GPU or none goes."""
+    layers = header.shape.layers
+    n_on_gpu = (len(layers) + 1 if options.n_gpu_layers < 0 else options.n_gpu_layers) if machine.gpus else 0
+    first = len(layers) + 1 - n_on_gpu
+    places = tuple(gpu_name(0) if i >= first else HOST for i in range(len(layers) + 1))
+    experts = tuple((place,) * 3 if layer.is_moe else () for place, layer in zip(places, layers, strict=False))
+    return Layout(places[:-1], experts, places[-1])
+
+
+def _add_side(used: Usage, side: Header, run: Run, device: str) -> None:
+    """Adds an MTP side file, which brings its own embedding and output matrix."""
+    head = head_context(side.shape, run)
+    sizes = used.setdefault(device, {})
+    sizes[Purpose.HEADS] = sizes.get(Purpose.HEADS, 0) + weight_bytes(side.tensors)
+    sizes[Purpose.HEAD_KV] = sizes.get(Purpose.HEAD_KV, 0) + run.n_heads * head.kv
+    sizes[Purpose.COMPUTE] = sizes.get(Purpose.COMPUTE, 0) + run.n_heads * head.compute
+    host = used.setdefault(HOST, {})
+    host[Purpose.OUTPUTS] = host.get(Purpose.OUTPUTS, 0) + run.n_heads * head.outputs
+
+
+def refuse_what_does_not_fit(options: EngineOptions) -> None:
+    """Raises DoesNotFit if this box's free memory can't hold an engine with these options."""
+    from step35.hardware import probe, this_box
+
+    need(options, probe(replace(this_box(), bandwidth=lambda n_threads: 1.0))).check()
+
+
+def drop_from_page_cache(paths: Iterable[Path]) -> None:
+    """Lets the kernel forget files that were read and copied: on a unified box their pages are the GPU's memory."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
