@@ -245,10 +245,13 @@ def test_more_hidden_end_ids_than_llama_cpp_has_keys_for_are_refused(tmp_path: P
 # Adding BOS and EOS
 
 
-def template(*pieces: str | None) -> dict[str, Any]:
-    """A TemplateProcessing whose pieces are special tokens, or the sequence for None."""
-    single = [{"Sequence": {"id": "A", "type_id": 0}} if piece is None else {"SpecialToken": {"id": piece, "type_id": 0}} for piece in pieces]
-    return {"type": "TemplateProcessing", "single": single}
+def template(*pieces: str, pair: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A TemplateProcessing of special tokens and of the sequences A and B."""
+
+    def written(names: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [{"Sequence" if name in "AB" else "SpecialToken": {"id": name, "type_id": 0}} for name in names]
+
+    return {"type": "TemplateProcessing", "single": written(pieces), "pair": written(pair)}
 
 
 BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": False}
@@ -262,13 +265,19 @@ BEGIN = "<｜begin▁of▁sentence｜>"
         (None, {"add_bos_token": None}, {}),
         (None, {"add_eos_token": False}, {"bos": True, "eos": False}),
         (BYTE_LEVEL, {}, {"bos": False, "eos": False}),
-        (template(BEGIN, None), {"add_bos_token": False}, {"bos": True}),
-        (template(None, "<|im_end|>"), {"add_bos_token": None}, {"eos": True}),
-        (template("<think>", None, "<think>"), {}, {"bos": False, "eos": False}),
-        (template(None), {}, {"bos": True}),
-        ({"type": "Sequence", "processors": [BYTE_LEVEL, template(BEGIN, None)]}, {}, {"bos": True, "eos": False}),
+        (template(BEGIN, "A"), {"add_bos_token": False}, {"bos": True}),
+        (template("A", "<|im_end|>"), {"add_bos_token": None}, {"eos": True}),
+        (template("<think>", "A", "<think>"), {}, {"bos": False, "eos": False}),
+        (template("A"), {}, {"bos": True}),
+        # transformers' own template of a tokenizer with add_bos_token.
+        (template(BEGIN, "A", pair=(BEGIN, "A", BEGIN, "B")), {}, {"bos": True, "sep": False}),
+        (template(BEGIN, "A", pair=(BEGIN, "A", "<|im_end|>", "B")), {}, {"bos": True, "sep": True}),
+        (template("A", "<|im_end|>", pair=("A", "<|im_end|>", "B", "<|im_end|>")), {}, {"bos": True, "eos": True, "sep": False}),
+        (template(BEGIN, "A", pair=(BEGIN, "A", "B")), {}, {"bos": True}),
+        (template(BEGIN, "A", pair=(BEGIN, "B", "<|im_end|>", "A")), {}, {"bos": True}),
+        ({"type": "Sequence", "processors": [BYTE_LEVEL, template(BEGIN, "A")]}, {}, {"bos": True, "eos": False}),
         ({"type": "Sequence", "processors": "nothing"}, {}, {"bos": True}),
-        ({"type": "TemplateProcessing", "single": [{"SpecialToken": 3}, "x"]}, {}, {"bos": True}),
+        ({"type": "TemplateProcessing", "single": [{"SpecialToken": 3}, "x"], "pair": [{"Sequence": {"id": []}}, 1]}, {}, {"bos": True}),
     ],
 )
 def test_the_post_processor_says_what_is_added_and_then_the_settings(tmp_path: Path, post_processor: Any, settings: dict, flags: dict) -> None:
@@ -360,7 +369,7 @@ JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 400), st.floats(0, 30
 @st.composite
 def mutations(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both files with one or two values replaced or removed, wherever they stand."""
-    files = copy.deepcopy({"tokenizer": tokenizer_json() | {"post_processor": template(BEGIN, None)}, "settings": settings_json()})
+    files = copy.deepcopy({"tokenizer": tokenizer_json() | {"post_processor": template(BEGIN, "A")}, "settings": settings_json()})
     for _ in range(draw(st.integers(1, 2))):
         parent: Any = files
         key = draw(st.sampled_from(sorted(files)))

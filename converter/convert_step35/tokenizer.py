@@ -172,15 +172,21 @@ def _special_ids(settings: dict[str, Any], added: dict[str, dict[str, Any]], con
     """Ids by name: the text in tokenizer_config.json first, the plain id in config.json for the rest."""
     ids: dict[str, int] = {}
     for name in _SPECIAL_NAMES:
-        entry = settings.get(f"{name}_token")
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        if isinstance(text, str) and text in added:
+        text = _token_text(settings, name)
+        if text in added:
             ids[name] = added[text]["id"]
     for name in _SPECIAL_NAMES:
         value = config.get(f"{name}_token_id", config.get("text_config", {}).get(f"{name}_token_id"))
         if name not in ids and type(value) is int and 0 <= value < vocab_size:
             ids[name] = value
     return ids
+
+
+def _token_text(settings: dict[str, Any], name: str) -> str | None:
+    """The text of a special token, which stands alone or as an object's content."""
+    entry = settings.get(f"{name}_token")
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
 
 
 def _with_eos(ids: dict[str, int], eos_token_ids: tuple[int, ...]) -> dict[str, int]:
@@ -228,17 +234,44 @@ def _post_steps(post_processor: Any) -> list[dict[str, Any]]:
 
 
 def _template_flags(step: dict[str, Any], settings: dict[str, Any]) -> dict[str, bool]:
-    single = step.get("single", [])
-    if not isinstance(single, list) or len(single) < 2:
-        return {}
-    flags = {}
-    for name, piece in (("bos", single[0]), ("eos", single[-1])):
-        special = piece.get("SpecialToken") if isinstance(piece, dict) else None
-        token = special.get("id") if isinstance(special, dict) else None
-        if token is not None:
-            entry = settings.get(f"{name}_token")
-            flags[name] = token == (entry.get("content") if isinstance(entry, dict) else entry)
+    """What a template adds to one text, and between the two of a pair; as gguf-py's SpecialVocab reads it."""
+    single, pair = _pieces(step.get("single")), _pieces(step.get("pair"))
+    bos, eos, sep = (_token_text(settings, name) for name in ("bos", "eos", "sep"))
+    first, last = (single[0].special, single[-1].special) if len(single) > 1 else (None, None)
+    flags = {name: got == want for name, got, want in (("bos", first, bos), ("eos", last, eos)) if got is not None}
+    ends = {text for text in (sep, eos) if text is not None}
+    between = [piece.special for piece in _between(pair, first, last)]
+    if between:
+        flags["sep"] = (between[0] in ends and last is None) or (len(between) == 2 and between[1] in ends)
     return flags
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One piece of a template: the text of a special token, or the letter of a sequence."""
+
+    special: str | None
+    sequence: str | None
+
+
+def _pieces(value: Any) -> list[_Piece]:
+    return [_Piece(_id_of(item, "SpecialToken"), _id_of(item, "Sequence")) for item in value] if isinstance(value, list) else []
+
+
+def _id_of(item: Any, kind: str) -> str | None:
+    entry = item.get(kind) if isinstance(item, dict) else None
+    name = entry.get("id") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _between(pair: list[_Piece], first: str | None, last: str | None) -> list[_Piece]:
+    """The pieces between A and B, where the template is A ... B inside the single text's own ends."""
+    if pair and first is not None and pair[0].special == first:
+        pair = pair[1:]
+    if pair and last is not None and pair[-1].special == last:
+        pair = pair[:-1]
+    is_a_to_b = len(pair) > 2 and (pair[0].sequence, pair[-1].sequence) == ("A", "B")
+    return pair[1:-1] if is_a_to_b else []
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
