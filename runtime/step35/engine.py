@@ -155,7 +155,8 @@ class Engine:
         """Measures a decode of each width and a run of each head; under load the fastest of a few is the truest."""
         costs = self.drafter.controller.costs
         for width in CALIBRATED_WIDTHS:
-            costs.observe_verify(width, self._time(self.trunk, Rows(0, 0, [0] * width, outputs=width)))
+            tokens = [i * self.model.n_vocab // width for i in range(width)]  # unlike ones touch other experts
+            costs.observe_verify(width, self._time(self.trunk, Rows(0, 0, tokens, outputs=width)))
         hidden = np.zeros((REDONE, self.model.n_embd), np.float32)
         for head, context in enumerate(self.drafter.heads.contexts if self.drafter.heads else ()):
             costs.observe_draft(head, self._time(context, Rows(0, 0, [0] * REDONE, REDONE, hidden)))
