@@ -12,7 +12,7 @@ Probes are paid from a budget of PROBE_SHARE of the time spent, so they can't co
 import math
 from bisect import bisect
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 PROBE_SHARE = 0.01
@@ -30,40 +30,46 @@ class Costs:
 
     _verify: dict[int, deque[float]] = field(default_factory=dict)
     _draft: dict[int, deque[float]] = field(default_factory=dict)
-    _medians: dict[tuple[str, int], float] = field(default_factory=dict)
+    _verify_s: dict[int, float] = field(default_factory=dict)
+    _draft_s: dict[int, float] = field(default_factory=dict)
 
     def observe_verify(self, width: int, seconds: float) -> None:
-        self._observe("verify", self._verify, width, seconds)
+        _add(self._verify, width, seconds)
+        cheapest = math.inf
+        for known in sorted(self._verify, reverse=True):  # fewer tokens never cost more: heals a bad sample
+            cheapest = min(cheapest, _median(self._verify[known]))
+            self._verify_s[known] = cheapest
 
     def observe_draft(self, head: int, seconds: float) -> None:
-        self._observe("draft", self._draft, head, seconds)
-
-    def _observe(self, kind: str, samples: dict[int, deque[float]], key: int, seconds: float) -> None:
-        window = samples.setdefault(key, deque(maxlen=N_SAMPLES))
-        window.append(seconds)
-        self._medians[kind, key] = sorted(window)[len(window) // 2]
+        _add(self._draft, head, seconds)
+        self._draft_s[head] = _median(self._draft[head])
 
     def verify(self, width: int) -> float:
-        """Returns the seconds of a decode of `width` tokens, interpolated; more tokens never cost less."""
-        known = sorted(self._verify)
-        if not known:
-            return 0.0
+        """Returns the seconds of a decode of `width` tokens, on the line between measured widths."""
+        if width in self._verify_s or not self._verify_s:
+            return self._verify_s.get(width, 0.0)
+        known = sorted(self._verify_s)
         at = bisect(known, width)
-        if at and known[at - 1] == width:
-            seconds = self._medians["verify", width]
-        else:
-            low, high = (known[at - 1], known[at]) if 0 < at < len(known) else _ends(known, at)
-            seconds = self._line(low, high, width)
-        floor = self._medians["verify", known[0]] if width > known[0] else 0.0
-        return max(seconds, floor)
-
-    def _line(self, low: int, high: int, width: int) -> float:
-        a, b = self._medians["verify", low], self._medians["verify", high]
+        low, high = (known[at - 1], known[at]) if 0 < at < len(known) else _ends(known, at)
+        a, b = self._verify_s[low], self._verify_s[high]
         return a + (b - a) * (width - low) / (high - low) if high > low else a
 
     def draft(self, head: int) -> float:
         """Returns the seconds of running a head for one new row; 0 when not measured yet."""
-        return self._medians.get(("draft", head), 0.0)
+        return self._draft_s.get(head, 0.0)
+
+    def measured(self) -> dict[tuple[str, int], float]:
+        """Returns seconds by ('verify', width) and ('draft', head)."""
+        verify = {("verify", width): seconds for width, seconds in self._verify_s.items()}
+        return verify | {("draft", head): seconds for head, seconds in self._draft_s.items()}
+
+
+def _add(samples: dict[int, deque[float]], key: int, seconds: float) -> None:
+    samples.setdefault(key, deque(maxlen=N_SAMPLES)).append(seconds)
+
+
+def _median(samples: deque[float]) -> float:
+    return sorted(samples)[len(samples) // 2]
 
 
 def _ends(known: Sequence[int], at: int) -> tuple[int, int]:
@@ -244,10 +250,6 @@ class DepthController:
         self._budget_s += PROBE_SHARE * seconds
         rate = self._drafting_rate.get(kind, n_tokens / seconds)
         self._drafting_rate[kind] = rate + 0.05 * (n_tokens / seconds - rate)
-
-    def medians(self) -> Mapping[tuple[str, int], float]:
-        """Returns the measured seconds by ('verify', width) and ('draft', head)."""
-        return dict(self.costs._medians)
 
 
 def _lookup_margin(match_length: int) -> float:
