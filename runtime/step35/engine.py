@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
 CALIBRATED_WIDTHS = (1, 2, 3, 4, 8)
-CALIBRATION_S = 0.02  # of repeats for each: a large model's decode is steady enough to be timed once
 
 
 def _load(options: ModelOptions) -> "Model":
@@ -152,7 +151,7 @@ class Engine:
     # calibration
 
     def _calibrate(self) -> None:
-        """Measures a decode of each width and a run of each head; under load the fastest of a few is the truest."""
+        """Measures a decode of each width and a run of each head; on a busy machine the fastest is the truest."""
         costs = self.drafter.controller.costs
         for width in CALIBRATED_WIDTHS:
             tokens = [i * self.model.n_vocab // width for i in range(width)]  # unlike ones touch other experts
@@ -162,12 +161,9 @@ class Engine:
             costs.observe_draft(head, self._time(context, Rows(0, 0, [0] * REDONE, REDONE, hidden)))
 
     def _time(self, context: "Context", rows: Rows) -> float:
-        """Returns the seconds of a decode: the least of 1 to 5, after one that builds the graph."""
+        """Returns the seconds of a decode: the least of three, after one that builds the graph."""
         self._time_once(context, rows)
-        times = [self._time_once(context, rows)]
-        while len(times) < 5 and sum(times) < CALIBRATION_S:
-            times.append(self._time_once(context, rows))
-        return min(times)
+        return min(self._time_once(context, rows) for _ in range(3))
 
     def _time_once(self, context: "Context", rows: Rows) -> float:
         started = self.clock()
