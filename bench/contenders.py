@@ -51,7 +51,7 @@ class Run:
     """What a task took.
 
     `n_cycles` counts verifications of heads' drafts, `accepted` those in which each head's draft was
-    accepted, `head_decodes` the decodes of MTP heads (0 where that can't be seen from outside).
+    accepted, `n_accepted` tokens accepted from any source, `head_decodes` the decodes of MTP heads (0 where that can't be seen from outside).
     """
 
     n_prompt: int
@@ -60,6 +60,7 @@ class Run:
     decode_s: float
     n_cycles: int = 0
     n_drafted: int = 0
+    n_accepted: int = 0
     accepted: tuple[int, ...] = ()
     head_decodes: int = 0
 
@@ -120,7 +121,7 @@ class Step35:
             stats, n_decoded = turn.stats, len(turn.generated) - 1
         return Run(
             stats.n_prompt, stats.prefill_s, n_decoded, wall_s - stats.prefill_s,
-            max(stats.drafted_per_head, default=0), stats.n_drafted, tuple(stats.accepted_per_head),
+            max(stats.drafted_per_head, default=0), stats.n_drafted, stats.n_accepted, tuple(stats.accepted_per_head),
             self.n_head_decodes - n_before,
         )  # fmt: skip
 
@@ -171,7 +172,7 @@ class LlamaServer:
         n_cycles, *accepted = (now - then for now, then in zip(self._acceptance(), before, strict=True))
         return Run(
             timings["prompt_n"], timings["prompt_ms"] / 1e3, timings["predicted_n"] - 1, timings["predicted_ms"] / 1e3,
-            n_cycles, timings.get("draft_n", 0), tuple(accepted),
+            n_cycles, timings.get("draft_n", 0), timings.get("draft_n_accepted", 0), tuple(accepted),
         )  # fmt: skip
 
     def _acceptance(self) -> list[int]:

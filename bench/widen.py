@@ -7,8 +7,8 @@ Factors are powers of two, so that the division is exact in bfloat16. Attention 
 (a wider head would have other rotary frequencies). Copies quantize alike where a type's blocks don't
 cross them.
 
-With the default factors the bundled checkpoint becomes 2 GB of Q8_0 whose shares resemble the real
-model's: half of a decode's weights are routed experts, and an MTP head has 0.13 of them.
+With the default factors the bundled checkpoint becomes 2 GB of BF16 whose shares resemble the real
+model's: 40 % of a decode's weights are routed experts, and an MTP head has 0.13 of a decode's.
 """
 
 import json
@@ -33,9 +33,9 @@ from reference.checkpoint import INDEX_NAME, load_tensors, write_json  # noqa: E
 class Factors:
     """How often features are repeated: `dense` and `expert` count inside the MLPs; powers of two."""
 
-    hidden: int = 16
-    heads: int = 4
-    dense: int = 2
+    hidden: int = 8
+    heads: int = 8
+    dense: int = 4
     expert: int = 16
 
     def __post_init__(self) -> None:
