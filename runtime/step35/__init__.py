@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Cancelled": "errors",
     "ContextFull": "errors",
+    "DoesNotFit": "errors",
     "Engine": "engine",
     "EngineOptions": "options",
     "Llama": "llama",

@@ -26,6 +26,15 @@ def _load(options: ModelOptions) -> "Model":
     return Model(options)
 
 
+def _refuse_what_does_not_fit(options: EngineOptions) -> None:
+    from step35.guard import refuse_what_does_not_fit
+    from step35.native import read_facts
+
+    for path in filter(None, (options.model, options.mtp)):
+        read_facts(path)  # what is wrong with the file is said before what is wrong with its size
+    refuse_what_does_not_fit(options)
+
+
 class Engine:
     """A loaded model. `load_model` is the seam where tests put a fake llama.cpp.
 
@@ -51,6 +60,8 @@ class Engine:
 
     def _open(self, load_model: "Callable[[ModelOptions], Model]") -> None:
         options = self.options
+        if load_model is _load:  # another loader has no file to judge
+            _refuse_what_does_not_fit(options)
         wants_heads = options.draft not in ("off", "ngram")
         self.model = self._load_trunk(load_model, wants_heads and options.mtp is None)
         self.n_ctx = _context_size(options, self.model)
@@ -65,7 +76,7 @@ class Engine:
 
     def _load_trunk(self, load_model: "Callable[[ModelOptions], Model]", with_heads: bool) -> "Model":
         options = self.options
-        model = load_model(ModelOptions(options.model, with_heads, options.n_gpu_layers, options.load_mode))
+        model = load_model(options.load(options.model, with_heads=with_heads))
         self._closers.append(model.close)
         if not model.facts.has_trunk:
             raise ModelError(
@@ -89,7 +100,7 @@ class Engine:
     def _head_model(self, load_model: "Callable[[ModelOptions], Model]") -> "Model":
         if self.options.mtp is None:
             return self.model
-        model = load_model(ModelOptions(self.options.mtp, True, self.options.n_gpu_layers, self.options.load_mode))
+        model = load_model(self.options.load(self.options.mtp, with_heads=True))
         self._closers.append(model.close)
         for name in ("n_vocab", "n_embd", "n_swa", "vocab_digest"):
             wanted, got = getattr(self.model, name), getattr(model, name)

@@ -4,6 +4,7 @@
     ├── ModelError         a GGUF file is not a usable Step-3.5 model
     ├── NativeError        llama.cpp refused, failed, or lacks a symbol
     ├── ContextFull        a timeline doesn't fit into its context
+    ├── DoesNotFit         the memory can't hold what was asked for
     ├── SettingsError      a setting has an unknown or impossible value
     └── Cancelled          a decode was stopped on request
 """
@@ -23,6 +24,10 @@ class NativeError(Step35Error):
 
 class ContextFull(Step35Error):
     """A timeline doesn't fit into its context; nothing slides."""
+
+
+class DoesNotFit(Step35Error):
+    """The memory can't hold what was asked for; nothing was loaded."""
 
 
 class SettingsError(Step35Error, ValueError):

@@ -340,11 +340,35 @@ def _load(options: ModelOptions) -> object:
     params.n_gpu_layers = options.n_gpu_layers
     params.load_mode = LOAD_MODES[options.load_mode]
     params.load_mtp = options.load_heads
+    overrides, shares = _overrides(options.overrides), _shares(options.tensor_split)  # llama.cpp borrows both
+    params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p) if overrides else None
+    params.tensor_split = shares
     _last_errors.clear()
     handle = C.llama_model_load_from_file(os.fsencode(options.path), params)
     if not handle:
         raise ModelError(f"can't load {options.path}: {_reason()}; if a download was cut short, fetch the file again")
     return handle
+
+
+class _Override(ctypes.Structure):
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+
+
+# through libllama's own handle: another copy of ggml would give another pointer
+_cpu_buffer_type = _bind("ggml_backend_cpu_buffer_type", "", [], ctypes.c_void_p)
+_HOST = "CPU"
+
+
+def _overrides(pairs: Sequence[tuple[str, str]]) -> "ctypes.Array[_Override] | None":
+    unknown = [name for _, name in pairs if name != _HOST]
+    if unknown:
+        raise SettingsError(f"bad override: buffer type expected {_HOST}, got {unknown[0]!r}")
+    rows = [_Override(pattern.encode(), _cpu_buffer_type()) for pattern, _ in pairs]
+    return (_Override * (len(rows) + 1))(*rows) if rows else None
+
+
+def _shares(shares: Sequence[float]) -> "ctypes.Array[ctypes.c_float] | None":
+    return (ctypes.c_float * C.llama_max_devices())(*shares) if shares else None
 
 
 # devices

@@ -19,6 +19,10 @@ class ModelOptions:
     load_heads: bool = False
     n_gpu_layers: int = -1
     load_mode: str = "auto"
+    overrides: tuple[tuple[str, str], ...] = ()
+    """(Pattern of tensor names, buffer type): tensors that don't lie where their layer does."""
+    tensor_split: tuple[float, ...] = ()
+    """Shares of the layers of several GPUs; () splits by free memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class EngineOptions:
     flash_attention: bool | None = None
     offload_kqv: bool = True
     op_offload: bool = True
+    overrides: tuple[tuple[str, str], ...] = ()
+    tensor_split: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check_range("n_ctx", self.n_ctx, 8, 1 << 30)
@@ -71,6 +77,10 @@ class EngineOptions:
         _check_one_of("draft", self.draft, DRAFT_MODES)
         _check_one_of("load_mode", self.load_mode, LOAD_MODES)
         _check_one_of("kv_type", self.kv_type, KV_TYPES)
+
+    def load(self, path: Path, *, with_heads: bool) -> ModelOptions:
+        """Returns the options of loading one of the engine's files."""
+        return ModelOptions(path, with_heads, self.n_gpu_layers, self.load_mode, self.overrides, self.tensor_split)
 
     def context(self, *, n_batch: int | None = None, n_outputs: int = 0) -> ContextOptions:
         """Returns the options of one of the engine's contexts."""

@@ -1,0 +1,148 @@
+"""A placement applied: what llama.cpp is told, and where the tensors then are."""
+
+import ctypes
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import planned_gguf
+from checkpoints import REAL
+from step35 import native
+from step35.applying import engine_options, environment, overrides, tensor_split
+from step35.errors import DoesNotFit, SettingsError
+from step35.gguf_facts import Group, read_header
+from step35.guard import drop_from_page_cache, need
+from step35.machine import DISCRETE, GIB, Gpu, Machine, known_machines
+from step35.options import EngineOptions, ModelOptions
+from step35.placement import Wishes, place
+from step35.usage import HOST, Layout
+from tiny_model import tiny_gguf
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    return read_header(planned_gguf.write(tmp_path_factory.mktemp("real") / "real.gguf", REAL, "MOE_IQ4_XS"))
+
+
+def box(ram: int, *gpu_bytes: int) -> Machine:
+    gpus = tuple(Gpu("a GPU", DISCRETE, n, n, 1e12, 25e9, 1e14, 0) for n in gpu_bytes)
+    return Machine("a box", "", 8, 1, ram, ram, 0, 75e9, gpus, "none")
+
+
+# what llama.cpp is told
+
+
+@pytest.mark.parametrize("name", ["rtx4090-24+128", "rtx3090x2+128", "h100-80"])
+def test_the_patterns_match_exactly_the_tensors_planned_for_the_host(real, name):
+    placement = place(real, known_machines()[name], Wishes(n_ctx=32768)).placement
+    patterns = [pattern for pattern, _ in overrides(placement.layout)]
+    on_host = {t.name for t in real.tensors if placement.layout.device_of(t) == HOST and t.group is not Group.EMBEDDING}
+    assert on_host
+    assert {t.name for t in real.tensors if any(re.search(p, t.name) for p in patterns)} == on_host
+
+
+def test_nothing_is_overridden_where_one_device_holds_everything(real):
+    for name in ("h200-141", "cpu-192", "mac-studio-128"):
+        assert overrides(place(real, known_machines()[name], Wishes(n_ctx=32768)).placement.layout) == ()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=4))
+def test_the_shares_cut_the_layers_where_planned(counts):
+    """llama.cpp takes the first GPU whose running sum of shares exceeds layer / (n_layers + 1)."""
+    places = [f"GPU{i}" for i, n in enumerate(counts) for _ in range(n)]
+    shares = tensor_split(Layout(tuple(places[:-1]), ((),) * (len(places) - 1), places[-1]), len(counts))
+    sums = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
+    got = [next(i for i, bound in enumerate(sums) if bound > layer / len(places)) for layer in range(len(places))]
+    assert [f"GPU{i}" for i in got] == places
+
+
+def test_the_engine_gets_what_was_planned(real):
+    machine = known_machines()["rtx4090-24+128"]
+    placement = place(real, machine, Wishes(n_ctx=131072)).placement
+    options = engine_options(placement, machine, Path("m.gguf"))
+    assert (options.n_ctx, options.n_batch, options.kv_type, options.load_mode) == (131072, 4096, "f16", "none")
+    assert options.load(Path("m.gguf"), with_heads=True).overrides == overrides(placement.layout)
+    assert environment(placement) == {"GGML_OP_OFFLOAD_MIN_BATCH": str(placement.op_offload_from)}
+    assert environment(replace(placement, op_offload_from=None)) == {}
+
+
+# where the tensors then are
+
+
+def buffers_of(model: native.Model) -> dict[str, str]:
+    """Returns each loaded tensor's buffer type, read from llama.cpp's own table of tensors (libstdc++ layout)."""
+    table = native.C._lib["_Z29llama_internal_get_tensor_mapB5cxx11PK11llama_model"]
+    table.argtypes, table.restype = [ctypes.c_void_p], ctypes.POINTER(ctypes.c_void_p)
+    type_of, name_of = native.C._lib.ggml_backend_buffer_get_type, native.C._lib.ggml_backend_buft_name
+    type_of.argtypes, type_of.restype = [ctypes.c_void_p], ctypes.c_void_p
+    name_of.argtypes, name_of.restype = [ctypes.c_void_p], ctypes.c_char_p
+    vector = table(model._handle)
+    begin, end, found = vector[0], vector[1], {}
+    for entry in range(begin, end, 40):  # a string of 32 bytes, a pointer
+        words = (ctypes.c_void_p * 5).from_address(entry)
+        buffer = ctypes.c_void_p.from_address(words[4] + 8).value  # after the tensor's type
+        found[ctypes.string_at(words[0], words[1]).decode()] = name_of(type_of(buffer)).decode()
+    return found
+
+
+def test_overrides_land_on_exactly_the_tensors_they_name(caplog):
+    """llama.cpp says which tensors it moved, and every one of them then lies in host memory."""
+    path = tiny_gguf("Q4_K_M")
+    header = read_header(path)
+    layout = place(header, box(64 * GIB, 20 * 2**20), Wishes(n_ctx=512, policy="split")).placement.layout
+    half = replace(layout, experts=tuple((HOST, "GPU0", HOST) if devices else () for devices in layout.experts))
+    with caplog.at_level(logging.DEBUG, logger="step35.llama_cpp"):
+        model = native.Model(ModelOptions(path, True, 0, "none", overrides(half)))
+    try:
+        moved = {m[1] for r in caplog.records if (m := re.search(r"tensor (\S+) .*buffer type overridden to CPU", r.getMessage()))}
+        assert moved == {t.name for t in header.tensors if "ffn_gate_exps" in t.name or "ffn_down_exps" in t.name}
+        buffers = buffers_of(model)
+        assert set(buffers) == {t.name for t in header.tensors}
+        assert set(buffers.values()) <= {"CPU", "CPU_REPACK"}
+    finally:
+        model.close()
+
+
+def test_an_unknown_buffer_type_is_refused():
+    with pytest.raises(SettingsError, match="buffer type expected CPU, got 'TPU'"):
+        native.Model(ModelOptions(tiny_gguf(), overrides=(("x", "TPU"),)))
+
+
+# the guard
+
+
+def test_what_fits_is_let_through_and_what_does_not_is_refused_with_the_numbers(real):
+    options = EngineOptions(real.path, n_ctx=32768)
+    need(options, box(120 * GIB)).check()
+    with pytest.raises(DoesNotFit, match=r"doesn't fit: RAM expected to need at most 100.00 GiB .*, needs 105\.\d\d GiB"):
+        need(options, box(100 * GIB)).check()
+    with pytest.raises(DoesNotFit, match=r"doesn't fit: a GPU expected .* 24.00 GiB"):
+        need(options, box(120 * GIB, 24 * GIB)).check()
+    need(replace(options, n_gpu_layers=5), box(120 * GIB, 24 * GIB)).check()
+
+
+def test_a_side_files_own_matrices_count(real, tmp_path):
+    from convert_step35.mapping import MtpMode
+
+    trunk = planned_gguf.write(tmp_path / "trunk.gguf", REAL, "MOE_IQ4_XS", mtp=MtpMode.DROP)
+    heads = planned_gguf.write(tmp_path / "heads.gguf", REAL, "MOE_IQ4_XS", mtp=MtpMode.ONLY)
+    together = _taken(EngineOptions(trunk, heads))
+    assert together - _taken(EngineOptions(real.path)) == pytest.approx(2 * 560955392, rel=1e-3)
+    assert _taken(EngineOptions(trunk, heads, draft="off")) == _taken(EngineOptions(trunk))
+
+
+def _taken(options: EngineOptions) -> int:
+    return sum(sum(sizes.values()) for sizes in need(options, box(200 * GIB)).usage.values())
+
+
+def test_dropping_the_page_cache_leaves_the_file_alone():
+    path = tiny_gguf()
+    before = path.read_bytes()
+    drop_from_page_cache([path])
+    assert path.read_bytes() == before
