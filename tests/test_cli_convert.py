@@ -439,11 +439,11 @@ def test_a_target_size_picks_the_best_recipe_that_fits(real: Path) -> None:
     assert planned["recipe"] == "MOE_IQ4_XS" and planned["totals"]["bytes"] <= 105 * 2**30
 
 
-def interrupted(command: list[Any], after: Path) -> Done:
-    """Run a command and send it SIGINT as soon as a file exists."""
+def interrupted(command: list[Any], partial: Path) -> Done:
+    """Run a command and send it SIGINT as soon as a partial file holds some tensor data."""
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not after.exists() and process.poll() is None:
-            time.sleep(0.005)
+        while process.poll() is None and not (partial.exists() and partial.read_bytes()[2**19 :].strip(b"\0")):
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     return Done(process.returncode, out, err)
@@ -452,7 +452,7 @@ def interrupted(command: list[Any], after: Path) -> Done:
 def test_after_ctrl_c_the_same_command_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
     command = [*COMMAND, "run", checkpoint, out, "--type", "IQ4_XS", "--threads", "1"]
-    stopped = interrupted(command, after=tmp_path / "out.gguf.journal")
+    stopped = interrupted(command, tmp_path / "out.gguf.partial")
     assert (stopped.exit_code, stopped.out) == (130, "")
     assert stopped.err.strip() == "convert-step35: stopped; the same command goes on from here"
     assert left(tmp_path) == ["out.gguf.journal", "out.gguf.partial"]
