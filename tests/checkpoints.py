@@ -29,7 +29,7 @@ class Shape:
     num_hidden_layers: int = 6
     num_nextn_predict_layers: int = 3
     hidden_size: int = 256
-    intermediate_size: int = 512
+    intermediate_size: int = 768
     num_attention_heads: int = 4
     num_sliding_heads: int = 8
     num_attention_groups: int = 2
@@ -446,10 +446,8 @@ def _is_mtp_name(name: str, shape: Shape) -> bool:
 
 
 def eos_ids(tokenizer: Path) -> list[int]:
-    """Returns the ids that end a generation: end of sentence, and the end of a chat turn."""
-    added = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    ids = {token["content"]: token["id"] for token in added}
-    return [ids["<｜end▁of▁sentence｜>"], ids["<|im_end|>"]]
+    """Returns the ids that end a generation in the checkpoint whose tokenizer is taken."""
+    return json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

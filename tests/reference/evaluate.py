@@ -17,6 +17,7 @@ from reference.model import MLP, MoE, Step35
 from reference.tokenizer import EOS, IM_END
 
 ROW_LENGTH, N_ROWS, HELD_OUT_SEED = 1024, 16, 53
+STRIDE = 8  # rows between those where agreement is measured: trunk context costs a whole window for each
 N_PROMPTS, PROMPT_LENGTH, N_NEW = 16, 64, 192
 
 CODE_PROMPTS = [
@@ -45,7 +46,7 @@ def agreement(model: Step35, text: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """Shares of rows from start on where each head names the trunk's own next token: exact chain, trunk context."""
     (trunk, *chain), _ = parts(model, text)
     chosen = trunk.argmax(-1)
-    rows = torch.arange(max(start, model.config.layers[-1].window), len(text) - 1 - len(chain))
+    rows = torch.arange(max(start, model.config.layers[-1].window), len(text) - 1 - len(chain), STRIDE)
     _, hidden = model.trunk(text[None])
     paired = trunk_context_chain(model, text, hidden[0], rows)
     exact = [(head[rows].argmax(-1) == chosen[rows + 1 + k]).float().mean() for k, head in enumerate(chain)]
