@@ -56,7 +56,7 @@ def test_nothing_is_overridden_where_one_device_holds_everything(real):
 def test_the_shares_cut_the_layers_where_planned(counts):
     """llama.cpp takes the first GPU whose running sum of shares exceeds layer / (n_layers + 1)."""
     places = [f"GPU{i}" for i, n in enumerate(counts) for _ in range(n)]
-    shares = tensor_split(Layout(tuple(places[:-1]), ((),) * (len(places) - 1), places[-1]), len(counts))
+    shares = tensor_split(Layout(tuple(places[:-1]), ((),) * (len(places) - 1), places[-1]))
     sums = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
     got = [next(i for i, bound in enumerate(sums) if bound > layer / len(places)) for layer in range(len(places))]
     assert [f"GPU{i}" for i in got] == places
@@ -65,7 +65,7 @@ def test_the_shares_cut_the_layers_where_planned(counts):
 def test_the_engine_gets_what_was_planned(real):
     machine = known_machines()["rtx4090-24+128"]
     placement = place(real, machine, Wishes(n_ctx=131072)).placement
-    options = engine_options(placement, machine, Path("m.gguf"))
+    options = engine_options(placement, Path("m.gguf"))
     assert (options.n_ctx, options.n_batch, options.kv_type, options.load_mode) == (131072, 4096, "f16", "none")
     assert options.load(Path("m.gguf"), with_heads=True).overrides == overrides(placement.layout)
     assert environment(placement) == {"GGML_OP_OFFLOAD_MIN_BATCH": str(placement.op_offload_from)}
@@ -125,6 +125,13 @@ def test_what_fits_is_let_through_and_what_does_not_is_refused_with_the_numbers(
     with pytest.raises(DoesNotFit, match=r"doesn't fit: a GPU expected .* 24.00 GiB"):
         need(options, box(120 * GIB, 24 * GIB)).check()
     need(replace(options, n_gpu_layers=5), box(120 * GIB, 24 * GIB)).check()
+
+
+@pytest.mark.parametrize("name", [*known_machines()])
+def test_the_guard_sees_a_plans_options_as_the_plan_does(real, name):
+    machine = known_machines()[name]
+    judged = place(real, machine, Wishes(n_ctx=32768))
+    assert need(engine_options(judged.placement, real.path), machine).usage == judged.usage
 
 
 def test_a_side_files_own_matrices_count(real, tmp_path):

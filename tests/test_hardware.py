@@ -1,6 +1,7 @@
 """The probe makes a machine of any box: every source of facts is given by the test."""
 
 import json
+import os
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_a_cgroup_v1_limit_of_a_parent_binds():
         "/sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
     }
     assert ram(a_box(files)) == (8 * GIB, 5 * GIB)
+
+
+def test_a_limit_of_the_address_space_binds():
+    limits = "Limit                     Soft Limit           Hard Limit           Units\n"
+    limits += f"Max address space         {8 * GIB}           unlimited            bytes\n"
+    n_pages = 2 * GIB // os.sysconf("SC_PAGE_SIZE")
+    files = {"/proc/self/limits": limits, "/proc/self/statm": f"{n_pages} 1 1 1 0 1 0\n"}
+    assert ram(a_box(files)) == (8 * GIB, 6 * GIB)
+    assert ram(a_box(files | {"/proc/self/limits": limits.replace(str(8 * GIB), "unlimited")})) == (64 * GIB, 60 * GIB)
 
 
 def test_hyper_threads_count_once_and_affinity_binds():

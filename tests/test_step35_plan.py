@@ -13,6 +13,7 @@ from step35.gguf_facts import read_header
 from step35.machine import known_machines
 from step35.memory import Run
 from step35.usage import Layout
+from tiny_model import tiny_gguf
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,30 @@ def test_json_holds_the_same_plan(model):
     assert data["fits"] is True
     assert data["policy"] == "gpu"
     assert sum(data["usage"]["GPU0"].values()) == data["budgets"][0]["used"] <= data["budgets"][0]["budget"]
+
+
+def test_generate_runs_what_a_plan_says(tmp_path):
+    model, out = tiny_gguf(), tmp_path / "plan.yaml"
+    assert step35("plan", model, "--ctx", 2048, "--out", out).returncode == 0
+    text = ["-p", "def f(x):", "-n", 8, "--temp", 0]
+    planned = step35("generate", model, "--plan", out, *text)
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout == step35("generate", model, "-c", 2048, *text).stdout
+    both = step35("generate", model, "--plan", out, "-c", 4096, *text)
+    assert both.returncode == 2
+    assert both.stderr.startswith("step35: error: --plan and --ctx: the plan says it already")
+    out.write_text(out.read_text().replace("kv_type: f16", "kv_type: f12"))
+    broken = step35("generate", model, "--plan", out, *text)
+    assert "plan.yaml line 9: kv_type expected one of" in broken.stderr
+
+
+def test_a_model_larger_than_a_memory_limit_is_refused_before_it_is_loaded(model):
+    """Symptom: a batch system's limit, or the kernel, kills the process half-way through loading 100 GiB."""
+    command = f"ulimit -v {8 * 2**20}; exec {sys.executable} -m step35.cli generate {model} -p x -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("step35: error: doesn't fit: RAM expected to need at most ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from itertools import groupby
 from pathlib import Path
 
-from step35.machine import Machine
 from step35.options import EngineOptions
 from step35.placement import Placement
 from step35.usage import HOST, MATRICES, Layout, gpu_name
@@ -13,12 +12,13 @@ OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
 ALL_LAYERS = -1
 
 
-def engine_options(placement: Placement, machine: Machine, model: Path, **more: object) -> EngineOptions:
-    """Returns the engine's options for a placement; `more` sets options that a plan says nothing of."""
+def engine_options(placement: Placement, model: Path, *, mtp: Path | None = None, draft: str = "auto") -> EngineOptions:
+    """Returns the engine's options for a placement."""
     run, layout = placement.run, placement.layout
     return EngineOptions(
         model,
-        draft="auto" if run.n_heads else "off",
+        mtp=mtp,
+        draft=draft if run.n_heads or mtp else "off",
         n_ctx=run.n_ctx,
         n_batch=run.n_batch,
         n_sessions=run.n_sessions,
@@ -29,8 +29,7 @@ def engine_options(placement: Placement, machine: Machine, model: Path, **more: 
         kv_type=run.kv_type,
         op_offload=placement.op_offload_from is not None,
         overrides=overrides(layout),
-        tensor_split=tensor_split(layout, len(machine.gpus)),
-        **more,
+        tensor_split=tensor_split(layout),
     )
 
 
@@ -59,12 +58,13 @@ def _pattern(layers: list[int], matrices: tuple[str, ...]) -> str:
     return rf"^blk\.({'|'.join(map(str, layers))})\.ffn_({'|'.join(matrices)})_exps\."
 
 
-def tensor_split(layout: Layout, n_gpus: int) -> tuple[float, ...]:
+def tensor_split(layout: Layout) -> tuple[float, ...]:
     """Returns the share of the layers that each GPU takes; the output counts as one more layer.
 
     llama.cpp compares layer / (n_layers + 1) with the shares' running sum, so the cuts lie between two layers.
     """
-    if n_gpus < 2 or not layout.gpus:  # noqa: PLR2004
+    n_gpus = len(layout.gpus)
+    if n_gpus < 2:  # noqa: PLR2004
         return ()
     places = [*layout.layers, layout.output]
     counts = {device: len(list(group)) for device, group in groupby(places)}

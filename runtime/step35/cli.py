@@ -11,8 +11,8 @@ import click
 
 from step35 import __version__
 from step35.errors import Step35Error
-from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES, EngineOptions
-from step35.plan_cli import plan
+from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
+from step35.plan_cli import options_of, plan
 
 if TYPE_CHECKING:
     from step35.generation import Stats
@@ -45,6 +45,7 @@ _MODEL_OPTIONS = (
     click.option("--ngl", "n_gpu_layers", default=-1, show_default=True, help="Layers on the GPU; -1 is all."),
     click.option("--load-mode", type=click.Choice(LOAD_MODES), default="auto", show_default=True, help="How weights are read."),
     click.option("--kv-type", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Type of the KV cache."),
+    click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Run what this plan file says; see step35 plan."),
 )
 _SAMPLING_OPTIONS = (
     click.option("--temp", default=0.6, show_default=True, help="Temperature; 0 is greedy."),
@@ -84,7 +85,7 @@ def generate(prompt, prompt_file, n_predict, temp, top_k, top_p, min_p, seed, as
         raise click.UsageError("give the text with either -p TEXT or -f FILE")
     text = prompt if prompt is not None else prompt_file.read()
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
-    with Engine(EngineOptions(**engine_options)) as engine, engine.open_session() as session:
+    with Engine(options_of(**engine_options)) as engine, engine.open_session() as session:
         for note in engine.notes:
             click.echo(f"step35: {note}", err=True)
         turn = begin(session, engine.tokenize(text), Chooser(sampling), n_predict)
@@ -109,7 +110,7 @@ def chat(temp, top_k, top_p, min_p, seed, **engine_options) -> None:
     from step35.engine import Engine
     from step35.sampling import Sampling
 
-    with Engine(EngineOptions(**engine_options)) as engine:
+    with Engine(options_of(**engine_options)) as engine:
         for note in engine.notes:
             click.echo(f"step35: {note}", err=True)
         run(engine, Sampling(temp, top_k, top_p, min_p, seed))
@@ -130,7 +131,7 @@ def bench(frontiers, n_predict, temp, top_k, top_p, min_p, seed, csv_file, png, 
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
     rows = []
     drafts = list(dict.fromkeys(["off", draft]))
-    for row in measure(EngineOptions(**engine_options), drafts, _frontiers(frontiers), n_predict, sampling):
+    for row in measure(options_of(**engine_options), drafts, _frontiers(frontiers), n_predict, sampling):
         rows.append(row)
         click.echo(
             f"draft {row.draft} at {row.n_context}: prefill {row.prefill_tps} tok/s, decode {row.decode_tps} tok/s",

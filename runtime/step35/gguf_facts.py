@@ -6,6 +6,7 @@ second. Tensor data may be a hole. See docs/gguf.md for the names and keys.
 
 import hashlib
 import mmap
+import os
 import re
 import struct
 from collections.abc import Iterable
@@ -22,6 +23,8 @@ ARCHITECTURE = "step35"
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_DIMS = 4
+MAX_HEADER_BYTES = 256 * 2**20
+"""Far beyond any real model's; all that is mapped of a file."""
 
 
 class Group(StrEnum):
@@ -240,15 +243,16 @@ def _read_file(path: Path) -> _File:
             magic = file.read(4)
             if magic != b"GGUF":
                 raise ModelError(f"not a GGUF file: {path} expected the magic b'GGUF', got {magic!r}")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(path, data)
+            n_bytes = os.fstat(file.fileno()).st_size
+            with mmap.mmap(file.fileno(), min(n_bytes, MAX_HEADER_BYTES), access=mmap.ACCESS_READ) as data:
+                return _parse(path, data, n_bytes)
     except OSError as error:
-        raise ModelError(f"no model file: {path}: {error.strerror}") from error
+        raise ModelError(f"can't read the model: {path}: {error.strerror}") from error
     except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError) as error:
         raise ModelError(f"unreadable GGUF header: {path}: {error}; download or convert it again") from error
 
 
-def _parse(path: Path, data: mmap.mmap) -> _File:
+def _parse(path: Path, data: mmap.mmap, file_bytes: int) -> _File:
     cursor = _Cursor(data, 4)
     version = cursor.number("I")
     if version not in (2, 3):
@@ -256,7 +260,7 @@ def _parse(path: Path, data: mmap.mmap) -> _File:
     n_tensors, n_keys = cursor.number("Q"), cursor.number("Q")
     metadata = dict(cursor.entry() for _ in range(n_keys))
     tensors = [cursor.tensor() for _ in range(n_tensors)]
-    _check_data(path, metadata, (t[3] for t in tensors), cursor.at, len(data))
+    _check_data(path, metadata, (t[3] for t in tensors), cursor.at, file_bytes)
     return _File(metadata, tensors, hashlib.sha256(data[: cursor.at]).hexdigest())
 
 

@@ -1,8 +1,10 @@
 """Refuses what the memory can't hold, before anything is loaded; on a unified box there is no second chance."""
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from step35.errors import DoesNotFit
@@ -11,7 +13,7 @@ from step35.machine import Machine
 from step35.memory import Run, head_context, weight_bytes
 from step35.options import EngineOptions
 from step35.sizes import format_size
-from step35.usage import HOST, Layout, Loading, Pool, Purpose, Usage, gpu_name, pools, taken, usage
+from step35.usage import HOST, MATRICES, Layout, Loading, Pool, Purpose, Usage, gpu_name, pools, taken, usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,31 @@ def _run(options: EngineOptions, n_heads: int) -> Run:
 
 
 def layout_of(header: Header, options: EngineOptions, machine: Machine) -> Layout:
-    """Returns where llama.cpp puts everything with these options, as far as one GPU or none goes."""
+    """Returns where llama.cpp puts everything with these options."""
     layers = header.shape.layers
-    n_on_gpu = (len(layers) + 1 if options.n_gpu_layers < 0 else options.n_gpu_layers) if machine.gpus else 0
-    first = len(layers) + 1 - n_on_gpu
-    places = tuple(gpu_name(0) if i >= first else HOST for i in range(len(layers) + 1))
-    experts = tuple((place,) * 3 if layer.is_moe else () for place, layer in zip(places, layers, strict=False))
-    return Layout(places[:-1], experts, places[-1])
+    n_places = len(layers) + 1  # the output counts as a layer
+    n_on_gpu = (n_places if options.n_gpu_layers < 0 else min(options.n_gpu_layers, n_places)) if machine.gpus else 0
+    first = n_places - n_on_gpu
+    shares = _running_shares(options, machine)
+    places = [HOST] * first + [_gpu_of(i / n_on_gpu, shares) for i in range(n_on_gpu)]
+    experts = tuple(
+        tuple(_override(f"blk.{i}.ffn_{matrix}_exps.weight", options) or place for matrix in MATRICES) if layer.is_moe else ()
+        for i, (place, layer) in enumerate(zip(places, layers, strict=False))
+    )
+    return Layout(tuple(places[:-1]), experts, places[-1])
+
+
+def _running_shares(options: EngineOptions, machine: Machine) -> list[float]:
+    shares = options.tensor_split or [gpu.free_bytes for gpu in machine.gpus]
+    return [bound / sum(shares) for bound in accumulate(shares)] if shares else []
+
+
+def _gpu_of(position: float, shares: list[float]) -> str:
+    return gpu_name(next((i for i, bound in enumerate(shares) if bound > position), len(shares) - 1))
+
+
+def _override(name: str, options: EngineOptions) -> str | None:
+    return next((device for pattern, device in options.overrides if re.search(pattern, name)), None)
 
 
 def _add_side(used: Usage, side: Header, run: Run, device: str) -> None:

@@ -76,7 +76,7 @@ def ram(sources: Sources) -> tuple[int, int]:
     total, available = meminfo.get("MemTotal", 0), meminfo.get("MemAvailable", 0)
     if not total:
         total = available = _sysctl_memory(sources)
-    for limit, used in cgroup_limits(sources):
+    for limit, used in cgroup_limits(sources) + address_space_limits(sources):
         total, available = min(total, limit), min(available, max(0, limit - used))
     return total, available
 
@@ -101,6 +101,16 @@ def cgroup_limits(sources: Sources) -> list[tuple[int, int]]:
             continue
         found.append((int(limit), max(0, int(used) - _droppable(sources, folder))))
     return found
+
+
+def address_space_limits(sources: Sources) -> list[tuple[int, int]]:
+    """Returns (limit, bytes in use) of this process's address space, if `ulimit -v` limits it."""
+    lines = (sources.read("/proc/self/limits") or "").splitlines()
+    limit = next((line.split()[3] for line in lines if line.startswith("Max address space")), "unlimited")
+    size = sources.read("/proc/self/statm")
+    if not limit.isdigit() or not size:
+        return []
+    return [(int(limit), int(size.split()[0]) * os.sysconf("SC_PAGE_SIZE"))]
 
 
 def _cgroup_folders(sources: Sources) -> list[tuple[str, str, str]]:

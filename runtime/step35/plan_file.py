@@ -18,6 +18,7 @@ from step35.usage import HOST, MATRICES, Layout, gpu_name
 from step35.yaml_file import Section, one_of, parse_yaml, text, whole
 
 _NEVER, _NO_BUDGET = "never", "none"
+_MAX_GPUS = 16
 _RANGES = "layers such as 3-17, or matrices such as 18.gate"
 
 
@@ -88,8 +89,11 @@ def _range(layers: list[int]) -> str:
 # reading
 
 
-def from_text(content: str, file: str, header: Header, machine: Machine) -> Placement:
-    """Returns the placement of a plan file; raises SettingsError that names the line of a mistake."""
+def from_text(content: str, file: str, header: Header, machine: Machine | None = None) -> Placement:
+    """Returns the placement of a plan file; raises SettingsError that names the line of a mistake.
+
+    Without a machine, devices and budget aren't held against one.
+    """
     plan = parse_yaml(content, file)
     plan.take("model", text, "a text", "")
     digest = plan.take("header_sha256", text, "a text")
@@ -108,7 +112,8 @@ def from_text(content: str, file: str, header: Header, machine: Machine) -> Plac
         reasons=plan.take("reasons", _texts, "a list of texts", ()),
     )
     plan.end()
-    _check_budget(plan, placement, machine)
+    if machine is not None:
+        _check_budget(plan, placement, machine)
     return placement
 
 
@@ -124,8 +129,8 @@ def _run(plan: Section, shape: ModelShape) -> Run:
     )
 
 
-def _layout(plan: Section, shape: ModelShape, machine: Machine) -> Layout:
-    devices = [gpu_name(i) for i in range(len(machine.gpus))] + [HOST]
+def _layout(plan: Section, shape: ModelShape, machine: Machine | None) -> Layout:
+    devices = [gpu_name(i) for i in range(_MAX_GPUS if machine is None else len(machine.gpus))] + [HOST]
     layers = _assign(plan, "layers", devices, {(i, m) for i in range(len(shape.layers)) for m in MATRICES}, whole_only=True)
     moe = [i for i, layer in enumerate(shape.layers) if layer.is_moe]
     experts = _assign(plan, "experts", devices, {(i, m) for i in moe for m in MATRICES}, whole_only=False)
