@@ -70,12 +70,13 @@ class DryModel:
         """Returns what a context takes, opened exactly as the engine opens it."""
         ctx = native.Context._open(self, options, head)
         try:
-            return _sizes(ctx)
+            return sizes_of(ctx)
         finally:
             C.llama_free(ctx)
 
 
-def _sizes(ctx: object) -> Sizes:
+def sizes_of(ctx: object) -> Sizes:
+    """Returns what an open context takes, dry or real."""
     result = _Map()
     # a large class comes back through a hidden first argument
     _breakdown(ctypes.addressof(result), ctx)

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 import planned_gguf
 from checkpoints import REAL, TINY, Shape
-from dry_run import DryModel
+from dry_run import DryModel, sizes_of
 from fake_native import FakeModel, Script
 from step35.engine import Engine
 from step35.errors import ModelError
 from step35.gguf_facts import Group, read_header
 from step35.memory import Run, checkpoint_bytes, head_context, loaded_tensors, padded, trunk_context, weight_bytes
 from step35.options import EngineOptions
+from tiny_model import tiny_gguf
 
 SLICE = replace(REAL, num_hidden_layers=5, vocab_size=4096, moe_num_experts=16)
 ODD = Shape(num_hidden_layers=9, hidden_size=320, intermediate_size=960, moe_intermediate_size=352, moe_top_k=3, vocab_size=2100)
@@ -80,6 +81,19 @@ def test_every_byte_is_the_dry_runs(gguf, shape, recipe):
 
 def _check(dry, n_weight_bytes, ours):
     assert (dry.model, dry.context, dry.compute) == (n_weight_bytes, ours.kv, ours.compute)
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K_M"])
+def test_a_real_load_takes_what_was_counted(type_name):
+    """With nothing dry about it: weights, cells and buffers of an open engine, its repacked weights included."""
+    header = read_header(tiny_gguf(type_name))
+    run = Run(n_ctx=2048, n_batch=256, n_heads=3)
+    with Engine(EngineOptions(header.path, n_ctx=2048, n_batch=256, load_mode="none")) as engine:
+        real = [sizes_of(context._ctx) for context in (engine.trunk, *engine.drafter.heads.contexts)]
+    trunk, head = trunk_context(header.shape, run), head_context(header.shape, run)
+    assert [sizes.context for sizes in real] == [trunk.kv, head.kv, head.kv, head.kv]
+    assert [sizes.compute for sizes in real] == [trunk.compute, head.compute, head.compute, head.compute]
+    assert real[0].model == weight_bytes(header.tensors)
 
 
 def test_heads_that_are_not_wanted_are_loaded_in_part(gguf):
