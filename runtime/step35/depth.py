@@ -1,9 +1,10 @@
 """How deep to draft: each cycle by confidence and measured cost. Pure: no clock, no model.
 
 A draft token is worth verifying when its chance of acceptance, times what a token is worth, exceeds
-the time it adds to the verification. A token is worth what one costs at present: the time of a plain
-decode, or less where drafting already beats it. A head is worth running when the gain expected over
-the margins it usually shows exceeds its own time.
+the time it adds to the verification, or when it does so together with the drafts that usually follow:
+a second token in a decode may be dear and the third nearly free. A token is worth what one costs at
+present: the time of a plain decode, or less where drafting already beats it. A head is worth running
+when the gain expected over the margins it usually shows exceeds its own time.
 
 What isn't done can't be measured, so a probe cycle now and then drafts at full depth or not at all.
 Probes are paid from a budget of PROBE_SHARE of the time spent, so they can't cost more than that.
@@ -12,8 +13,9 @@ Probes are paid from a budget of PROBE_SHARE of the time spent, so they can't co
 import math
 from bisect import bisect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 PROBE_SHARE = 0.01
 MARGIN_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -109,11 +111,13 @@ class Acceptance:
         self._n[i] = self._n[i] * DECAY + 1
         self._hits[i] = self._hits[i] * DECAY + accepted
 
-    def expected_gain(self, value_s: float, cost_s: float) -> float:
-        """Returns the mean over usual margins of max(0, chance * value - cost), in seconds."""
-        total = sum(self._seen)
-        gains = (n * max(0.0, self._bin_chance(i) * value_s - cost_s) for i, n in enumerate(self._seen))
-        return sum(gains) / total
+    def mean_chance(self) -> float:
+        """Returns the chance of a draft with the usual margins."""
+        return self.expectation(lambda chance: chance)
+
+    def expectation(self, gain_s: Callable[[float], float]) -> float:
+        """Returns the mean over usual margins of a function of the chance."""
+        return sum(n * gain_s(self._bin_chance(i)) for i, n in enumerate(self._seen)) / sum(self._seen)
 
 
 _MIDDLES = [(a + b) / 2 for a, b in zip((0.0, *MARGIN_EDGES), (*MARGIN_EDGES, 8.0))]
@@ -188,8 +192,8 @@ class DepthController:
         """Whether to run a head, given the chance that all drafts before it are accepted."""
         if self._probe is not None:
             return head < self._probe
-        value = chain_chance * self.token_value_s()
-        gain = self._heads[head].expected_gain(value, self._added(head))
+        lines = self._outlook(head)
+        gain = self._heads[head].expectation(lambda chance: max(0.0, _best(lines, chain_chance * chance)))
         is_worth = gain > self.costs.draft(head)
         self._has_run |= is_worth
         return is_worth
@@ -199,8 +203,22 @@ class DepthController:
         self._heads[head].see(margin)
         if self._probe is not None:
             return True
-        chance = chain_chance * self._heads[head].chance(margin)
-        return chance * self.token_value_s() > self._added(head)
+        return _best(self._outlook(head), chain_chance * self._heads[head].chance(margin)) > 0
+
+    def _outlook(self, head: int) -> list[tuple[float, float]]:
+        """Returns (value, cost) in seconds of verifying a head's token, alone and with the usual drafts after it.
+
+        The value is that of a certain token: it is to be multiplied by the chance.
+        """
+        value = worth = self.token_value_s()
+        cost = self._added(head)
+        lines = [(worth, cost)]
+        for later in range(head + 1, len(self._heads)):
+            value *= self._heads[later].mean_chance()
+            worth += value
+            cost += self.costs.draft(later) + self._added(later)
+            lines.append((worth, cost))
+        return lines
 
     def _added(self, n_before: int) -> float:
         return max(0.0, self.costs.verify(n_before + 2) - self.costs.verify(n_before + 1))
@@ -213,9 +231,9 @@ class DepthController:
         """Returns how many tokens of a prompt-lookup match to verify; 0 if another way is faster."""
         if self._probe is not None:
             return 0
-        chance, value, n = self._lookup_chance(match_length), self.token_value_s(), 0
-        while n < n_available and chance ** (n + 1) * value > self._added(n):
-            n += 1
+        chance, value = self._lookup_chance(match_length), self.token_value_s()
+        gains = list(accumulate((chance ** (i + 1) * value - self._added(i) for i in range(n_available)), initial=0.0))
+        n = max(range(n_available + 1), key=gains.__getitem__)
         if not n:
             return 0
         rate = sum(chance**i for i in range(n + 1)) / self.costs.verify(n + 1)
@@ -250,6 +268,10 @@ class DepthController:
         self._budget_s += PROBE_SHARE * seconds
         rate = self._drafting_rate.get(kind, n_tokens / seconds)
         self._drafting_rate[kind] = rate + 0.05 * (n_tokens / seconds - rate)
+
+
+def _best(lines: Sequence[tuple[float, float]], chance: float) -> float:
+    return max(chance * worth - cost for worth, cost in lines)
 
 
 def _lookup_margin(match_length: int) -> float:
