@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from step35 import __version__
+from step35.doctor_cli import doctor
 from step35.errors import Step35Error
 from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
 from step35.plan_cli import options_of, plan
@@ -183,6 +184,7 @@ def summary_line(stats: "Stats") -> str:
 
 
 cli.add_command(plan)
+cli.add_command(doctor)
 
 
 def main() -> None:

@@ -1,0 +1,143 @@
+"""The doctor finds what is wrong and says what to do; a box and an engine of the test's making stand in."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import planned_gguf
+from checkpoints import REAL
+from step35.doctor import CANARY, devices, disk, examine, examine_model, memory, self_test
+from step35.errors import NativeError
+from step35.gguf_facts import read_header
+from step35.hardware import Sources, probe
+from step35.machine import GIB, Machine
+from step35.options import EngineOptions
+from tiny_model import tiny_gguf
+
+
+def a_box(files=None, *, available=60):
+    meminfo = f"MemTotal: {64 * 2**20} kB\nMemAvailable: {available * 2**20} kB\n"
+    texts = {"/proc/meminfo": meminfo, **(files or {})}
+    return Sources(texts.get, list, lambda n_threads: 50e9, 8, "Linux")
+
+
+class FakeEngine:
+    """Gives a token after a prompt; counts how it was decoded."""
+
+    def __init__(self, n_vocab, answer):
+        self.prompt = []
+        self.trunk = SimpleNamespace(truncate=lambda seq, n: self.prompt.clear(), decode=self.decode, logits=self.logits)
+        self.n_vocab, self.answer = n_vocab, answer
+
+    def decode(self, rows):
+        self.prompt.append(list(rows[0].tokens))
+
+    def logits(self):
+        logits = np.zeros((1, self.n_vocab), np.float32)
+        logits[0, self.answer(self.prompt)] = 1
+        return logits
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    return read_header(planned_gguf.write(tmp_path_factory.mktemp("real") / "real.gguf", REAL, "MOE_IQ3_S_IQ4_XS"))
+
+
+def test_a_healthy_installation_and_model_have_no_remedies():
+    findings = list(examine(a_box(), tiny_gguf("Q4_K_M"), _engine))
+    assert {f.what for f in findings} == {"llama-cpp-python", "memory", "GPU", "MTP heads", "disk", "size", "self-test"}
+    assert all(f.is_well for f in findings), findings
+
+
+def _engine(options):
+    from step35.engine import Engine
+
+    return Engine(options)
+
+
+def test_the_canary_is_the_published_one(real):
+    def engine(answer):
+        return lambda options: FakeEngine(real.shape.n_vocab, answer)
+
+    options = EngineOptions(real.path)
+    asked = []
+    good = self_test(real.shape, options, engine(lambda prompt: asked.append(prompt[0]) or CANARY[1]))
+    assert good.is_well
+    assert asked == [CANARY[0]]
+    bad = self_test(real.shape, options, engine(lambda prompt: 7))
+    assert "gives 7, published 11111" in bad.found
+    assert not bad.is_well
+
+
+def test_a_model_that_decodes_differently_in_two_steps_is_found():
+    shape = read_header(tiny_gguf()).shape
+    finding = self_test(shape, EngineOptions(tiny_gguf()), lambda options: FakeEngine(shape.n_vocab, len))
+    assert "another token" in finding.remedy
+
+
+def test_a_model_that_is_too_large_is_not_loaded(real):
+    machine = Machine("small", "", 2, 1, 8 * GIB, 8 * GIB, 0, 1e10, (), "none")
+
+    def never(options):
+        raise AssertionError("loaded")
+
+    last = list(examine_model(real.path, machine, never))[-1]
+    assert last.what == "size"
+    assert "step35 plan" in last.remedy
+
+
+def test_a_damaged_file_is_found(tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_gguf().read_bytes()[:100_000])
+    finding = list(examine_model(cut, probe(a_box()), _engine))
+    assert [f.what for f in finding] == ["file"]
+    assert "download it again" in finding[0].remedy
+
+
+def test_a_gpu_that_llama_cpp_was_not_built_for_is_found():
+    box = a_box({"/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX 580.1\nGCC"})
+    finding = devices(box, probe(box))
+    assert "NVRM version" in finding.found
+    assert "GGML_CUDA=on" in finding.remedy
+
+
+def test_a_full_memory_is_found():
+    assert memory(a_box(), probe(a_box())).is_well
+    assert not memory(a_box(available=1), probe(a_box(available=1))).is_well
+
+
+def test_a_slow_disk_is_found(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(10**6))
+    ticks = iter([0.0, 1.0])
+    finding = disk(path, 100 * GIB, clock=lambda: next(ticks))
+    assert finding.found.startswith("1 MB/s")
+    assert "faster disk" in finding.remedy
+
+
+def test_a_missing_symbol_ends_the_examination(monkeypatch):
+    def missing():
+        raise NativeError("libllama lacks llama_x")
+
+    monkeypatch.setattr("step35.doctor.installation", missing)
+    findings = list(examine(a_box(), None, _engine))
+    assert [f.what for f in findings] == ["llama.cpp"]
+
+
+def test_the_command_exits_1_on_a_bad_file(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"nonsense")
+    done = subprocess.run([sys.executable, "-m", "step35.cli", "doctor", str(tmp_path / "x.gguf"), "--json"], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    data = json.loads(done.stdout)
+    assert data["ok"] is False
+    assert data["findings"][-1]["what"] == "file"
