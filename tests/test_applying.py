@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from step35.applying import engine_options, environment, overrides, tensor_split
 from step35.errors import DoesNotFit, SettingsError
 from step35.gguf_facts import Group, read_header
 from step35.guard import drop_from_page_cache, need
+from step35.llama import Llama
 from step35.machine import DISCRETE, GIB, Gpu, Machine, known_machines
 from step35.options import EngineOptions, ModelOptions
 from step35.placement import Wishes, place
+from step35.plan_file import to_text
 from step35.usage import HOST, Layout
 from tiny_model import tiny_gguf
 
@@ -112,6 +115,18 @@ def test_overrides_land_on_exactly_the_tensors_they_name(caplog):
 def test_an_unknown_buffer_type_is_refused():
     with pytest.raises(SettingsError, match="buffer type expected CPU, got 'TPU'"):
         native.Model(ModelOptions(tiny_gguf(), overrides=(("x", "TPU"),)))
+
+
+def test_a_script_can_run_a_plan(tmp_path):
+    model, plan = tiny_gguf(), tmp_path / "plan.yaml"
+    header = read_header(model)
+    plan.write_text(to_text(place(header, box(4 * GIB), Wishes(n_ctx=1024, kv_type="q8_0")).placement, model.name))
+    with closing(Llama(str(model), plan=str(plan), verbose=False)) as llama:
+        assert llama.n_ctx() == 1024
+        assert llama.engine.options.kv_type == "q8_0"
+        assert llama("def f(x):", max_tokens=4, temperature=0)["usage"]["completion_tokens"] == 4
+    with pytest.raises(SettingsError, match="plan and n_ctx: the plan says it already"):
+        Llama(str(model), plan=str(plan), n_ctx=4096)
 
 
 # the guard

@@ -1,15 +1,28 @@
 """From a placement to the options that make llama.cpp do exactly that."""
 
+import os
 from itertools import groupby
 from pathlib import Path
 
+from step35.gguf_facts import read_header
 from step35.options import EngineOptions
 from step35.placement import Placement
+from step35.plan_file import from_text
 from step35.usage import HOST, MATRICES, Layout, gpu_name
 
 OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
-"""Read once, when ggml's backends are registered: to be set before llama_cpp is imported."""
+"""Read once, when ggml's backends are registered: to be set before the first model is loaded."""
 ALL_LAYERS = -1
+
+
+def planned_options(model: Path, plan: Path, *, mtp: Path | None = None, draft: str = "auto") -> EngineOptions:
+    """Returns the engine's options of a plan file, and sets what ggml reads from the environment.
+
+    Raises SettingsError that names the line of a mistake in the plan.
+    """
+    placement = from_text(plan.read_text(encoding="utf-8"), str(plan), read_header(model))
+    os.environ.update(environment(placement))
+    return engine_options(placement, model, mtp=mtp, draft=draft)
 
 
 def engine_options(placement: Placement, model: Path, *, mtp: Path | None = None, draft: str = "auto") -> EngineOptions:
@@ -34,7 +47,7 @@ def engine_options(placement: Placement, model: Path, *, mtp: Path | None = None
 
 
 def environment(placement: Placement) -> dict[str, str]:
-    """Returns the variables to set before llama_cpp is imported."""
+    """Returns the variables to set before the first model is loaded."""
     threshold = placement.op_offload_from
     return {} if threshold is None else {OFFLOAD_VARIABLE: str(threshold)}
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from step35.drafting import Drafter
 from step35.errors import ContextFull, ModelError, SettingsError
+from step35.gguf_facts import shard_paths
 from step35.mtp import REDONE, Heads
 from step35.options import EngineOptions, ModelOptions
 from step35.rows import Rows
@@ -21,9 +22,13 @@ CALIBRATED_WIDTHS = (1, 2, 3, 4, 8)
 
 
 def _load(options: ModelOptions) -> "Model":
+    from step35.guard import drop_from_page_cache
     from step35.native import Model
 
-    return Model(options)
+    model = Model(options)
+    if options.load_mode in ("none", "direct_io"):  # the weights were copied
+        drop_from_page_cache(shard_paths(options.path))
+    return model
 
 
 def _refuse_what_does_not_fit(options: EngineOptions) -> None:

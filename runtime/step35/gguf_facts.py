@@ -127,6 +127,11 @@ def read_header(path: Path) -> Header:
     return Header(path, str(metadata.get("general.name", path.name)), recipe, shape, tensors, digest)
 
 
+def shard_paths(path: Path) -> list[Path]:
+    """Returns a model's files: itself, and its other shards."""
+    return [path, *_other_shards(path, _read_file(path).metadata.get("split.count", 1))]
+
+
 def _other_shards(path: Path, n_shards: int) -> list[Path]:
     if n_shards <= 1:
         return []

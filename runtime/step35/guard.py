@@ -30,7 +30,7 @@ class Need:
             if n_bytes > pool.budget:
                 raise DoesNotFit(
                     f"doesn't fit: {pool.name} expected to need at most {format_size(pool.budget)} (what is free, less "
-                    f"the reserve), needs {format_size(n_bytes)}; see what would fit with step35 plan"
+                    f"the reserve), needs {format_size(n_bytes)}; make a plan with step35 plan, and run it with --plan"
                 )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from step35.chooser import Chooser, TokenLogprobs
+from step35.applying import planned_options
 from step35.engine import Engine
 from step35.errors import SettingsError
 from step35.generation import Turn, begin, step
@@ -36,17 +37,34 @@ _SERVED = {
     "chat_handler", "type_k", "type_v", "verbose",
 }  # fmt: skip
 
+_PLANNED = {
+    "n_gpu_layers", "use_mmap", "use_mlock", "n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch",
+    "offload_kqv", "flash_attn", "op_offload", "type_k", "type_v",
+}  # fmt: skip
+
 
 class Llama(StockLlama):
     """A Step-3.5 model with one session, behind llama_cpp.Llama's interface."""
 
-    def __init__(self, model_path: str, *, draft: str = "auto", mtp_path: str | None = None, **options: Any) -> None:
-        """`draft` is auto, off, 1, 2, 3 or ngram; `mtp_path` a file with the MTP heads."""
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        draft: str = "auto",
+        mtp_path: str | None = None,
+        plan: str | None = None,
+        **options: Any,
+    ) -> None:
+        """`draft` is auto, off, 1, 2, 3 or ngram; `mtp_path` a file with the MTP heads; `plan` one of step35 plan."""
         settings = _settings(options)
         self.model_path, self.verbose = model_path, settings["verbose"]
         self.last_n_tokens_size = settings["last_n_tokens_size"]
         self._seed = settings["seed"]
-        self.engine = Engine(_engine_options(model_path, draft, mtp_path, settings))
+        if plan is None:
+            self.engine = Engine(_engine_options(model_path, draft, mtp_path, settings))
+        else:
+            _refuse_beside_a_plan(options)
+            self.engine = Engine(planned_options(Path(model_path), Path(plan), mtp=_path(mtp_path), draft=draft))
         self._session = self.engine.open_session()
         self.metadata = self.engine.model.all_metadata()
         self.chat_format, self.chat_handler = settings["chat_format"], settings["chat_handler"]
@@ -294,6 +312,15 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     return defaults | given
 
 
+def _refuse_beside_a_plan(given: dict[str, Any]) -> None:
+    for name in given.keys() & _PLANNED:
+        raise SettingsError(f"plan and {name}: the plan says it already; leave one out, or edit the plan")
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
 def _engine_options(model_path: str, draft: str, mtp_path: str | None, s: dict[str, Any]) -> EngineOptions:
     if s["type_k"] != s["type_v"]:
         raise SettingsError(f"bad cache types: type_v expected type_k's {s['type_k']}, got {s['type_v']}")
@@ -301,7 +328,7 @@ def _engine_options(model_path: str, draft: str, mtp_path: str | None, s: dict[s
     n_ctx = s["n_ctx"] or _trained_context(model_path)
     return EngineOptions(
         Path(model_path),
-        Path(mtp_path) if mtp_path else None,
+        _path(mtp_path),
         draft,
         n_ctx=n_ctx,
         n_batch=max(8, min(s["n_batch"], s["n_ubatch"], n_ctx)),

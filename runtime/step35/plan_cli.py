@@ -1,7 +1,6 @@
 """`step35 plan`: what would go where on a box, what that takes, how fast it may be, and whether it fits."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,9 @@ def options_of(model: Path, plan_path: Path | None, mtp: Path | None, draft: str
     for param in ctx.command.params:
         if param.name in settings and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--plan and {param.opts[-1]}: the plan says it already; leave one out, or edit the plan")
-    return planned_options(model, plan_path, mtp, draft)
+    from step35.applying import planned_options
 
-
-def planned_options(model: Path, plan_path: Path, mtp: Path | None = None, draft: str = "auto") -> EngineOptions:
-    """Returns the engine's options of a plan file, and sets what llama.cpp reads from the environment."""
-    from step35.applying import engine_options, environment
-    from step35.gguf_facts import read_header
-    from step35.plan_file import from_text
-
-    placement = from_text(plan_path.read_text(encoding="utf-8"), str(plan_path), read_header(model))
-    os.environ.update(environment(placement))
-    return engine_options(placement, model, mtp=mtp, draft=draft)
+    return planned_options(model, plan_path, mtp=mtp, draft=draft)
 
 
 @click.command()
