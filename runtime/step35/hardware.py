@@ -56,8 +56,10 @@ def probe(sources: Sources) -> Machine:
         gpus=gpus,
         load_mode="mmap" if sources.system == "Darwin" else "none",
     )
-    # integrated GPUs read the very memory that was measured, but faster than the CPU can
-    known = next((m for m in known_machines().values() if gpus and m.is_unified and _same(m.gpus[0].name, gpus[0].name)), None)
+    if not machine.is_unified:
+        return machine
+    # an integrated GPU reads the very memory that was measured, but faster than the CPU can
+    known = next((m for m in known_machines().values() if m.is_unified and _same(m.gpus[0].name, gpus[0].name)), None)
     return machine if known is None else replace(machine, load_mode=known.load_mode, bandwidth=known.bandwidth)
 
 

@@ -56,12 +56,11 @@ class Section:
     def keys(self) -> list[str]:
         return list(self._entries)
 
-    def end(self, known: str = "") -> None:
+    def end(self) -> None:
         """Raises SettingsError if a key was never taken."""
         for key in self._entries:
             if key in self._left:
-                hint = f"; known here: {known}" if known else ""
-                raise self.error(self._path(key), "a known key", f"an unknown one{hint}", self._entries[key])
+                raise self.error(self._path(key), "a known key", "an unknown one", self._entries[key])
 
     def fault(self, key: str, want: str, got: object) -> SettingsError:
         """Returns the error that names a key's line; for checks that need more than one value."""
