@@ -16,9 +16,9 @@ from reference.decode import greedy, trunk_context_chain
 from reference.model import MLP, MoE, Step35
 from reference.tokenizer import EOS, IM_END
 
-ROW_LENGTH, N_ROWS, HELD_OUT_SEED = 1024, 16, 53
+ROW_LENGTH, N_ROWS, HELD_OUT_SEED = 1024, 8, 53
 STRIDE = 8  # rows between those where agreement is measured: trunk context costs a whole window for each
-N_PROMPTS, PROMPT_LENGTH, N_NEW = 16, 64, 192
+N_PROMPTS, PROMPT_LENGTH, N_NEW = 8, 64, 192
 
 CODE_PROMPTS = [
     "import os\nimport sys\n\nclass Point:\n    def __init__(self,",
