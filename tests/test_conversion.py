@@ -23,7 +23,7 @@ from convert_step35.chunks import CHUNK_WEIGHTS, chunks, n_chunks
 from convert_step35.conversion import Tools, convert
 from convert_step35.errors import CheckpointError, OutputError
 from convert_step35.ggml import load_ggml
-from convert_step35.journal import Journal, journal_path
+from convert_step35.journal import Journal, drop_journal, journal_path
 from convert_step35.mapping import Kind, MappedTensor, MtpMode
 from convert_step35.models import load_models
 from convert_step35.plan import Wishes
@@ -162,6 +162,8 @@ def test_two_runs_for_one_output_exclude_each_other(checkpoint: Path, tmp_path: 
     with Journal(tmp_path / "out.gguf.journal", {"recipe": "x"}):
         with pytest.raises(OutputError, match="already running"):
             run(checkpoint, tmp_path / "out.gguf")
+        with pytest.raises(OutputError, match="already running"):
+            drop_journal(tmp_path / "out.gguf.journal")
 
 
 def test_a_full_disk_is_refused_before_the_work(checkpoint: Path, tmp_path: Path) -> None:

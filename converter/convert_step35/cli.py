@@ -19,7 +19,7 @@ from convert_step35.errors import CheckpointError, ConvertError, OptionError, Ou
 from convert_step35.ggml import load_ggml
 from convert_step35.gguf_model import GgufModel, architecture_of, has_mtp, has_trunk, is_shard_name, open_model, whole_name
 from convert_step35.inspection import inspect_file
-from convert_step35.journal import journal_path
+from convert_step35.journal import drop_journal, journal_path
 from convert_step35.mapping import MtpMode, map_tensors
 from convert_step35.models import Models, load_models
 from convert_step35.output import PARTIAL, write_atomically
@@ -231,7 +231,7 @@ def _gguf_path(out: Path) -> Path:
 
 def _drop_unfinished(out: Path) -> None:
     """Remove what an earlier run to OUT left, whatever its options were."""
-    journal_path(out).unlink(missing_ok=True)
+    drop_journal(journal_path(out))
     for path in out.parent.glob(f"*{PARTIAL}"):
         if whole_name(path.name.removesuffix(PARTIAL)) in (out.name, side_file(out).name):
             path.unlink()
@@ -256,11 +256,12 @@ def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -
         reports.append(build_report(made, results, prints))
         write_atomically(report_path(out), to_json(reports[0]))
 
-    for note in made.notes:
+    unfinished = ["going on with an unfinished conversion"] if journal_path(out).exists() else []
+    for note in (*made.notes, *unfinished):
         print(f"convert-step35: note: {note}", file=sys.stderr)
     try:
         with progress_bar(made) as on_progress:
-            tools = Tools(workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress)
+            tools = Tools(workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress, on_resumed=on_progress)
             convert(made, journal_path(out), prints, tools, report)
     except KeyboardInterrupt:
         _end("stopped; the same command goes on from here", exit_code=130)

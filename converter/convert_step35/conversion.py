@@ -42,13 +42,14 @@ class TensorResult:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What the workers share."""
+    """What the workers share. `on_progress` hears of each converted chunk, `on_resumed` of each found in the journal."""
 
     checkpoint: Checkpoint
     ggml: Ggml
     imatrix: Imatrix | None
     n_threads: int
     on_progress: Callable[[PlannedTensor, Chunk], None]
+    on_resumed: Callable[[PlannedTensor, Chunk], None] = lambda tensor, chunk: None
 
 
 def convert(
@@ -121,6 +122,7 @@ class _Conversion:
         self._results: dict[int, TensorResult] = {}
         for done in journal.done:
             self._records[done.tensor][done.chunk] = done
+            tools.on_resumed(tensors[done.tensor], chunk_at(tensors[done.tensor].mapped, done.chunk))
 
     def run(self) -> list[TensorResult]:
         work = self._work()
@@ -136,10 +138,9 @@ class _Conversion:
         finally:
             # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
             self._stop.set()
-            for worker in workers:
-                worker.join()
+            _join(workers)
             self._finished.put(None)
-            recorder.join()
+            _join([recorder])
         if self._failures:
             raise self._failures[0]
         return [self._results[i] for i in range(len(self._tensors))]
@@ -259,6 +260,16 @@ class _Conversion:
         if batch:
             self._output.sync()
             self._journal.append(batch)
+
+
+def _join(threads: Sequence[Thread]) -> None:
+    """Wait whatever comes: a second Ctrl-C must not close files that threads still write."""
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt:
+                continue
 
 
 def _offset(planned: PlannedTensor, chunk: Chunk) -> int:

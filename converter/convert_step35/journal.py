@@ -58,7 +58,7 @@ class Journal:
         self.done: tuple[Done, ...] = ()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._lock()
+            _lock(self._file, path)
             data = path.read_bytes()
             self._start(fingerprint) if _is_torn_start(data) else self._resume(data, fingerprint)
         except BaseException:
@@ -79,12 +79,6 @@ class Journal:
     def remove(self) -> None:
         self.path.unlink()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise OutputError(f"already running: another conversion holds {self.path}; wait for it or stop it") from exc
-
     def _start(self, fingerprint: dict[str, str]) -> None:
         os.ftruncate(self._file, 0)
         os.write(self._file, _MAGIC + json.dumps(fingerprint, sort_keys=True).encode() + b"\n")
@@ -103,6 +97,25 @@ class Journal:
         # Drop a torn tail, so that new records stay aligned.
         os.ftruncate(self._file, len(data) - len(records) + len(self.done) * _RECORD.size)
         os.lseek(self._file, 0, os.SEEK_END)
+
+
+def drop_journal(path: Path) -> None:
+    """Remove a journal, if there is one; OutputError while a conversion holds it."""
+    if not path.exists():
+        return
+    file = os.open(path, os.O_RDWR)
+    try:
+        _lock(file, path)
+        path.unlink()
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise OutputError(f"already running: another conversion holds {path}; wait for it or stop it") from exc
 
 
 def _is_torn_start(data: bytes) -> bool:
