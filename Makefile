@@ -8,7 +8,7 @@ DEMO := demo
 .PHONY: demo test clean
 
 TINY := tests/data/tiny-step35
-PROMPT := def __init__(self, name, value):
+PROMPT := import os\nimport sys\n\nclass Point:\n    def __init__(self,
 
 demo: $(VENV)/.installed
 	@mkdir -p $(DEMO)
@@ -17,7 +17,8 @@ demo: $(VENV)/.installed
 	$(BIN)/convert-step35 verify $(DEMO)/tiny-Q8_0.gguf --against $(TINY)
 	$(BIN)/convert-step35 verify $(DEMO)/tiny-Q4_K_M.gguf --against $(TINY)
 	$(BIN)/convert-step35 inspect $(DEMO)/tiny-Q4_K_M.gguf
-	$(BIN)/step35 generate $(DEMO)/tiny-Q4_K_M.gguf -n 64 -p '$(PROMPT)'
+	@printf '%b' '$(PROMPT)' > $(DEMO)/prompt.py
+	$(BIN)/step35 generate $(DEMO)/tiny-Q4_K_M.gguf -n 64 --temp 0 -f $(DEMO)/prompt.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

@@ -74,7 +74,7 @@ def plot(path: Path, measurements: Sequence[Measurement]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SettingsError("can't plot: matplotlib isn't installed; pip install matplotlib") from error
+        raise SettingsError("can't plot: matplotlib isn't installed; pip install 'step35[plot]'") from error
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("prefill_tps", "decode_tps"), strict=True):
         for draft in dict.fromkeys(m.draft for m in measurements):
