@@ -65,6 +65,18 @@ def test_generate_runs_what_a_plan_says(tmp_path):
     assert "plan.yaml line 9: kv_type expected one of" in broken.stderr
 
 
+def test_heads_in_a_side_file_are_planned_and_run(tmp_path):
+    trunk, heads, out = tiny_gguf(mtp="drop"), tiny_gguf(mtp="only"), tmp_path / "plan.yaml"
+    planned = step35("plan", trunk, "--mtp", heads, "--ctx", 1024, "--out", out)
+    assert planned.returncode == 0, planned.stderr
+    assert "3 MTP heads" in planned.stdout
+    run = step35("generate", trunk, "--mtp", heads, "--draft", 2, "--plan", out, "-p", "def f(x):", "-n", 8, "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["n_drafted"] > 0
+    wrong = step35("plan", trunk, "--mtp", trunk, "--ctx", 1024)
+    assert wrong.stderr.startswith("step35: error: no MTP heads: ")
+
+
 def test_a_model_larger_than_a_memory_limit_is_refused_before_it_is_loaded(model):
     """Symptom: a batch system's limit, or the kernel, kills the process half-way through loading 100 GiB."""
     command = f"ulimit -v {8 * 2**20}; exec {sys.executable} -m step35.cli generate {model} -p x -n 1"

@@ -4,7 +4,7 @@ import os
 from itertools import groupby
 from pathlib import Path
 
-from step35.gguf_facts import read_header
+from step35.gguf_facts import read_header, with_side
 from step35.options import EngineOptions
 from step35.placement import Placement
 from step35.plan_file import from_text
@@ -20,7 +20,8 @@ def planned_options(model: Path, plan: Path, *, mtp: Path | None = None, draft: 
 
     Raises SettingsError that names the line of a mistake in the plan.
     """
-    placement = from_text(plan.read_text(encoding="utf-8"), str(plan), read_header(model))
+    header = read_header(model) if mtp is None else with_side(read_header(model), read_header(mtp))
+    placement = from_text(plan.read_text(encoding="utf-8"), str(plan), header)
     os.environ.update(environment(placement))
     return engine_options(placement, model, mtp=mtp, draft=draft)
 

@@ -10,7 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,24 @@ def read_header(path: Path) -> Header:
     digest = hashlib.sha256("".join(file.digest for file in files).encode()).hexdigest()
     recipe = str(metadata.get("convert_step35.recipe", ""))
     return Header(path, str(metadata.get("general.name", path.name)), recipe, shape, tensors, digest)
+
+
+def with_side(header: Header, side: Header) -> Header:
+    """Returns a trunk's header joined with that of an MTP side file, which brings its own embedding and output.
+
+    Raises ModelError if the side file has no heads.
+    """
+    if not side.shape.n_heads:
+        raise ModelError(f"no MTP heads: {side.path} expected some, got none; make it with convert-step35 run --mtp only")
+    shape = replace(header.shape, n_heads=side.shape.n_heads, layers=header.shape.trunk + side.shape.heads)
+    trunk = tuple(tensor for tensor in header.tensors if tensor.group is not Group.HEADS)
+    heads = tuple(_of_head(tensor, shape.n_trunk) for tensor in side.tensors)
+    return replace(header, shape=shape, tensors=trunk + heads)
+
+
+def _of_head(tensor: Tensor, first_head: int) -> Tensor:
+    is_placed = tensor.group is Group.EMBEDDING or tensor.layer is not None
+    return tensor if is_placed else replace(tensor, group=Group.HEADS, layer=first_head)
 
 
 def shard_paths(path: Path) -> list[Path]:

@@ -8,12 +8,12 @@ from itertools import accumulate
 from pathlib import Path
 
 from step35.errors import DoesNotFit
-from step35.gguf_facts import Header, read_header
+from step35.gguf_facts import Header, read_header, with_side
 from step35.machine import Machine
-from step35.memory import Run, head_context, weight_bytes
+from step35.memory import Run
 from step35.options import EngineOptions
 from step35.sizes import format_size
-from step35.usage import HOST, MATRICES, Layout, Loading, Pool, Purpose, Usage, gpu_name, pools, taken, usage
+from step35.usage import HOST, MATRICES, Layout, Loading, Pool, Usage, gpu_name, pools, taken, usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +37,17 @@ class Need:
 def need(options: EngineOptions, machine: Machine) -> Need:
     """Returns what an engine with these options would take; reads headers only."""
     header = read_header(options.model)
-    side = None if options.mtp is None or options.draft in ("off", "ngram") else read_header(options.mtp)
+    drafts = options.draft not in ("off", "ngram")
+    if drafts and options.mtp is not None:
+        header = with_side(header, read_header(options.mtp))
     layout = layout_of(header, options, machine)
-    run = _run(options, header.shape.n_heads if side is None else 0)
+    run = _run(options, header.shape.n_heads if drafts else 0)
     used = usage(header, machine, run, layout, Loading(options.load_mode, options.op_offload))
-    if side is not None:
-        _add_side(used, side, _run(options, side.shape.n_heads), layout.output)
     return Need(used, tuple(pools(machine)))
 
 
 def _run(options: EngineOptions, n_heads: int) -> Run:
-    depth = 0 if options.draft in ("off", "ngram") else int(options.draft) if options.draft.isdigit() else n_heads
+    depth = int(options.draft) if options.draft.isdigit() else n_heads
     return Run(
         options.n_ctx,
         options.n_batch,
@@ -85,17 +85,6 @@ def _gpu_of(position: float, shares: list[float]) -> str:
 
 def _override(name: str, options: EngineOptions) -> str | None:
     return next((device for pattern, device in options.overrides if re.search(pattern, name)), None)
-
-
-def _add_side(used: Usage, side: Header, run: Run, device: str) -> None:
-    """Adds an MTP side file, which brings its own embedding and output matrix."""
-    head = head_context(side.shape, run)
-    sizes = used.setdefault(device, {})
-    sizes[Purpose.HEADS] = sizes.get(Purpose.HEADS, 0) + weight_bytes(side.tensors)
-    sizes[Purpose.HEAD_KV] = sizes.get(Purpose.HEAD_KV, 0) + run.n_heads * head.kv
-    sizes[Purpose.COMPUTE] = sizes.get(Purpose.COMPUTE, 0) + run.n_heads * head.compute
-    host = used.setdefault(HOST, {})
-    host[Purpose.OUTPUTS] = host.get(Purpose.OUTPUTS, 0) + run.n_heads * head.outputs
 
 
 def refuse_what_does_not_fit(options: EngineOptions) -> None:

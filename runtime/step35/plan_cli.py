@@ -40,6 +40,7 @@ def options_of(model: Path, plan_path: Path | None, mtp: Path | None, draft: str
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none.")
 @click.option("--machine", "machine_name", metavar="NAME", help="A box of models.yaml, or a .yaml file; default this one.")
 @click.option("-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default the longest that fits.")
 @click.option("--policy", default="auto", show_default=True, help="auto, unified, split, gpu or cpu.")
@@ -51,16 +52,16 @@ def options_of(model: Path, plan_path: Path | None, mtp: Path | None, draft: str
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Judge this plan file instead of making one.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-def plan(model, machine_name, plan_path, out, as_json, no_heads, **wishes) -> None:
+def plan(model, mtp, machine_name, plan_path, out, as_json, no_heads, **wishes) -> None:
     """Plans where MODEL's tensors and buffers go; reads its header only. Exit code 1 if it doesn't fit."""
     from step35.advice import advice
-    from step35.gguf_facts import read_header
+    from step35.gguf_facts import read_header, with_side
     from step35.hardware import probe, this_box
     from step35.machine import find_machine
     from step35.placement import Wishes, judge, place
     from step35.plan_file import from_text, to_text
 
-    header = read_header(model)
+    header = read_header(model) if mtp is None or no_heads else with_side(read_header(model), read_header(mtp))
     machine = find_machine(machine_name) if machine_name else probe(this_box())
     asked = Wishes(**wishes, with_heads=not no_heads)
     if plan_path is None:
