@@ -439,9 +439,15 @@ def test_a_target_size_picks_the_best_recipe_that_fits(real: Path) -> None:
     assert planned["recipe"] == "MOE_IQ4_XS" and planned["totals"]["bytes"] <= 105 * 2**30
 
 
+def _hear_interrupts() -> None:
+    """A test run started in the background ignores SIGINT, and its children would too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(command: list[Any], partial: Path) -> Done:
     """Run a command and send it SIGINT as soon as a partial file holds some tensor data."""
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(list(map(str, command)), preexec_fn=_hear_interrupts, **pipes) as process:
         while process.poll() is None and not (partial.exists() and partial.read_bytes()[2**19 :].strip(b"\0")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
