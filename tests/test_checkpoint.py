@@ -67,7 +67,9 @@ def test_fp8_experts_are_multiplied_by_their_scales(tmp_path: Path) -> None:
 
 
 def test_fp8_without_scales_names_the_missing_one(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "c", fp8_experts=True, without=("model.layers.4.moe.up_proj.weight_scale_inv",), n_shards=1)
+    folder = write_checkpoint(
+        tmp_path / "c", fp8_experts=True, without=("model.layers.4.moe.up_proj.weight_scale_inv",), n_shards=1
+    )
     rename_tensor(folder, "model.layers.4.moe.up_proj.weight_scale_inv", "model.layers.4.moe.up_proj.k_scale")
     with pytest.raises(CheckpointError, match=r"model\.layers\.4\.moe\.up_proj\.weight_scale_inv"):
         open_checkpoint(folder)
@@ -108,9 +110,18 @@ def test_no_declared_mtp_layers_are_a_trunk(tmp_path: Path) -> None:
     ("kwargs", "message"),
     [
         ({"without": ("model.norm.weight",)}, r"missing tensor: .*model\.norm\.weight expected \[256\], got nothing"),
-        ({"without": ("model.layers.7.hnorm.weight",)}, r"missing tensor: .*model\.layers\.7\.hnorm\.weight expected \[256\]"),
-        ({"changed": {"model.layers.3.moe.router_bias": (9,)}}, r"misshaped tensor: .*router_bias expected \[8\], got \[9\]"),
-        ({"changed": {"model.layers.2.self_attn.sinks": (8,)}}, r"unexpected tensor: .*model\.layers\.2\.self_attn\.sinks"),
+        (
+            {"without": ("model.layers.7.hnorm.weight",)},
+            r"missing tensor: .*model\.layers\.7\.hnorm\.weight expected \[256\]",
+        ),
+        (
+            {"changed": {"model.layers.3.moe.router_bias": (9,)}},
+            r"misshaped tensor: .*router_bias expected \[8\], got \[9\]",
+        ),
+        (
+            {"changed": {"model.layers.2.self_attn.sinks": (8,)}},
+            r"unexpected tensor: .*model\.layers\.2\.self_attn\.sinks",
+        ),
         ({"changed": {"model.layers.9.enorm.weight": (256,)}}, r"unexpected tensor: .*model\.layers\.9\.enorm"),
     ],
 )
@@ -124,7 +135,11 @@ def test_mtp_only_needs_just_the_shards_that_hold_it(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", Shape(), n_shards=4)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     needed = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    keep = {s for name, s in index.items() if name in needed or name.startswith(("model.layers.6.", "model.layers.7.", "model.layers.8."))}
+    keep = {
+        s
+        for name, s in index.items()
+        if name in needed or name.startswith(("model.layers.6.", "model.layers.7.", "model.layers.8."))
+    }
     others = {shard for shard in index.values()} - keep
     assert others, "the fixture must have a shard without MTP tensors"
     for shard in others:

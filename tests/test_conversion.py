@@ -46,7 +46,9 @@ def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return digest(out)
 
 
-def run(folder: Path, out: Path, *, type_name: str = "Q4_K_S", n_threads: int = 2, on_progress: Callable = lambda *_: None) -> list:
+def run(
+    folder: Path, out: Path, *, type_name: str = "Q4_K_S", n_threads: int = 2, on_progress: Callable = lambda *_: None
+) -> list:
     workspace = open_workspace(folder, MODELS, mtp=MtpMode.KEEP)
     plan = workspace.plan(Wishes(out=out, type_name=type_name), MODELS)
     prints = fingerprint(workspace, plan, load_ggml())
@@ -77,7 +79,9 @@ def test_output_does_not_depend_on_the_number_of_threads(checkpoint: Path, expec
 
 
 @pytest.mark.parametrize("after", [0, 1, 17, 60])
-def test_an_interrupted_run_goes_on_where_it_stopped(checkpoint: Path, expected: str, tmp_path: Path, after: int) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    checkpoint: Path, expected: str, tmp_path: Path, after: int
+) -> None:
     out, counter = tmp_path / "out.gguf", Interrupt(10**9)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, out, n_threads=1, on_progress=Interrupt(after))
@@ -88,7 +92,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(checkpoint: Path, expected:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf"]
 
 
-def test_a_torn_journal_and_unsynced_data_end_with_the_same_bytes(checkpoint: Path, expected: str, tmp_path: Path) -> None:
+def test_a_torn_journal_and_unsynced_data_end_with_the_same_bytes(
+    checkpoint: Path, expected: str, tmp_path: Path
+) -> None:
     """Symptom of a bad resume: chunks that were not journalled keep what the crash left in the file."""
     rng = random.Random(35)
     for n_lost in (1, 35, 36, 400, 10**6):
@@ -107,7 +113,18 @@ def test_a_torn_journal_and_unsynced_data_end_with_the_same_bytes(checkpoint: Pa
 
 
 def test_kill_9_at_any_moment_then_the_same_command_ends_with_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "convert_step35", "run", str(checkpoint), str(tmp_path / "out.gguf"), "--type", "IQ4_XS", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "convert_step35",
+        "run",
+        str(checkpoint),
+        str(tmp_path / "out.gguf"),
+        "--type",
+        "IQ4_XS",
+        "--threads",
+        "1",
+    ]
     n_kills = 0
     for wait_s in (0.3, 0.8, 1.3, 1.8, 2.4, 3.0):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -129,7 +146,9 @@ def test_kill_9_at_any_moment_then_the_same_command_ends_with_the_same_bytes(che
     assert not journal_path(tmp_path / "out.gguf").exists()
 
 
-def test_killed_between_publishing_and_the_journals_end_the_run_just_finishes(checkpoint: Path, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_publishing_and_the_journals_end_the_run_just_finishes(
+    checkpoint: Path, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(self: Journal) -> None:
         raise KeyboardInterrupt
 
@@ -173,7 +192,16 @@ def test_a_full_disk_is_refused_before_the_work(checkpoint: Path, tmp_path: Path
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
-    command = [sys.executable, "-m", "convert_step35", "run", str(checkpoint), str(tmp_path / "out.gguf"), "--type", "Q8_0"]
+    command = [
+        sys.executable,
+        "-m",
+        "convert_step35",
+        "run",
+        str(checkpoint),
+        str(tmp_path / "out.gguf"),
+        "--type",
+        "Q8_0",
+    ]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1 and "disk full" in done.stderr and time.monotonic() - start < 60
@@ -182,7 +210,9 @@ def test_a_full_disk_is_refused_before_the_work(checkpoint: Path, tmp_path: Path
 
 def test_nan_in_the_checkpoint_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", SMALL, dtype="F32", n_shards=1)
-    stored = open_workspace(folder, MODELS, mtp=MtpMode.KEEP).checkpoint.sources["model.layers.3.moe.up_proj.weight"].weight
+    stored = (
+        open_workspace(folder, MODELS, mtp=MtpMode.KEEP).checkpoint.sources["model.layers.3.moe.up_proj.weight"].weight
+    )
     with stored.path.open("r+b") as file:
         file.seek(stored.offset + 4 * 70000)
         file.write(np.float32(np.nan).tobytes())
@@ -192,7 +222,9 @@ def test_nan_in_the_checkpoint_is_named_and_leaves_nothing(tmp_path: Path) -> No
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_disk_that_returns_other_bytes_is_caught(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_returns_other_bytes_is_caught(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = conversion.Output.read
 
     def flipped(self, index: int, data: np.ndarray, offset: int) -> None:
@@ -211,7 +243,9 @@ def test_the_reported_errors_are_those_of_the_file(checkpoint: Path, tmp_path: P
     results = {result.tensor.mapped.name: result for result in run(checkpoint, q4, type_name="Q4_K_S")}
     exact = {t.name: t.data.astype(np.float64) for t in gguf.GGUFReader(f32).tensors}
     for tensor in gguf.GGUFReader(q4).tensors:
-        restored = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64).reshape(exact[tensor.name].shape)
+        restored = (
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64).reshape(exact[tensor.name].shape)
+        )
         error, values = restored - exact[tensor.name], exact[tensor.name]
         got = results[tensor.name].errors
         nmse = (error**2).sum() / (values**2).sum()
@@ -239,9 +273,26 @@ def test_chunks_cover_every_row_once_and_never_cross_an_expert() -> None:
 
 def test_private_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     """A gigabyte of expert stacks converts with 320 MB of data segment in all, interpreter and threads included."""
-    shape = replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=0, hidden_size=2048, moe_intermediate_size=1024, moe_num_experts=80)
+    shape = replace(
+        TINY,
+        num_hidden_layers=4,
+        num_nextn_predict_layers=0,
+        hidden_size=2048,
+        moe_intermediate_size=1024,
+        moe_num_experts=80,
+    )
     folder = write_checkpoint(tmp_path / "c", shape, sparse=True)
-    command = [sys.executable, "-m", "convert_step35", "run", str(folder), str(tmp_path / "out.gguf"), "--type", "Q8_0", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "convert_step35",
+        "run",
+        str(folder),
+        str(tmp_path / "out.gguf"),
+        "--type",
+        "Q8_0",
+        "--json",
+    ]
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (320 * 10**6, 320 * 10**6))

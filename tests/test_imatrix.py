@@ -86,8 +86,19 @@ def test_a_low_bit_type_is_made_where_the_imatrix_has_every_tensor(checkpoint: P
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", entries)
     option = ("--type", "Q8_0", "--tensor-type", "ffn_down_exps=IQ2_XXS", "--imatrix", str(imatrix))
     assert run(checkpoint, tmp_path / "out.gguf", *option).returncode == 0
-    refused = run(checkpoint, tmp_path / "no.gguf", "--type", "Q8_0", "--tensor-type", "ffn_up_exps=IQ2_XXS", "--imatrix", str(imatrix))
-    assert refused.returncode == 1 and "imatrix needed" in refused.stderr and "blk.3.ffn_up_exps.weight" in refused.stderr
+    refused = run(
+        checkpoint,
+        tmp_path / "no.gguf",
+        "--type",
+        "Q8_0",
+        "--tensor-type",
+        "ffn_up_exps=IQ2_XXS",
+        "--imatrix",
+        str(imatrix),
+    )
+    assert (
+        refused.returncode == 1 and "imatrix needed" in refused.stderr and "blk.3.ffn_up_exps.weight" in refused.stderr
+    )
     assert not list(tmp_path.glob("no*"))
 
 

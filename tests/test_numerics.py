@@ -6,7 +6,6 @@ transformers in test_reference.py.
 
 import inspect
 import json
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -23,14 +22,20 @@ CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>
 
 
 def texts() -> dict[str, str]:
-    return {"code": inspect.getsource(json.JSONDecoder), "chat": CHAT, "bytes": "".join(chr(33 + i % 900) for i in range(800))}
+    return {
+        "code": inspect.getsource(json.JSONDecoder),
+        "chat": CHAT,
+        "bytes": "".join(chr(33 + i % 900) for i in range(800)),
+    }
 
 
 @pytest.fixture(scope="module")
 def llama() -> llama_cpp.Llama:
     """Stock llama-cpp-python with F32 weights, F32 cache and all logits."""
     f32 = llama_cpp.GGML_TYPE_F32
-    return llama_cpp.Llama(str(tiny_gguf("F32")), n_ctx=512, type_k=f32, type_v=f32, logits_all=True, verbose=False, n_threads=2)
+    return llama_cpp.Llama(
+        str(tiny_gguf("F32")), n_ctx=512, type_k=f32, type_v=f32, logits_all=True, verbose=False, n_threads=2
+    )
 
 
 def divergences(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
@@ -42,7 +47,10 @@ def divergences(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", texts())
 def test_the_trunk_in_llama_cpp_is_the_reference(llama: llama_cpp.Llama, name: str) -> None:
     """Same argmax, or one within float noise of the best; KL under 1e-5 at every position."""
-    tokens = [0, *Tokenizer.from_file(str(BUNDLED / "tokenizer.json")).encode(texts()[name], add_special_tokens=False).ids][:N_TOKENS]
+    tokens = [
+        0,
+        *Tokenizer.from_file(str(BUNDLED / "tokenizer.json")).encode(texts()[name], add_special_tokens=False).ids,
+    ][:N_TOKENS]
     assert len(tokens) == N_TOKENS
     llama.reset()
     llama.eval(tokens)

@@ -123,7 +123,9 @@ def test_the_first_matching_override_wins(real: Workspace) -> None:
 
 def test_an_override_never_touches_router_norms_or_biases(real: Workspace) -> None:
     made = plan(real, type_name="Q8_0", overrides=(parse_override(".*=Q4_K"),))
-    assert {t.kind for t in made.tensors if t.mapped.name.endswith(("norm.weight", "bias", "gate_inp.weight"))} == {T.F32}
+    assert {t.kind for t in made.tensors if t.mapped.name.endswith(("norm.weight", "bias", "gate_inp.weight"))} == {
+        T.F32
+    }
 
 
 def test_low_bit_types_without_an_imatrix_are_refused(real: Workspace) -> None:

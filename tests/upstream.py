@@ -6,7 +6,6 @@ The converter's scripts come from the sdist of the pinned llama-cpp-python, fetc
 
 import ctypes
 import re
-import shutil
 import subprocess
 import sys
 import tarfile

@@ -104,7 +104,9 @@ class _Config:
         if value is None:
             value = default
         if value is None:
-            raise CheckpointError(f"config.json: {self._where}{key} is missing, expected {_a(kind)}; this is no Step-3.5 config")
+            raise CheckpointError(
+                f"config.json: {self._where}{key} is missing, expected {_a(kind)}; this is no Step-3.5 config"
+            )
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
@@ -148,7 +150,14 @@ def _text_part(config: dict[str, Any]) -> _Config:
 
 
 def _a(kind: type) -> str:
-    names = {int: "a whole number", float: "a number", str: "a string", list: "a list", dict: "an object", bool: "true or false"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+        bool: "true or false",
+    }
     return names[kind]
 
 
@@ -156,7 +165,9 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
     """Check a parsed config.json of Step-3.5 (or 3.7) and return its dimensions; CheckpointError names the key."""
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise CheckpointError(f"config.json: architectures expected one of {list(ARCHITECTURES)}, got {quoted(names)}; only Step-3.5 and 3.7 convert here")
+        raise CheckpointError(
+            f"config.json: architectures expected one of {list(ARCHITECTURES)}, got {quoted(names)}; only Step-3.5 and 3.7 convert here"
+        )
     cfg = _text_part(config)
     _check_taken_for_granted(cfg)
     layers = _layers(cfg)
@@ -228,7 +239,9 @@ def _per_layer(cfg: _Config, key: str, n_trunk: int, n_all: int, pad: Any) -> li
     """A list over the layers; one cut to the trunk (the NVFP4 configs) is padded for the MTP layers."""
     values = cfg.get(key, list)
     if len(values) not in (n_trunk, n_all):
-        raise CheckpointError(f"config.json: {key} expected {n_all} entries (or {n_trunk}, the trunk's), got {len(values)}")
+        raise CheckpointError(
+            f"config.json: {key} expected {n_all} entries (or {n_trunk}, the trunk's), got {len(values)}"
+        )
     return values + [pad] * (n_all - len(values))
 
 
@@ -294,7 +307,9 @@ def _rotary_factor_full(cfg: _Config, layers: tuple[LayerShape, ...]) -> float:
 def _the_one(values: list[Any], chosen: list[bool], kind: str) -> float:
     found = {float(value) for value, keep in zip(values, chosen) if keep}
     if len(found) != 1:
-        raise CheckpointError(f"config.json: rope_theta expected one value for all {kind} layers, got {quoted(sorted(found))}")
+        raise CheckpointError(
+            f"config.json: rope_theta expected one value for all {kind} layers, got {quoted(sorted(found))}"
+        )
     return found.pop()
 
 

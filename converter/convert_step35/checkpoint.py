@@ -67,9 +67,13 @@ def open_checkpoint(folder: Path, *, mtp_only: bool = False) -> Checkpoint:
     """
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing"
-        raise CheckpointError(f"no checkpoint: {folder} expected a folder with config.json and safetensors, got {what}; give the checkpoint's folder")
+        raise CheckpointError(
+            f"no checkpoint: {folder} expected a folder with config.json and safetensors, got {what}; give the checkpoint's folder"
+        )
     if not (folder / "config.json").exists():
-        raise CheckpointError(f"no checkpoint: {folder} expected config.json and safetensors in it, got no config.json; give the checkpoint's folder")
+        raise CheckpointError(
+            f"no checkpoint: {folder} expected config.json and safetensors in it, got no config.json; give the checkpoint's folder"
+        )
     config = read_json(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
     arch = read_architecture(config)
     stored = _read_shards(folder, _wanted_names(arch) if mtp_only else None)
@@ -124,7 +128,9 @@ def _read_shards(folder: Path, wanted: frozenset[str] | None) -> list[StoredTens
 
 def _read_single(folder: Path) -> list[StoredTensor]:
     if not (folder / SINGLE).exists():
-        raise CheckpointError(f"no weights: {folder} expected {INDEX} or {SINGLE}, got neither; download the checkpoint's safetensors")
+        raise CheckpointError(
+            f"no weights: {folder} expected {INDEX} or {SINGLE}, got neither; download the checkpoint's safetensors"
+        )
     return list(read_header(resolve_shard(folder, SINGLE)))
 
 
@@ -140,7 +146,9 @@ def _check_index(folder: Path, index: dict[str, str], tensors: Iterable[StoredTe
     found: dict[str, str] = {}
     for tensor in tensors:
         if tensor.name in found:
-            raise CheckpointError(f"duplicate tensor: {quoted(tensor.name)} stands in {found[tensor.name]} and in {tensor.path.name}")
+            raise CheckpointError(
+                f"duplicate tensor: {quoted(tensor.name)} stands in {found[tensor.name]} and in {tensor.path.name}"
+            )
         found[tensor.name] = tensor.path.name
     expected = {name: shard for name, shard in index.items() if shard in read}
     if found != expected:
@@ -157,7 +165,9 @@ def _text_tensors(stored: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
     for tensor in stored:
         name = canonical_source(tensor.name)
         if name in text:
-            raise CheckpointError(f"duplicate tensor: {quoted(tensor.name)} in {tensor.path.name} and {quoted(text[name].name)} in {text[name].path.name} are the same")
+            raise CheckpointError(
+                f"duplicate tensor: {quoted(tensor.name)} in {tensor.path.name} and {quoted(text[name].name)} in {text[name].path.name} are the same"
+            )
         if not is_vision(tensor.name):
             text[name] = tensor
     return text
@@ -173,13 +183,19 @@ def _source(arch: Architecture, mapped: MappedTensor, text: dict[str, StoredTens
     name = mapped.source
     tensor = text.get(name)
     if tensor is None:
-        raise CheckpointError(f"missing tensor: {folder}: {name} expected {_dims(mapped.shape)}, got nothing; download the shards again")
+        raise CheckpointError(
+            f"missing tensor: {folder}: {name} expected {_dims(mapped.shape)}, got nothing; download the shards again"
+        )
     if tensor.shape != mapped.shape:
-        raise CheckpointError(f"misshaped tensor: {tensor.path.name}: {name} expected {_dims(mapped.shape)}, got {_dims(tensor.shape)}")
+        raise CheckpointError(
+            f"misshaped tensor: {tensor.path.name}: {name} expected {_dims(mapped.shape)}, got {_dims(tensor.shape)}"
+        )
     if tensor.dtype == FP8_DTYPE and mapped.kind is Kind.MATRIX:
         return Source(tensor, _scale(arch, tensor, text))
     if tensor.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"unsupported dtype: {tensor.path.name}: {name} expected {', '.join(FLOAT_DTYPES)} or {FP8_DTYPE} with scales, got {tensor.dtype}")
+        raise CheckpointError(
+            f"unsupported dtype: {tensor.path.name}: {name} expected {', '.join(FLOAT_DTYPES)} or {FP8_DTYPE} with scales, got {tensor.dtype}"
+        )
     return Source(tensor)
 
 
@@ -187,11 +203,15 @@ def _scale(arch: Architecture, tensor: StoredTensor, text: dict[str, StoredTenso
     name = canonical_source(tensor.name) + SCALE_SUFFIX
     scale = text.get(name)
     if arch.fp8_block is None or scale is None:
-        raise CheckpointError(f"missing scale: {tensor.path.name}: {tensor.name} is {FP8_DTYPE} and expected {name} and weight_block_size in config.json")
+        raise CheckpointError(
+            f"missing scale: {tensor.path.name}: {tensor.name} is {FP8_DTYPE} and expected {name} and weight_block_size in config.json"
+        )
     rows, columns = (-(-size // block) for size, block in zip(tensor.shape[-2:], arch.fp8_block))
     want = (*tensor.shape[:-2], rows, columns)
     if scale.shape != want or scale.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"misshaped scale: {scale.path.name}: {name} expected {_dims(want)} of {', '.join(FLOAT_DTYPES)}, got {_dims(scale.shape)} of {scale.dtype}")
+        raise CheckpointError(
+            f"misshaped scale: {scale.path.name}: {name} expected {_dims(want)} of {', '.join(FLOAT_DTYPES)}, got {_dims(scale.shape)} of {scale.dtype}"
+        )
     return scale
 
 
@@ -199,7 +219,9 @@ def _refuse_extra(text: dict[str, StoredTensor], sources: dict[str, Source], fol
     used = set(sources) | {canonical_source(s.scale.name) for s in sources.values() if s.scale is not None}
     extra = sorted(name for name in text.keys() - used if not name.endswith(_UNUSED_SUFFIXES))
     if extra:
-        raise CheckpointError(f"unexpected tensor: {folder}: {quoted(extra[0])} is no part of Step-3.5 ({len(extra)} such tensors); is this another model?")
+        raise CheckpointError(
+            f"unexpected tensor: {folder}: {quoted(extra[0])} is no part of Step-3.5 ({len(extra)} such tensors); is this another model?"
+        )
 
 
 def _dims(shape: tuple[int, ...]) -> str:

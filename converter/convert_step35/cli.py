@@ -17,7 +17,15 @@ from convert_step35 import __version__, tables
 from convert_step35.conversion import Tools, convert
 from convert_step35.errors import CheckpointError, ConvertError, OptionError, OutputError, quoted
 from convert_step35.ggml import load_ggml
-from convert_step35.gguf_model import GgufModel, architecture_of, has_mtp, has_trunk, is_shard_name, open_model, whole_name
+from convert_step35.gguf_model import (
+    GgufModel,
+    architecture_of,
+    has_mtp,
+    has_trunk,
+    is_shard_name,
+    open_model,
+    whole_name,
+)
 from convert_step35.inspection import inspect_file
 from convert_step35.journal import drop_journal, journal_path
 from convert_step35.mapping import MtpMode, map_tensors
@@ -93,12 +101,33 @@ def cli(context: click.Context, debug: bool) -> None:
 def _what_to_make(command: Callable[..., None]) -> Callable[..., None]:
     """The options that plan and run share."""
     options = [
-        click.option("--type", "type_name", metavar="T", help="A preset, a recipe or a ggml type; see `convert-step35 recipes`.  [default: Q8_0]"),
-        click.option("--target-size", metavar="SIZE", help="Instead of --type: the best recipe whose file fits, such as 103GiB."),
-        click.option("--tensor-type", "overrides", multiple=True, metavar="REGEX=TYPE", help="Type of the matrices whose GGUF name matches; repeatable, the first match wins."),
+        click.option(
+            "--type",
+            "type_name",
+            metavar="T",
+            help="A preset, a recipe or a ggml type; see `convert-step35 recipes`.  [default: Q8_0]",
+        ),
+        click.option(
+            "--target-size", metavar="SIZE", help="Instead of --type: the best recipe whose file fits, such as 103GiB."
+        ),
+        click.option(
+            "--tensor-type",
+            "overrides",
+            multiple=True,
+            metavar="REGEX=TYPE",
+            help="Type of the matrices whose GGUF name matches; repeatable, the first match wins.",
+        ),
         click.option("--imatrix", type=_PATH, help="Importance matrix of llama-imatrix, in GGUF form."),
-        click.option("--mtp", type=click.Choice([mode.value for mode in MtpMode]), default="keep", show_default=True, help="MTP heads: in the file, in a file beside it, not at all, or nothing but them."),
-        click.option("--split-max-size", metavar="SIZE", help="Write shards with at most this much data each, such as 45GB."),
+        click.option(
+            "--mtp",
+            type=click.Choice([mode.value for mode in MtpMode]),
+            default="keep",
+            show_default=True,
+            help="MTP heads: in the file, in a file beside it, not at all, or nothing but them.",
+        ),
+        click.option(
+            "--split-max-size", metavar="SIZE", help="Write shards with at most this much data each, such as 45GB."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -106,7 +135,9 @@ def _what_to_make(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-_threads_option = click.option("--threads", type=click.IntRange(1, 1024), default=None, help="Threads.  [default: one a core]")
+_threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), default=None, help="Threads.  [default: one a core]"
+)
 
 
 @cli.command()
@@ -117,7 +148,18 @@ def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
     """Print every tensor's type and size, and the totals, without reading tensor data."""
     workspace, made = _plan(checkpoint, Path(f"{checkpoint.resolve().name}.gguf"), **choices)
     if as_json:
-        print(to_json({"recipe": made.recipe, "notes": list(made.notes), "totals": totals(made), "files": _files(made), "tensors": plan_entries(made)}), end="")
+        print(
+            to_json(
+                {
+                    "recipe": made.recipe,
+                    "notes": list(made.notes),
+                    "totals": totals(made),
+                    "files": _files(made),
+                    "tensors": plan_entries(made),
+                }
+            ),
+            end="",
+        )
         return
     console = _console()
     console.print(tables.checkpoint_line(workspace))
@@ -129,11 +171,15 @@ def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
 @click.argument("checkpoint", type=_PATH)
 @click.argument("out", type=_PATH)
 @_what_to_make
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
+)
 @click.option("--restart", is_flag=True, help="Drop an unfinished conversion instead of going on with it.")
 @_threads_option
 @_json_option
-def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: int | None, as_json: bool, **choices: Any) -> None:
+def run(
+    checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: int | None, as_json: bool, **choices: Any
+) -> None:
     """Convert CHECKPOINT to OUT (.gguf). Killed at any moment, the same command goes on from there."""
     workspace, made = _plan(checkpoint, _gguf_path(out), **choices)
     if restart:
@@ -148,18 +194,33 @@ def run(checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: in
 
 @cli.command()
 @click.argument("file", type=_PATH)
-@click.option("--against", type=_PATH, metavar="CKPT", help="Also convert parts of this checkpoint again and compare bytes.")
+@click.option(
+    "--against", type=_PATH, metavar="CKPT", help="Also convert parts of this checkpoint again and compare bytes."
+)
 @click.option("--full", is_flag=True, help="With --against: compare every byte, which takes as long as converting.")
 @click.option("--imatrix", type=_PATH, help="With --against: the imatrix that the file was made with.")
 @_threads_option
 @_json_option
-def verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, threads: int | None, as_json: bool) -> None:
+def verify(
+    file: Path, against: Path | None, full: bool, imatrix: Path | None, threads: int | None, as_json: bool
+) -> None:
     """Check a finished GGUF: structure, every row, the report's digests and, if given, its checkpoint."""
     if against is None and (full or imatrix is not None):
         raise click.UsageError(f"{'--full' if full else '--imatrix'} needs --against CKPT")
     verdict = _verify(file, against, full, imatrix, threads or _cores())
     if as_json:
-        print(to_json({"ok": not verdict.problems, "tensors": verdict.n_tensors, "digests": verdict.n_digests, "compared_chunks": verdict.n_compared_chunks, "problems": list(verdict.problems)}), end="")
+        print(
+            to_json(
+                {
+                    "ok": not verdict.problems,
+                    "tensors": verdict.n_tensors,
+                    "digests": verdict.n_digests,
+                    "compared_chunks": verdict.n_compared_chunks,
+                    "problems": list(verdict.problems),
+                }
+            ),
+            end="",
+        )
     else:
         _console().print(tables.verdict(file, verdict))
     if verdict.problems:
@@ -223,7 +284,9 @@ def _gguf_path(out: Path) -> Path:
     if any(category(char) in ("Cc", "Cs") for char in out.name):
         raise click.UsageError(f"OUT expected a name of UTF-8 without control characters, got {quoted(str(out), 400)}")
     if is_shard_name(out.name):
-        raise click.UsageError(f"OUT expected a name that is not a shard's, got {out}: --split-max-size numbers shards itself")
+        raise click.UsageError(
+            f"OUT expected a name that is not a shard's, got {out}: --split-max-size numbers shards itself"
+        )
     if not out.parent.is_dir():
         raise OutputError(f"no such folder: {out.parent}; create it first")
     return out
@@ -261,7 +324,9 @@ def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -
         print(f"convert-step35: note: {note}", file=sys.stderr)
     try:
         with progress_bar(made) as on_progress:
-            tools = Tools(workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress, on_resumed=on_progress)
+            tools = Tools(
+                workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress, on_resumed=on_progress
+            )
             convert(made, journal_path(out), prints, tools, report)
     except KeyboardInterrupt:
         _end("stopped; the same command goes on from here", exit_code=130)
@@ -282,9 +347,13 @@ def _verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, 
 def _open_against(model: GgufModel, against: Path, imatrix: Path | None, models: Models) -> Workspace:
     """The checkpoint, of which only the shards that the model needs must be there."""
     arch = architecture_of(model)
-    workspace = open_workspace(against, models, mtp=MtpMode.KEEP if has_trunk(model, arch) else MtpMode.ONLY, imatrix_path=imatrix)
+    workspace = open_workspace(
+        against, models, mtp=MtpMode.KEEP if has_trunk(model, arch) else MtpMode.ONLY, imatrix_path=imatrix
+    )
     if has_mtp(model, arch) and not workspace.checkpoint.has_mtp:
-        raise CheckpointError(f"no MTP weights: {against} holds none, and {model.path} has MTP heads; give the checkpoint that it was made of")
+        raise CheckpointError(
+            f"no MTP weights: {against} holds none, and {model.path} has MTP heads; give the checkpoint that it was made of"
+        )
     return workspace
 
 
@@ -292,12 +361,28 @@ def _compare(model: GgufModel, workspace: Workspace, full: bool, n_threads: int)
     arch, checkpoint = architecture_of(model), workspace.checkpoint
     mapped = map_tensors(checkpoint.arch, trunk=has_trunk(model, arch), mtp=has_mtp(model, arch))
     expected = workspace.subject.entries(mapped, with_mtp=arch.n_mtp > 0, ftype=LlamaFileType.GUESSED, recipe="")
-    n, problems = compare(model, checkpoint, mapped, load_ggml(), workspace.imatrix, n_threads=n_threads, chunks_per_tensor=None if full else 4)
+    n, problems = compare(
+        model,
+        checkpoint,
+        mapped,
+        load_ggml(),
+        workspace.imatrix,
+        n_threads=n_threads,
+        chunks_per_tensor=None if full else 4,
+    )
     return n, check_metadata(model, expected) + problems
 
 
 def _files(made: Plan) -> list[dict[str, Any]]:
-    return [{"name": file.path.name, "n_bytes": file.n_bytes, "size": format_size(file.n_bytes), "tensors": len(file.tensors)} for file in made.files]
+    return [
+        {
+            "name": file.path.name,
+            "n_bytes": file.n_bytes,
+            "size": format_size(file.n_bytes),
+            "tensors": len(file.tensors),
+        }
+        for file in made.files
+    ]
 
 
 def _console() -> Console:

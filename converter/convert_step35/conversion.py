@@ -75,7 +75,9 @@ def convert(
     return results
 
 
-def _write(plan: Plan, journal: Journal, tools: Tools, before_publish: Callable[[list[TensorResult]], None]) -> list[TensorResult]:
+def _write(
+    plan: Plan, journal: Journal, tools: Tools, before_publish: Callable[[list[TensorResult]], None]
+) -> list[TensorResult]:
     with Output(plan.files) as output, RowReader(tools.checkpoint, tools.ggml) as reader:
         results = _Conversion(plan.tensors, journal, output, reader, tools).run()
         before_publish(results)
@@ -102,13 +104,17 @@ class _Buffers:
     @classmethod
     def for_tensors(cls, tensors: Sequence[PlannedTensor]) -> "_Buffers":
         n = max(CHUNK_WEIGHTS, max(tensor.mapped.row_size for tensor in tensors))
-        return cls(np.empty(4 * n, np.uint8), np.empty(n, np.float32), np.empty(4 * n, np.uint8), np.empty(n, np.float32))
+        return cls(
+            np.empty(4 * n, np.uint8), np.empty(n, np.float32), np.empty(4 * n, np.uint8), np.empty(n, np.float32)
+        )
 
 
 class _Conversion:
     """One run over the chunks that are not yet done."""
 
-    def __init__(self, tensors: Sequence[PlannedTensor], journal: Journal, output: Output, reader: RowReader, tools: Tools) -> None:
+    def __init__(
+        self, tensors: Sequence[PlannedTensor], journal: Journal, output: Output, reader: RowReader, tools: Tools
+    ) -> None:
         self._tensors = tensors
         self._journal = journal
         self._output = output
@@ -126,7 +132,9 @@ class _Conversion:
 
     def run(self) -> list[TensorResult]:
         work = self._work()
-        workers = [Thread(target=self._guarded, args=(self._worker, work), daemon=True) for _ in range(self._tools.n_threads)]
+        workers = [
+            Thread(target=self._guarded, args=(self._worker, work), daemon=True) for _ in range(self._tools.n_threads)
+        ]
         recorder = Thread(target=self._guarded, args=(self._record,), daemon=True)
         recorder.start()
         for worker in workers:
@@ -198,7 +206,9 @@ class _Conversion:
         n_bytes = self._tools.ggml.quantize(planned.kind, rows, buffer, self._importance(planned.mapped, chunk))
         packed = buffer[:n_bytes]
         if not self._tools.ggml.is_valid(planned.kind, packed):
-            raise CheckpointError(f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type")
+            raise CheckpointError(
+                f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type"
+            )
         return packed
 
     def _importance(self, tensor: MappedTensor, chunk: Chunk) -> np.ndarray | None:
@@ -237,7 +247,9 @@ class _Conversion:
         self._records[index][chunk.index] = done
         self._output.read(index, data, _offset(planned, chunk))
         if zlib.crc32(data) != done.crc:
-            raise OutputError(f"the disk returns other bytes than were written: {planned.mapped.name}, chunk {chunk.index}; check the disk")
+            raise OutputError(
+                f"the disk returns other bytes than were written: {planned.mapped.name}, chunk {chunk.index}; check the disk"
+            )
         return data
 
     def _record(self) -> None:

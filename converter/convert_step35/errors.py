@@ -50,5 +50,8 @@ def quoted(value: object, max_chars: int = 80) -> str:
 
 def printable(value: object, max_chars: int = 80) -> str:
     """A name from an untrusted file for a terminal: no control characters or line ends, and not without end."""
-    text = "".join("?" if category(char)[0] == "C" or category(char) in ("Zl", "Zp") else char for char in str(value)[: max_chars + 1])
+    text = "".join(
+        "?" if category(char)[0] == "C" or category(char) in ("Zl", "Zp") else char
+        for char in str(value)[: max_chars + 1]
+    )
     return text if len(text) <= max_chars else text[:max_chars] + "..."

@@ -134,7 +134,9 @@ class Ggml:
         traits = self._lib.ggml_get_type_traits(int(kind)).contents
         expected = gguf.GGML_QUANT_SIZES[kind]
         if (got := (traits.blck_size, traits.type_size)) != expected:
-            raise ConvertError(f"{self.path}: blocks of {kind.name} expected {expected} (weights, bytes), got {got}; install llama-cpp-python==0.3.36")
+            raise ConvertError(
+                f"{self.path}: blocks of {kind.name} expected {expected} (weights, bytes), got {got}; install llama-cpp-python==0.3.36"
+            )
         return _ToFloat(traits.to_float) if traits.to_float else _ToFloat()
 
 
@@ -143,7 +145,9 @@ def load_ggml() -> Ggml:
     """The libggml-base inside the installed llama_cpp package, without importing that package."""
     spec = find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
-        raise ConvertError("llama-cpp-python is not installed; its libggml holds the quantizers: pip install llama-cpp-python==0.3.36")
+        raise ConvertError(
+            "llama-cpp-python is not installed; its libggml holds the quantizers: pip install llama-cpp-python==0.3.36"
+        )
     path = Path(spec.submodule_search_locations[0]) / "lib" / _LIBRARY
     if not path.is_file():
         raise ConvertError(f"libggml is missing: expected {path}; install llama-cpp-python==0.3.36 again")

@@ -71,4 +71,6 @@ def _string(text: str) -> bytes:
 
 def _tensor(tensor: TensorInfo) -> bytes:
     n_dims = len(tensor.shape)
-    return _string(tensor.name) + struct.pack(f"<I{n_dims}QIQ", n_dims, *reversed(tensor.shape), tensor.kind, tensor.offset)
+    return _string(tensor.name) + struct.pack(
+        f"<I{n_dims}QIQ", n_dims, *reversed(tensor.shape), tensor.kind, tensor.offset
+    )

@@ -64,7 +64,9 @@ def open_model(path: Path) -> GgufModel:
     homes: dict[str, Path] = {}
     for file in files:
         if double := sorted(tensors.keys() & file.tensors.keys()):
-            raise GgufError(f"duplicate tensor: {quoted(double[0])} stands in {homes[double[0]].name} and in {file.path.name}; convert again")
+            raise GgufError(
+                f"duplicate tensor: {quoted(double[0])} stands in {homes[double[0]].name} and in {file.path.name}; convert again"
+            )
         tensors |= file.tensors
         homes |= dict.fromkeys(file.tensors, file.path)
     return GgufModel(files, tensors, homes)
@@ -76,11 +78,15 @@ def _shards(path: Path) -> list[Path]:
         return [path]
     number, count = int(match["no"]), int(match["count"])
     if not 1 <= number <= count:
-        raise GgufError(f"misnamed shard: {path} expected a number of 1 to {count}, got {number}; name the file as it was")
+        raise GgufError(
+            f"misnamed shard: {path} expected a number of 1 to {count}, got {number}; name the file as it was"
+        )
     paths = [shard_path(path.with_name(match["stem"] + ".gguf"), i, count) for i in range(count)]
     missing = [p.name for p in paths if not p.exists()]
     if missing:
-        raise GgufError(f"missing shard: {path.parent} expected {count} shards, got none named {missing[0]}; download it")
+        raise GgufError(
+            f"missing shard: {path.parent} expected {count} shards, got none named {missing[0]}; download it"
+        )
     return paths
 
 
@@ -126,7 +132,9 @@ class _Keys:
         return values
 
     def unexpected(self, name: str, want: str, got: Any) -> GgufError:
-        return GgufError(f"wrong metadata: {self._path}: {ARCH}.{name} expected {want}, got {quoted(got)}; convert the checkpoint again")
+        return GgufError(
+            f"wrong metadata: {self._path}: {ARCH}.{name} expected {want}, got {quoted(got)}; convert the checkpoint again"
+        )
 
 
 def architecture_of(model: GgufModel) -> Architecture:
@@ -170,7 +178,9 @@ def has_mtp(model: GgufModel, arch: Architecture) -> bool:
 def _vocab_size(model: GgufModel) -> int:
     tokens = model.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise GgufError(f"wrong metadata: {model.path}: tokenizer.ggml.tokens expected a list of texts, got {quoted(tokens)}; convert the checkpoint again")
+        raise GgufError(
+            f"wrong metadata: {model.path}: tokenizer.ggml.tokens expected a list of texts, got {quoted(tokens)}; convert the checkpoint again"
+        )
     return len(tokens)
 
 

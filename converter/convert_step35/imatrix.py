@@ -61,7 +61,9 @@ def read_imatrix(path: Path) -> Imatrix:
     file = read_gguf(path)
     names = sorted(name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS))
     if not names:
-        raise PlanError(f"not an imatrix: {path} expected tensors that end in {_SUMS}, got none; make one with llama-imatrix")
+        raise PlanError(
+            f"not an imatrix: {path} expected tensors that end in {_SUMS}, got none; make one with llama-imatrix"
+        )
     data = np.memmap(path, dtype=np.uint8, mode="r")
     return Imatrix(
         path=path,
@@ -80,20 +82,26 @@ def check_fit(imatrix: Imatrix, tensors: tuple[MappedTensor, ...]) -> None:
             continue
         want = (tensor.shape[0] if len(tensor.shape) == 3 else 1, tensor.row_size)
         if entry.sums.shape != want:
-            raise PlanError(f"imatrix of another model: {imatrix.path}: {tensor.name} expected {want} (matrices, columns), got {entry.sums.shape}")
+            raise PlanError(
+                f"imatrix of another model: {imatrix.path}: {tensor.name} expected {want} (matrices, columns), got {entry.sums.shape}"
+            )
 
 
 def _datasets(file: GgufFile) -> tuple[str, ...]:
     names = file.metadata.get("imatrix.datasets", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"damaged imatrix: {file.path}: imatrix.datasets expected a list of names, got {quoted(names)}; make the imatrix again")
+        raise PlanError(
+            f"damaged imatrix: {file.path}: imatrix.datasets expected a list of names, got {quoted(names)}; make the imatrix again"
+        )
     return tuple(names)
 
 
 def _n_chunks(file: GgufFile) -> int:
     n = file.metadata.get("imatrix.chunk_count", 0)
     if type(n) is not int or not 0 <= n < 2**32:
-        raise PlanError(f"damaged imatrix: {file.path}: imatrix.chunk_count expected a count, got {quoted(n)}; make the imatrix again")
+        raise PlanError(
+            f"damaged imatrix: {file.path}: imatrix.chunk_count expected a count, got {quoted(n)}; make the imatrix again"
+        )
     return n
 
 
@@ -107,7 +115,9 @@ def _importance(file: GgufFile, name: str, data: np.ndarray) -> Importance:
         raise PlanError(f"damaged imatrix: {file.path}: {name} has {sums.size} sums for {counts.size} counts")
     for what, values in (("sums", sums), ("counts", counts)):
         if not np.isfinite(values).all() or (values < 0).any():
-            raise PlanError(f"damaged imatrix: {file.path}: {what} of {name} expected finite numbers of 0 or more; make the imatrix again")
+            raise PlanError(
+                f"damaged imatrix: {file.path}: {what} of {name} expected finite numbers of 0 or more; make the imatrix again"
+            )
     return Importance(sums.reshape(counts.size, -1), np.rint(counts))
 
 

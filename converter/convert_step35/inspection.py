@@ -82,7 +82,11 @@ def _require_step35(model: GgufModel) -> None:
     name = model.metadata.get("general.architecture")
     if name == ARCH:
         return
-    hint = "; it was made for StepFun's own fork of February 2026, convert the checkpoint again" if str(name).startswith("Step35") else ""
+    hint = (
+        "; it was made for StepFun's own fork of February 2026, convert the checkpoint again"
+        if str(name).startswith("Step35")
+        else ""
+    )
     raise GgufError(f"another architecture: {model.path} expected {ARCH}, got {quoted(name)}{hint}")
 
 
@@ -99,7 +103,9 @@ def _problems(model: GgufModel, arch: Architecture) -> Iterator[str]:
     yield from _tensor_problems(model, arch)
     if f"{ARCH}.rope.dimension_count" in model.metadata:
         yield "rope.dimension_count is written: llama.cpp halves it and both kinds of layers rotate wrongly; convert again"
-    if (gating := model.metadata.get(f"{ARCH}.expert_gating_func", ExpertGatingFuncType.SIGMOID)) != ExpertGatingFuncType.SIGMOID:
+    if (
+        gating := model.metadata.get(f"{ARCH}.expert_gating_func", ExpertGatingFuncType.SIGMOID)
+    ) != ExpertGatingFuncType.SIGMOID:
         yield f"expert_gating_func expected {ExpertGatingFuncType.SIGMOID:d} (sigmoid), got {quoted(gating)}: the router picks other experts; convert again"
     if any(layer.is_mtp and not layer.is_sliding for layer in arch.layers):
         yield "an MTP layer is marked as full attention; Step-3.5's are sliding: drafts will be poor, convert again"
@@ -115,7 +121,13 @@ def _tensor_problems(model: GgufModel, arch: Architecture) -> Iterator[str]:
     if held and len(held) < len(heads):
         yield f"{len(held)} of {len(heads)} MTP heads: llama.cpp loads all or none; add the others from the checkpoint's first shards (--mtp only)"
     known = {mapped.name for mapped in map_tensors(arch, trunk=True, mtp=True)}
-    yield from _at_most_three([f"{quoted(name)} is no part of Step-3.5: llama.cpp refuses the file" for name in model.tensors if name not in known])
+    yield from _at_most_three(
+        [
+            f"{quoted(name)} is no part of Step-3.5: llama.cpp refuses the file"
+            for name in model.tensors
+            if name not in known
+        ]
+    )
 
 
 def _wrong_tensors(model: GgufModel, arch: Architecture, layers: set[int | None]) -> list[str]:
@@ -180,11 +192,22 @@ def _types(model: GgufModel, arch: Architecture) -> tuple[TypeUse, ...]:
     uses: dict[tuple[str, str], list[GgufTensor]] = {}
     for tensor in model.tensors.values():
         uses.setdefault((group_of(tensor.name, arch.n_trunk), tensor.ggml_type.name), []).append(tensor)
-    rows = [TypeUse(group, kind, len(tensors), sum(t.n_bytes for t in tensors)) for (group, kind), tensors in uses.items()]
+    rows = [
+        TypeUse(group, kind, len(tensors), sum(t.n_bytes for t in tensors)) for (group, kind), tensors in uses.items()
+    ]
     return tuple(sorted(rows, key=lambda use: (_GROUPS.index(use.group), -use.n_bytes)))
 
 
-_GROUPS = ("routed experts", "shared experts", "attention", "dense layers", "embedding and output", "MTP heads", "norms and router", "other")
+_GROUPS = (
+    "routed experts",
+    "shared experts",
+    "attention",
+    "dense layers",
+    "embedding and output",
+    "MTP heads",
+    "norms and router",
+    "other",
+)
 
 
 def group_of(name: str, n_trunk: int) -> str:
@@ -196,5 +219,10 @@ def group_of(name: str, n_trunk: int) -> str:
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= n_trunk:
         return "MTP heads"
-    marks = (("_exps", "routed experts"), ("_shexp", "shared experts"), ("attn_", "attention"), ("ffn_", "dense layers"))
+    marks = (
+        ("_exps", "routed experts"),
+        ("_shexp", "shared experts"),
+        ("attn_", "attention"),
+        ("ffn_", "dense layers"),
+    )
     return next((group for mark, group in marks if layer is not None and mark in name), "other")

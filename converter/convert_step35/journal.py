@@ -68,7 +68,9 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._file)
 
     def append(self, records: Iterable[Done]) -> None:
@@ -87,7 +89,9 @@ class Journal:
     def _resume(self, data: bytes, fingerprint: dict[str, str]) -> None:
         head, _, records = data.removeprefix(_MAGIC).partition(b"\n")
         if not data.startswith(_MAGIC):
-            raise OutputError(f"not a journal: {self.path} expected {_MAGIC!r} first; remove it and run again with --restart")
+            raise OutputError(
+                f"not a journal: {self.path} expected {_MAGIC!r} first; remove it and run again with --restart"
+            )
         try:
             recorded = json.loads(head)
         except ValueError as exc:

@@ -10,10 +10,10 @@ from convert_step35.architecture import Architecture, LayerShape
 class Kind(Enum):
     """What becomes of a tensor's values."""
 
-    MATRIX = auto()     # takes the recipe's type
-    NORM = auto()       # the checkpoint stores w - 1: add 1.0 in float32, stay F32
-    FLOAT32 = auto()    # router matrix and router bias: copied to F32
-    ROPE_FREQS = auto() # generated from the config, F32
+    MATRIX = auto()  # takes the recipe's type
+    NORM = auto()  # the checkpoint stores w - 1: add 1.0 in float32, stay F32
+    FLOAT32 = auto()  # router matrix and router bias: copied to F32
+    ROPE_FREQS = auto()  # generated from the config, F32
 
 
 class MtpMode(str, Enum):
@@ -80,10 +80,16 @@ def _all(arch: Architecture, *, trunk: bool, mtp: bool) -> Iterator[MappedTensor
 
 
 def _layer(arch: Architecture, i: int, layer: LayerShape) -> Iterator[MappedTensor]:
-    parts = [_attention(arch, layer), _experts(arch) if layer.is_moe else _dense(arch), _mtp_head(arch) if layer.is_mtp else ()]
+    parts = [
+        _attention(arch, layer),
+        _experts(arch) if layer.is_moe else _dense(arch),
+        _mtp_head(arch) if layer.is_mtp else (),
+    ]
     for part in parts:
         for name, source, shape, kind in part:
-            yield MappedTensor(f"blk.{i}.{name}", f"model.layers.{i}.{source}", shape, kind, layer=i, is_mtp=layer.is_mtp)
+            yield MappedTensor(
+                f"blk.{i}.{name}", f"model.layers.{i}.{source}", shape, kind, layer=i, is_mtp=layer.is_mtp
+            )
 
 
 _Row = tuple[str, str, tuple[int, ...], Kind]
@@ -127,4 +133,9 @@ def _mtp_head(arch: Architecture) -> Iterator[_Row]:
     yield "nextn.enorm.weight", "enorm.weight", (hidden,), Kind.NORM
     yield "nextn.hnorm.weight", "hnorm.weight", (hidden,), Kind.NORM
     yield "nextn.shared_head_norm.weight", "transformer.shared_head.norm.weight", (hidden,), Kind.NORM
-    yield "nextn.shared_head_head.weight", "transformer.shared_head.output.weight", (arch.vocab_size, hidden), Kind.MATRIX
+    yield (
+        "nextn.shared_head_head.weight",
+        "transformer.shared_head.output.weight",
+        (arch.vocab_size, hidden),
+        Kind.MATRIX,
+    )

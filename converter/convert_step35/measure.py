@@ -27,7 +27,9 @@ def refuse_non_finite(rows: np.ndarray, tensor: MappedTensor) -> None:
     """CheckpointError where a weight is NaN or infinite: no quantizer survives one."""
     if not (math.isfinite(rows.min()) and math.isfinite(rows.max())):
         row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-        raise CheckpointError(f"non-finite weight: {tensor.source} holds NaN or infinity in row {row} of a chunk; the checkpoint is damaged")
+        raise CheckpointError(
+            f"non-finite weight: {tensor.source} holds NaN or infinity in row {row} of a chunk; the checkpoint is damaged"
+        )
 
 
 def squared_sum(rows: np.ndarray) -> float:

@@ -70,7 +70,9 @@ def _f32(key: str, value: float) -> Entry:
     return Entry(key, V.FLOAT32, value)
 
 
-def _general(tensors: Iterable[MappedTensor], ftype: LlamaFileType, generation: dict[str, Any], provenance: Provenance) -> Iterator[Entry]:
+def _general(
+    tensors: Iterable[MappedTensor], ftype: LlamaFileType, generation: dict[str, Any], provenance: Provenance
+) -> Iterator[Entry]:
     yield _text(Keys.General.ARCHITECTURE, ARCH)
     yield _text(Keys.General.TYPE, gguf.GGUFType.MODEL)
     yield from _sampling(generation)
@@ -90,7 +92,9 @@ def _sampling(generation: dict[str, Any]) -> Iterator[Entry]:
             continue
         wanted = (int,) if kind is V.INT32 else (int, float)
         if type(value) not in wanted or not -1 <= value < 2**31:
-            raise CheckpointError(f"generation_config.json: {name} expected a {'whole ' if kind is V.INT32 else ''}number of -1 or more, got {quoted(value)}")
+            raise CheckpointError(
+                f"generation_config.json: {name} expected a {'whole ' if kind is V.INT32 else ''}number of -1 or more, got {quoted(value)}"
+            )
         yield Entry(key, kind, value if kind is V.INT32 else float(value))
 
 
@@ -207,5 +211,7 @@ def _llama3_divisor(wavelength: float, scaling: Any) -> float:
         return 1.0
     if wavelength > scaling.original_context / scaling.low_freq_factor:
         return scaling.factor
-    smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     return 1.0 / ((1.0 - smooth) / scaling.factor + smooth)

@@ -81,8 +81,12 @@ def load_models(path: Path | None = None) -> Models:
     _check_keys(data, _TOP_LEVEL, str(path))
     groups = {key: _group(data, key, str(path)) for key in _TOP_LEVEL}
     return Models(
-        checkpoints={name: _checkpoint(entry, f"{path}: checkpoints.{name}") for name, entry in groups["checkpoints"].items()},
-        templates={digest: _typed(title, str, f"{path}: templates.{digest}") for digest, title in groups["templates"].items()},
+        checkpoints={
+            name: _checkpoint(entry, f"{path}: checkpoints.{name}") for name, entry in groups["checkpoints"].items()
+        },
+        templates={
+            digest: _typed(title, str, f"{path}: templates.{digest}") for digest, title in groups["templates"].items()
+        },
         recipes={name: _recipe(name, entry, f"{path}: recipes.{name}") for name, entry in groups["recipes"].items()},
     )
 

@@ -42,7 +42,9 @@ class Output:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
 
     def write(self, index: int, data: np.ndarray, offset: int) -> None:
@@ -57,7 +59,9 @@ class Output:
         while done < len(view):
             n = os.preadv(self._of_tensor[index], [view[done:]], offset + done)
             if n == 0:
-                raise OutputError(f"truncated output: expected {offset + len(view)} bytes, got {offset + done}; was the file changed?")
+                raise OutputError(
+                    f"truncated output: expected {offset + len(view)} bytes, got {offset + done}; was the file changed?"
+                )
             done += n
 
     def sync(self) -> None:
@@ -90,7 +94,9 @@ class Output:
         existing = sum(_allocated(self._working_path(file)) for file in self._files)
         needed, free = sum(file.n_bytes for file in self._files) - existing, shutil.disk_usage(folder).free
         if needed > free:
-            raise DiskFullError(f"disk full: {folder} expected {needed} bytes free ({needed / 2**30:.1f} GiB), got {free} ({free / 2**30:.1f} GiB)")
+            raise DiskFullError(
+                f"disk full: {folder} expected {needed} bytes free ({needed / 2**30:.1f} GiB), got {free} ({free / 2**30:.1f} GiB)"
+            )
 
     def _reserve(self, descriptor: int, file: PlannedFile) -> None:
         try:
@@ -100,7 +106,9 @@ class Output:
         except OSError as exc:
             if exc.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
-            raise DiskFullError(f"disk full: {file.path} expected room for {file.n_bytes} bytes: {exc.strerror}") from exc
+            raise DiskFullError(
+                f"disk full: {file.path} expected room for {file.n_bytes} bytes: {exc.strerror}"
+            ) from exc
 
     def _close(self) -> None:
         for descriptor in self._descriptors:

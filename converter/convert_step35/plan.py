@@ -93,10 +93,20 @@ class Subject:
     provenance: Provenance
     imatrix_names: frozenset[str] | None = None
 
-    def entries(self, tensors: Sequence[MappedTensor], *, with_mtp: bool, ftype: LlamaFileType, recipe: str) -> tuple[Entry, ...]:
+    def entries(
+        self, tensors: Sequence[MappedTensor], *, with_mtp: bool, ftype: LlamaFileType, recipe: str
+    ) -> tuple[Entry, ...]:
         """The metadata of one file with these tensors."""
         provenance = replace(self.provenance, recipe=recipe)
-        return build_metadata(self.arch, self.tokenizer, tensors, with_mtp=with_mtp, ftype=ftype, generation=self.generation, provenance=provenance)
+        return build_metadata(
+            self.arch,
+            self.tokenizer,
+            tensors,
+            with_mtp=with_mtp,
+            ftype=ftype,
+            generation=self.generation,
+            provenance=provenance,
+        )
 
 
 def make_plan(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe]) -> Plan:
@@ -125,7 +135,9 @@ def _parts(subject: Subject, wishes: Wishes) -> Iterator[_Part]:
     """The path, tensors and with-MTP flag of each file before splitting."""
     mode, arch = wishes.mtp, subject.arch
     if not subject.has_mtp and mode in (MtpMode.SEPARATE, MtpMode.ONLY):
-        raise PlanError(f"no MTP weights: --mtp {mode.value} needs the checkpoint's MTP layers, and it has none; use --mtp drop")
+        raise PlanError(
+            f"no MTP weights: --mtp {mode.value} needs the checkpoint's MTP layers, and it has none; use --mtp drop"
+        )
     with_mtp = mode is MtpMode.KEEP and subject.has_mtp
     if mode is not MtpMode.ONLY:
         yield wishes.out, map_tensors(arch, trunk=True, mtp=with_mtp), with_mtp
@@ -135,11 +147,17 @@ def _parts(subject: Subject, wishes: Wishes) -> Iterator[_Part]:
         yield side_file(wishes.out), map_tensors(arch, trunk=False, mtp=True), True
 
 
-def _choose(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], name: str, tensors: tuple[MappedTensor, ...]) -> TypeChoice:
-    choice = choose_types(name, tensors, subject.arch, recipes, overrides=wishes.overrides, has_imatrix=subject.imatrix_names is not None)
+def _choose(
+    subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], name: str, tensors: tuple[MappedTensor, ...]
+) -> TypeChoice:
+    choice = choose_types(
+        name, tensors, subject.arch, recipes, overrides=wishes.overrides, has_imatrix=subject.imatrix_names is not None
+    )
     demands = [n for n in imatrix_demands(choice, tensors) if n not in (subject.imatrix_names or ())]
     if demands:
-        raise PlanError(f"imatrix needed: {name} makes {demands[0]} {choice.types[demands[0]].name} ({len(demands)} such tensors), which is garbage without one; pass --imatrix FILE that has them")
+        raise PlanError(
+            f"imatrix needed: {name} makes {demands[0]} {choice.types[demands[0]].name} ({len(demands)} such tensors), which is garbage without one; pass --imatrix FILE that has them"
+        )
     return choice
 
 
@@ -147,19 +165,34 @@ def _fitting(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], parts
     """The best recipe whose files, MTP included, stay within the target."""
 
     def choices(name: str) -> list[TypeChoice]:
-        return [choose_types(name, tensors, subject.arch, recipes, overrides=wishes.overrides) for _, tensors, _ in parts]
+        return [
+            choose_types(name, tensors, subject.arch, recipes, overrides=wishes.overrides) for _, tensors, _ in parts
+        ]
 
     def usable(name: str) -> bool:
-        return subject.imatrix_names is not None or not any(imatrix_demands(c, tensors) for c, (_, tensors, _) in zip(choices(name), parts))
+        return subject.imatrix_names is not None or not any(
+            imatrix_demands(c, tensors) for c, (_, tensors, _) in zip(choices(name), parts)
+        )
 
     def n_bytes(name: str) -> int:
-        files = (f for c, (path, tensors, mtp) in zip(choices(name), parts) for f in _lay_out(subject, path, tensors, c, mtp, wishes.split_max_bytes))
+        files = (
+            f
+            for c, (path, tensors, mtp) in zip(choices(name), parts)
+            for f in _lay_out(subject, path, tensors, c, mtp, wishes.split_max_bytes)
+        )
         return sum(file.n_bytes for file in files)
 
     return best_fit(wishes.target_bytes, [name for name in recipes if usable(name)], n_bytes)
 
 
-def _lay_out(subject: Subject, path: Path, tensors: tuple[MappedTensor, ...], choice: TypeChoice, with_mtp: bool, split_max: int | None) -> list[PlannedFile]:
+def _lay_out(
+    subject: Subject,
+    path: Path,
+    tensors: tuple[MappedTensor, ...],
+    choice: TypeChoice,
+    with_mtp: bool,
+    split_max: int | None,
+) -> list[PlannedFile]:
     entries = subject.entries(tensors, with_mtp=with_mtp, ftype=choice.ftype, recipe=choice.recipe)
     shards = _shards(tensors, choice, split_max)
     if len(shards) == 1:
@@ -171,7 +204,9 @@ def _lay_out(subject: Subject, path: Path, tensors: tuple[MappedTensor, ...], ch
     ]
 
 
-def _shards(tensors: Sequence[MappedTensor], choice: TypeChoice, split_max: int | None) -> list[tuple[MappedTensor, ...]]:
+def _shards(
+    tensors: Sequence[MappedTensor], choice: TypeChoice, split_max: int | None
+) -> list[tuple[MappedTensor, ...]]:
     """Cut the tensors, in order, into runs of at most `split_max` bytes of data."""
     if split_max is None:
         return [tuple(tensors)]
@@ -209,7 +244,8 @@ def _file(path: Path, entries: Sequence[Entry], tensors: Sequence[MappedTensor],
         offset += padded(tensor_bytes(tensor, choice.types[tensor.name]))
     header = encode_header(entries, infos)
     planned = tuple(
-        PlannedTensor(tensor, info.kind, len(header) + info.offset, tensor_bytes(tensor, info.kind)) for tensor, info in zip(tensors, infos)
+        PlannedTensor(tensor, info.kind, len(header) + info.offset, tensor_bytes(tensor, info.kind))
+        for tensor, info in zip(tensors, infos)
     )
     return PlannedFile(path, header, planned, len(header) + offset)
 
@@ -218,7 +254,9 @@ def _mtp_notes(subject: Subject, wishes: Wishes) -> list[str]:
     if subject.has_mtp or wishes.mtp is not MtpMode.KEEP:
         return []
     if subject.arch.n_mtp:
-        return [f"config.json declares {subject.arch.n_mtp} MTP layers but the checkpoint holds none of their weights: trunk only, no drafting"]
+        return [
+            f"config.json declares {subject.arch.n_mtp} MTP layers but the checkpoint holds none of their weights: trunk only, no drafting"
+        ]
     return ["the checkpoint has no MTP layers: trunk only, no drafting"]
 
 
@@ -229,7 +267,9 @@ def _imatrix_notes(subject: Subject, choice: TypeChoice, tensors: tuple[MappedTe
     missing = [t.name for t in tensors if choice.types[t.name] not in ignored and t.name not in subject.imatrix_names]
     if not missing:
         return []
-    return [f"the imatrix has no entry for {len(missing)} of the quantized tensors, such as {missing[0]}: they are quantized without"]
+    return [
+        f"the imatrix has no entry for {len(missing)} of the quantized tensors, such as {missing[0]}: they are quantized without"
+    ]
 
 
 def _n_weights(tensor: MappedTensor) -> int:

@@ -39,7 +39,9 @@ def cost(kind: T, n_weights: int) -> float:
 def progress_bar(plan: Plan) -> Iterator[Callable[[PlannedTensor, Chunk], None]]:
     """Show a bar on stderr where that is a terminal; yields what to call for each finished chunk."""
     console = Console(stderr=True)
-    total = sum(cost(t.kind, t.mapped.row_size * t.n_bytes // row_bytes(t.kind, t.mapped.row_size)) for t in plan.tensors)
+    total = sum(
+        cost(t.kind, t.mapped.row_size * t.n_bytes // row_bytes(t.kind, t.mapped.row_size)) for t in plan.tensors
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), _Bytes(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("converting", total=total, done_bytes=0, total_bytes=plan.n_bytes)

@@ -16,7 +16,13 @@ from convert_step35.models import Recipe
 from convert_step35.presets import PRESETS, ModelFacts, fit_to_row, preset_types, requires_imatrix
 
 # The file type that llama.cpp's loader guesses from the most common tensor type (llama-model-loader.cpp).
-_FTYPE_NAMES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M", "MXFP4": "MOSTLY_MXFP4_MOE"}
+_FTYPE_NAMES = {
+    "F32": "ALL_F32",
+    "Q3_K": "MOSTLY_Q3_K_M",
+    "Q4_K": "MOSTLY_Q4_K_M",
+    "Q5_K": "MOSTLY_Q5_K_M",
+    "MXFP4": "MOSTLY_MXFP4_MOE",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,9 @@ def ggml_type(name: str) -> GgmlType:
     """A ggml type by its name in any case; OptionError lists those that can be made."""
     found = next((kind for kind in QUANTIZABLE if kind.name == name.upper()), None)
     if found is None:
-        raise OptionError(f"unknown tensor type: expected one of {', '.join(kind.name for kind in QUANTIZABLE)}, got {quoted(name)}")
+        raise OptionError(
+            f"unknown tensor type: expected one of {', '.join(kind.name for kind in QUANTIZABLE)}, got {quoted(name)}"
+        )
     return found
 
 
@@ -89,7 +97,9 @@ def choose_types(
 def _unknown_type(name: str, known: list[str]) -> OptionError:
     near = list(dict.fromkeys(get_close_matches(name.upper(), known, n=3)))
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return OptionError(f"unknown type: --type expected a name that `convert-step35 recipes` lists, got {quoted(name)}{hint}")
+    return OptionError(
+        f"unknown type: --type expected a name that `convert-step35 recipes` lists, got {quoted(name)}{hint}"
+    )
 
 
 def best_fit(target_bytes: int, names: Sequence[str], size_of: Callable[[str], int]) -> str:
@@ -108,7 +118,11 @@ def best_fit(target_bytes: int, names: Sequence[str], size_of: Callable[[str], i
 
 def imatrix_demands(choice: TypeChoice, tensors: Sequence[MappedTensor]) -> list[str]:
     """The tensors whose type is garbage without an importance matrix."""
-    return [t.name for t in tensors if t.kind is Kind.MATRIX and requires_imatrix(t.name, choice.types[t.name], choice.ftype)]
+    return [
+        t.name
+        for t in tensors
+        if t.kind is Kind.MATRIX and requires_imatrix(t.name, choice.types[t.name], choice.ftype)
+    ]
 
 
 def _facts(arch: Architecture, tensors: Sequence[MappedTensor], has_imatrix: bool) -> ModelFacts:
@@ -122,7 +136,9 @@ def _manual(overrides: Sequence[Override], tensors: Sequence[MappedTensor]) -> C
     matrices = [t.name for t in tensors if t.kind is Kind.MATRIX]
     for override in overrides:
         if not any(override.pattern.search(name) for name in matrices):
-            raise PlanError(f"--tensor-type {override.text} matches no matrix; names look like {matrices[1]} and {matrices[-1]}")
+            raise PlanError(
+                f"--tensor-type {override.text} matches no matrix; names look like {matrices[1]} and {matrices[-1]}"
+            )
 
     def forced(name: str) -> GgmlType | None:
         return next((o.kind for o in overrides if o.pattern.search(name)), None)
@@ -131,7 +147,9 @@ def _manual(overrides: Sequence[Override], tensors: Sequence[MappedTensor]) -> C
 
 
 def _recipe_rule(recipe: Recipe) -> Callable[[MappedTensor], GgmlType]:
-    gate_up, down, rest, mtp = (ggml_type(t) for t in (recipe.experts_gate_up, recipe.experts_down, recipe.rest, recipe.mtp))
+    gate_up, down, rest, mtp = (
+        ggml_type(t) for t in (recipe.experts_gate_up, recipe.experts_down, recipe.rest, recipe.mtp)
+    )
 
     def rule(tensor: MappedTensor) -> GgmlType:
         if tensor.is_mtp:
@@ -143,7 +161,13 @@ def _recipe_rule(recipe: Recipe) -> Callable[[MappedTensor], GgmlType]:
     return rule
 
 
-def _choice(name: str, overrides: Sequence[Override], ftype: LlamaFileType, matrices: dict[str, GgmlType], tensors: Sequence[MappedTensor]) -> TypeChoice:
+def _choice(
+    name: str,
+    overrides: Sequence[Override],
+    ftype: LlamaFileType,
+    matrices: dict[str, GgmlType],
+    tensors: Sequence[MappedTensor],
+) -> TypeChoice:
     types = {t.name: matrices.get(t.name, GgmlType.F32) for t in tensors}
     return TypeChoice(" ".join([name, *(o.text for o in overrides)]), ftype, types)
 

@@ -47,7 +47,9 @@ class RowReader:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in self._files.values():
             os.close(file)
 
@@ -112,5 +114,7 @@ def read_into(file: int, data: np.ndarray, offset: int, path: Path) -> None:
     while done < len(view):
         n = os.preadv(file, [view[done:]], offset + done)
         if n == 0:
-            raise CheckpointError(f"truncated file: {path} expected {offset + len(view)} bytes or more, got {offset + done}; did it change?")
+            raise CheckpointError(
+                f"truncated file: {path} expected {offset + len(view)} bytes or more, got {offset + done}; did it change?"
+            )
         done += n

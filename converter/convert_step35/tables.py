@@ -30,7 +30,9 @@ def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
 def checkpoint_line(workspace: Workspace) -> Text:
     """One line on what was found in the folder."""
     checkpoint = workspace.checkpoint
-    title = workspace.known.title if workspace.known is not None else "a checkpoint of a shape not listed in models.yaml"
+    title = (
+        workspace.known.title if workspace.known is not None else "a checkpoint of a shape not listed in models.yaml"
+    )
     vision = f", {checkpoint.n_skipped_vision} vision tensors skipped" if checkpoint.n_skipped_vision else ""
     return Text(
         f"{title}: {checkpoint.arch.n_trunk} layers and {checkpoint.arch.n_mtp if checkpoint.has_mtp else 0} MTP heads, "
@@ -53,14 +55,19 @@ def plan_totals(plan: Plan) -> RenderableType:
     by_type = _table("type", "bytes", "share", right=("bytes", "share"))
     for kind, n_bytes in sums["bytes_by_type"].items():
         by_type.add_row(kind, f"{n_bytes:,}", f"{n_bytes / sums['bytes']:.1%}")
-    line = Text(f"{plan.recipe}: {sums['tensors']} tensors, {sums['weights']:,} weights, {sums['bits_per_weight']:.2f} bits a weight, {format_size(sums['bytes'])}", style="bold")
+    line = Text(
+        f"{plan.recipe}: {sums['tensors']} tensors, {sums['weights']:,} weights, {sums['bits_per_weight']:.2f} bits a weight, {format_size(sums['bytes'])}",
+        style="bold",
+    )
     files = [Text(f"  {file.path.name}  {file.n_bytes:,} bytes ({format_size(file.n_bytes)})") for file in plan.files]
     return Group(Text(), by_type, Text(), line, *files, *_notes(plan.notes))
 
 
 def report_summary(plan: Plan, report: dict[str, Any]) -> RenderableType:
     """What a conversion made: files, and for each type its bytes and its worst tensor."""
-    table = _table("type", "tensors", "bytes", "NMSE", "worst tensor", "its NMSE", right=("tensors", "bytes", "NMSE", "its NMSE"))
+    table = _table(
+        "type", "tensors", "bytes", "NMSE", "worst tensor", "its NMSE", right=("tensors", "bytes", "NMSE", "its NMSE")
+    )
     for kind, n_bytes in report["totals"]["bytes_by_type"].items():
         entries = [entry for entry in report["tensors"] if entry["type"] == kind]
         worst = max(entries, key=lambda entry: entry["nmse"])
@@ -68,13 +75,19 @@ def report_summary(plan: Plan, report: dict[str, Any]) -> RenderableType:
         table.add_row(kind, str(len(entries)), f"{n_bytes:,}", f"{mean:.2e}", worst["name"], f"{worst['nmse']:.2e}")
     sums = report["totals"]
     lines = [Text(f"wrote {file.path}  {format_size(file.n_bytes)}") for file in plan.files]
-    return Group(*lines, Text(f"{plan.recipe}: {sums['tensors']} tensors, {sums['bits_per_weight']:.2f} bits a weight"), table)
+    return Group(
+        *lines, Text(f"{plan.recipe}: {sums['tensors']} tensors, {sums['bits_per_weight']:.2f} bits a weight"), table
+    )
 
 
 def verdict(file: Path, found: Verdict) -> RenderableType:
     """One line of what was checked, then the problems."""
     against = f", {found.n_compared_chunks} chunks converted again and compared" if found.n_compared_chunks else ""
-    digests = f", {found.n_digests} digests compared with the report" if found.n_digests else ", no report beside it to compare with"
+    digests = (
+        f", {found.n_digests} digests compared with the report"
+        if found.n_digests
+        else ", no report beside it to compare with"
+    )
     state = "sound" if not found.problems else "NOT sound"
     return Group(Text(f"{file}: {state}; {found.n_tensors} tensors read{digests}{against}"), *_problems(found.problems))
 
@@ -84,7 +97,9 @@ def inspection(found: Inspection) -> RenderableType:
     table = _table("group", "type", "tensors", "size", right=("tensors", "size"))
     for use in found.types:
         table.add_row(use.group, use.type, str(use.n_tensors), format_size(use.n_bytes))
-    heads = f"{found.n_mtp_complete} MTP heads" + (f" of {found.n_mtp_declared} declared" if found.n_mtp_complete != found.n_mtp_declared else "")
+    heads = f"{found.n_mtp_complete} MTP heads" + (
+        f" of {found.n_mtp_declared} declared" if found.n_mtp_complete != found.n_mtp_declared else ""
+    )
     made_by = f", recipe {found.recipe}" if found.recipe else ""
     lines = [
         f"{found.name}: {found.n_trunk_layers} layers, {heads}, context {found.context_length}",
@@ -100,7 +115,12 @@ def recipe_table(recipes: dict[str, Recipe], presets: dict[str, Preset]) -> Rend
     table = _table("recipe", "what it is", "rest", "MTP")
     for recipe in recipes.values():
         table.add_row(recipe.name, recipe.about, recipe.rest, recipe.mtp)
-    return Group(table, Text(), Text("llama-quantize's presets: " + " ".join(presets)), Text("or any ggml type for all matrices, such as Q4_K"))
+    return Group(
+        table,
+        Text(),
+        Text("llama-quantize's presets: " + " ".join(presets)),
+        Text("or any ggml type for all matrices, such as Q4_K"),
+    )
 
 
 def _problems(problems: tuple[str, ...]) -> list[Text]:

@@ -66,7 +66,9 @@ def read_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
 def _bpe(data: dict[str, Any]) -> dict[str, Any]:
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise CheckpointError(f"tokenizer.json: model expected BPE with a vocab, got {quoted(model.get('type') if isinstance(model, dict) else model)}")
+        raise CheckpointError(
+            f"tokenizer.json: model expected BPE with a vocab, got {quoted(model.get('type') if isinstance(model, dict) else model)}"
+        )
     if not all(type(i) is int for i in model["vocab"].values()):
         raise CheckpointError("tokenizer.json: model.vocab expected whole numbers as ids")
     return model
@@ -99,30 +101,45 @@ def _split_of(step: Any) -> tuple[Any, Any, Any] | None:
 
 def _spelled(pattern: Any) -> Any:
     """An expression in one spelling: quotes bare, line ends as escapes."""
-    return pattern.replace('\\"', '"').replace("\r", r"\r").replace("\n", r"\n") if isinstance(pattern, str) else pattern
+    return (
+        pattern.replace('\\"', '"').replace("\r", r"\r").replace("\n", r"\n") if isinstance(pattern, str) else pattern
+    )
 
 
 def _is_byte_level(step: Any) -> bool:
-    return isinstance(step, dict) and step.get("type") == "ByteLevel" and step.get("use_regex", True) is False and step.get("add_prefix_space") is False
+    return (
+        isinstance(step, dict)
+        and step.get("type") == "ByteLevel"
+        and step.get("use_regex", True) is False
+        and step.get("add_prefix_space") is False
+    )
 
 
 def _added_tokens(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     entries = data.get("added_tokens", [])
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and type(e.get("id")) is int and isinstance(e.get("content"), str) for e in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and type(e.get("id")) is int and isinstance(e.get("content"), str) for e in entries
+    ):
         raise CheckpointError("tokenizer.json: added_tokens expected entries with id and content")
     added = {entry["content"]: entry for entry in entries}
     if len(added) != len(entries):
-        raise CheckpointError(f"tokenizer.json: added_tokens expected each content once, got {len(entries)} entries with {len(added)} contents")
+        raise CheckpointError(
+            f"tokenizer.json: added_tokens expected each content once, got {len(entries)} entries with {len(added)} contents"
+        )
     return added
 
 
-def _vocabulary(model: dict[str, Any], added: dict[str, dict[str, Any]], vocab_size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _vocabulary(
+    model: dict[str, Any], added: dict[str, dict[str, Any]], vocab_size: int
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
     by_id: dict[int, str] = {}
     for text, i in [*model["vocab"].items(), *((text, entry["id"]) for text, entry in added.items())]:
         if not 0 <= i < vocab_size:
             raise CheckpointError(f"tokenizer.json: token {quoted(text)} expected an id under {vocab_size}, got {i}")
         if by_id.setdefault(i, text) != text:
-            raise CheckpointError(f"tokenizer.json: id {i} expected one token, got {quoted(by_id[i])} and {quoted(text)}")
+            raise CheckpointError(
+                f"tokenizer.json: id {i} expected one token, got {quoted(by_id[i])} and {quoted(text)}"
+            )
     tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(vocab_size))
     _refuse_doubles(tokens)
     return tokens, tuple(int(_token_type(by_id.get(i), added)) for i in range(vocab_size))
@@ -133,7 +150,9 @@ def _refuse_doubles(tokens: tuple[str, ...]) -> None:
     ids: dict[str, int] = {}
     for i, text in enumerate(tokens):
         if "\0" in text or ids.setdefault(text, i) != i:
-            raise CheckpointError(f"tokenizer.json: token {i} expected a text of its own without zero characters, got {quoted(text)}")
+            raise CheckpointError(
+                f"tokenizer.json: token {i} expected a text of its own without zero characters, got {quoted(text)}"
+            )
 
 
 def _token_type(text: str | None, added: dict[str, dict[str, Any]]) -> TokenType:
@@ -168,7 +187,9 @@ def _merge(i: int, merge: Any) -> str:
 _SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
-def _special_ids(settings: dict[str, Any], added: dict[str, dict[str, Any]], config: dict[str, Any], vocab_size: int) -> dict[str, int]:
+def _special_ids(
+    settings: dict[str, Any], added: dict[str, dict[str, Any]], config: dict[str, Any], vocab_size: int
+) -> dict[str, int]:
     """Ids by name: the text in tokenizer_config.json first, the plain id in config.json for the rest."""
     ids: dict[str, int] = {}
     for name in _SPECIAL_NAMES:
@@ -196,7 +217,9 @@ def _with_eos(ids: dict[str, int], eos_token_ids: tuple[int, ...]) -> dict[str, 
     missing = [f"{name}_token" for name in ("bos", "eos") if name not in ids]
     if missing:
         # Without the key llama.cpp takes id 11, whatever token that is, and ends every answer at it.
-        raise CheckpointError(f"tokenizer_config.json: {missing[0]} expected one of tokenizer.json's added_tokens, got none, and config.json has no {missing[0]}_id either")
+        raise CheckpointError(
+            f"tokenizer_config.json: {missing[0]} expected one of tokenizer.json's added_tokens, got none, and config.json has no {missing[0]}_id either"
+        )
     return ids
 
 
@@ -206,7 +229,9 @@ def _with_end_ids(ids: dict[str, int], eos_token_ids: tuple[int, ...], tokens: t
     # llama.cpp takes the turn's end as eot by its text, unless the key says otherwise.
     free = ["eom"] if any(tokens[i] == END_OF_TURN for i in eos_token_ids) else ["eot", "eom"]
     if len(hidden) > len(free):
-        raise CheckpointError(f"config.json: eos_token_id expected at most {len(free)} ids beyond those llama.cpp knows by text, got {hidden}")
+        raise CheckpointError(
+            f"config.json: eos_token_id expected at most {len(free)} ids beyond those llama.cpp knows by text, got {hidden}"
+        )
     return {**ids, **dict(zip(free, hidden))}
 
 
@@ -255,7 +280,11 @@ class _Piece:
 
 
 def _pieces(value: Any) -> list[_Piece]:
-    return [_Piece(_id_of(item, "SpecialToken"), _id_of(item, "Sequence")) for item in value] if isinstance(value, list) else []
+    return (
+        [_Piece(_id_of(item, "SpecialToken"), _id_of(item, "Sequence")) for item in value]
+        if isinstance(value, list)
+        else []
+    )
 
 
 def _id_of(item: Any, kind: str) -> str | None:
@@ -280,9 +309,13 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     if template is None and (path := folder / "chat_template.jinja").exists():
         where, template = path, _read_text(path)
     if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{where}: chat_template expected one text, got {quoted(template)}; keep the default template only")
+        raise CheckpointError(
+            f"{where}: chat_template expected one text, got {quoted(template)}; keep the default template only"
+        )
     if template is not None and len(template) > MAX_TEMPLATE_CHARS:
-        raise CheckpointError(f"{where}: chat template expected at most {MAX_TEMPLATE_CHARS} characters, got {len(template)}")
+        raise CheckpointError(
+            f"{where}: chat template expected at most {MAX_TEMPLATE_CHARS} characters, got {len(template)}"
+        )
     return template
 
 

@@ -30,7 +30,15 @@ _PIECE_BYTES = 4 * 1024**2
 _MAX_REPORT_BYTES = 64 * 1024**2
 
 # Keys that say where a file comes from rather than what the model is.
-_PROVENANCE = ("general.name", "general.license", "general.file_type", "general.size_label", "convert_step35.", "quantize.imatrix.", "split.")
+_PROVENANCE = (
+    "general.name",
+    "general.license",
+    "general.file_type",
+    "general.size_label",
+    "convert_step35.",
+    "quantize.imatrix.",
+    "split.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,11 @@ def check_rows(model: GgufModel, ggml: Ggml, n_threads: int) -> tuple[dict[str, 
     with ThreadPoolExecutor(n_threads) as pool:
         results = list(pool.map(lambda tensor: _check_tensor(model.homes[tensor.name], tensor, ggml), tensors))
     digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results)}
-    problems = [f"{tensor.name} holds NaN or infinity; convert again" for tensor, (_, valid) in zip(tensors, results) if not valid]
+    problems = [
+        f"{tensor.name} holds NaN or infinity; convert again"
+        for tensor, (_, valid) in zip(tensors, results)
+        if not valid
+    ]
     return digests, problems
 
 
@@ -94,15 +106,27 @@ def _digests_in(path: Path, files: set[str]) -> dict[str, str]:
         entries = read_json(path, max_bytes=_MAX_REPORT_BYTES)["tensors"]
         return {entry["name"]: entry["sha256"] for entry in entries if entry["file"] in files}
     except (ConvertError, KeyError, TypeError) as exc:
-        raise GgufError(f"damaged report: {path} expected the JSON that convert-step35 writes; remove it, or convert again") from exc
+        raise GgufError(
+            f"damaged report: {path} expected the JSON that convert-step35 writes; remove it, or convert again"
+        ) from exc
 
 
 def check_metadata(model: GgufModel, expected: Sequence[Entry]) -> list[str]:
     """Keys that the checkpoint would give another value, and those of the model that it would not give; provenance is left out."""
-    wanted = {entry.key: list(entry.value) if entry.is_array else entry.value for entry in expected if not entry.key.startswith(_PROVENANCE)}
-    problems = [f"{key} {_difference(want, model.metadata.get(key))}" for key, want in wanted.items() if not _same(want, model.metadata.get(key))]
+    wanted = {
+        entry.key: list(entry.value) if entry.is_array else entry.value
+        for entry in expected
+        if not entry.key.startswith(_PROVENANCE)
+    }
+    problems = [
+        f"{key} {_difference(want, model.metadata.get(key))}"
+        for key, want in wanted.items()
+        if not _same(want, model.metadata.get(key))
+    ]
     extra = [key for key in model.metadata if key.startswith((f"{ARCH}.", "tokenizer.")) and key not in wanted]
-    return problems + [f"{key} expected nothing, got {quoted(model.metadata[key])}: the checkpoint gives no such key" for key in extra]
+    return problems + [
+        f"{key} expected nothing, got {quoted(model.metadata[key])}: the checkpoint gives no such key" for key in extra
+    ]
 
 
 def _difference(want: Any, got: Any) -> str:
@@ -140,10 +164,16 @@ def compare(
     ggml.prepare({model.tensors[tensor.name].ggml_type for tensor in comparable})
     with RowReader(checkpoint, ggml) as reader, ThreadPoolExecutor(n_threads) as pool:
         equal = list(pool.map(lambda item: _is_equal(model, reader, ggml, imatrix, *item), items))
-    hint = "; it was quantized with an imatrix, pass it with --imatrix" if imatrix is None and "quantize.imatrix.file" in model.metadata else ""
+    hint = (
+        "; it was quantized with an imatrix, pass it with --imatrix"
+        if imatrix is None and "quantize.imatrix.file" in model.metadata
+        else ""
+    )
     for (tensor, _), same in zip(items, equal):
         if not same:
-            problems[tensor.name] = f"{tensor.name} is not what the checkpoint gives as {model.tensors[tensor.name].ggml_type.name}{hint}"
+            problems[tensor.name] = (
+                f"{tensor.name} is not what the checkpoint gives as {model.tensors[tensor.name].ggml_type.name}{hint}"
+            )
     return len(items), [problem for problem in problems.values() if problem is not None]
 
 
@@ -166,24 +196,34 @@ def _sampled(mapped: Sequence[MappedTensor], per_tensor: int | None) -> Iterator
     """Chunks spread evenly over each tensor, first and last included."""
     for tensor in mapped:
         every = list(chunks(tensor))
-        picked = every if per_tensor is None else [every[i] for i in sorted({*np.linspace(0, len(every) - 1, per_tensor).astype(int)})]
+        picked = (
+            every
+            if per_tensor is None
+            else [every[i] for i in sorted({*np.linspace(0, len(every) - 1, per_tensor).astype(int)})]
+        )
         yield from ((tensor, chunk) for chunk in picked)
 
 
-def _is_equal(model: GgufModel, reader: RowReader, ggml: Ggml, imatrix: Imatrix | None, tensor: MappedTensor, chunk: Chunk) -> bool:
+def _is_equal(
+    model: GgufModel, reader: RowReader, ggml: Ggml, imatrix: Imatrix | None, tensor: MappedTensor, chunk: Chunk
+) -> bool:
     stored = model.tensors[tensor.name]
     n = max(CHUNK_WEIGHTS, tensor.row_size)
     rows = reader.read(tensor, chunk, np.empty(n, np.float32), np.empty(4 * n, np.uint8))
     refuse_non_finite(rows, tensor)
     weights = imatrix.entries.get(tensor.name) if imatrix is not None else None
     packed = np.empty(4 * n, np.uint8)
-    n_bytes = ggml.quantize(stored.ggml_type, rows, packed, weights.weights(chunk.expert) if weights is not None else None)
+    n_bytes = ggml.quantize(
+        stored.ggml_type, rows, packed, weights.weights(chunk.expert) if weights is not None else None
+    )
     return bytes(packed[:n_bytes]) == _stored_bytes(model, stored, chunk, n_bytes)
 
 
 def _stored_bytes(model: GgufModel, stored: GgufTensor, chunk: Chunk, n_bytes: int) -> bytes:
     descriptor = os.open(model.homes[stored.name], os.O_RDONLY)
     try:
-        return os.pread(descriptor, n_bytes, stored.offset + chunk.first_row * row_bytes(stored.ggml_type, stored.shape[-1]))
+        return os.pread(
+            descriptor, n_bytes, stored.offset + chunk.first_row * row_bytes(stored.ggml_type, stored.shape[-1])
+        )
     finally:
         os.close(descriptor)

@@ -22,7 +22,7 @@ from reference.checkpoint import save_checkpoint, write_json
 from reference.config import TINY_CONFIG, Config
 from reference.corpus import batches, chat_rows, source_rows, split_sources, standard_library
 from reference.model import ExpertStack, MoE, Step35
-from reference.tokenizer import BOS, EOS, IM_END, PAD, tokenizer_config, train_tokenizer
+from reference.tokenizer import EOS, IM_END, PAD, tokenizer_config, train_tokenizer
 
 SEED = 35
 N_CHATS = 12_000
