@@ -2,7 +2,9 @@
 
 Batches of another shape add up in another order, so two nearly equal scores may change places, or a
 token at the edge of the truncation may fall out. Such a first difference is allowed only where a fresh
-plain decode shows the two tokens' (noised) scores, or the edge, within float noise.
+plain decode shows the two tokens' (noised) scores, or the edge, within float noise; or where the fresh
+decode of one session gives the drafted token, so that it is the plain run's large batch that went astray
+(a router torn between two experts changes logits by more than noise).
 """
 
 from dataclasses import replace
@@ -73,7 +75,9 @@ def assert_same_text(texts: list[list[int]]) -> None:
 
 def is_tie(i: int, text: list[int], tokens: list[int]) -> bool:
     """Whether two tokens' scores, or the edge of the truncation, lie within float noise after a text."""
-    sampling, logits = sampling_of(i), plain_logits(i, text)
+    sampling, (logits, chosen) = sampling_of(i), plain_choice(i, text)
+    if chosen == tokens[1]:
+        return True
     if sampling.temperature == 0:
         return abs(float(np.diff(logits[tokens])[0])) < FLOAT_NOISE
     if any(is_on_edge(logits, sampling, token) for token in tokens):
@@ -91,8 +95,8 @@ def is_on_edge(logits: np.ndarray, sampling: Sampling, token: int) -> bool:
     return (token in truncate(logits, loose)) != (token in truncate(logits, tight))
 
 
-def plain_logits(i: int, text: list[int]) -> np.ndarray:
-    """The adjusted logits after a text, in a plain decode of one session."""
+def plain_choice(i: int, text: list[int]) -> tuple[np.ndarray, int]:
+    """The adjusted logits after a text, and the token chosen, in a plain decode of one session."""
     options = EngineOptions(tiny_gguf("F32"), None, "off", 2048, 256, n_threads=1, kv_type="f32")
     seen: list[np.ndarray] = []
 
@@ -104,7 +108,7 @@ def plain_logits(i: int, text: list[int]) -> np.ndarray:
         turn = begin(session, prompts()[i] + text, Chooser(sampling_of(i), process=spy), 1)
         while turn.finish is None:
             step(engine, [turn])
-    return seen[0]
+        return seen[0], turn.session.tokens[-1]
 
 
 @pytest.mark.parametrize("draft", ["1", "2", "3", "ngram", "auto"])
