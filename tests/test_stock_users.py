@@ -43,7 +43,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
         check=True,
         capture_output=True,
     )
-    model = Llama(str(out), n_ctx=1024, n_threads=2, verbose=False, seed=1)
+    # One thread: two that wait for each other by spinning crawl on a machine that has other work.
+    model = Llama(str(out), n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False, seed=1)
     yield model
     model.close()
 
@@ -61,7 +62,7 @@ def test_it_continues_a_prompt(llm):
 
 def test_it_chats_through_the_files_own_template(llm):
     messages = [{"role": "user", "content": "Hello, who are you?"}]
-    answer = llm.create_chat_completion(messages, max_tokens=64, temperature=0)
+    answer = llm.create_chat_completion(messages, max_tokens=24, temperature=0)
     assert answer["choices"][0]["message"]["content"].strip()
     prompt = "<｜begin▁of▁sentence｜><|im_start|>user\nHello, who are you?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert answer["usage"]["prompt_tokens"] == len(llm.tokenize(prompt.encode(), add_bos=False, special=True))
