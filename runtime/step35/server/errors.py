@@ -1,0 +1,29 @@
+"""What a client is told when its request can't be served; each API puts it in its own form."""
+
+from step35.errors import Step35Error
+
+INVALID = "invalid_request_error"
+TOO_LARGE = "request_too_large"
+UNAUTHORIZED = "authentication_error"
+NOT_FOUND = "not_found_error"
+BUSY = "rate_limit_error"
+UNAVAILABLE = "overloaded_error"
+BROKEN = "api_error"
+
+
+class ApiError(Step35Error):
+    """An HTTP status, a kind of error, one line for people, and the field of the request that is to blame."""
+
+    def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.param = status, kind, message, param
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    """Returns the error for a request that is wrong in itself."""
+    return ApiError(400, INVALID, message, param)
+
+
+def too_large(message: str, param: str | None = None) -> ApiError:
+    """Returns the error for a request that passes one of the server's limits."""
+    return ApiError(413, TOO_LARGE, message, param)
