@@ -1,19 +1,25 @@
 """Drafting changes nothing: the text equals plain decoding, token for token, on the bundled model.
 
 Batches of another shape add up in another order, so two nearly equal scores may change places, or a
-token at the edge of the truncation may fall out. Such a first difference is allowed only where a fresh
-plain decode shows the two tokens' (noised) scores, or the edge, within float noise; or where the fresh
-decode of one session gives the drafted token, so that it is the plain run's large batch that went astray
-(a router torn between two experts changes logits by more than noise).
+token at the edge of the truncation may fall out. Such a first difference is allowed only
+- where a fresh plain decode shows the two tokens' (noised) scores, or the edge, within float noise;
+- where the fresh plain decode of this one session gives the drafted token: it is the plain run of twenty
+  sequences that went astray;
+- where the reference shows a router torn between two experts just before, which is more than noise.
 """
 
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import gguf.quants
 import numpy as np
 import pytest
+import torch
+from checkpoints import BUNDLED
 from gguf import GGUFReader
+from reference.checkpoint import load_checkpoint
+from reference.model import MoE, Step35
 from tiny_model import tiny_gguf
 
 from step35.chooser import Chooser
@@ -23,7 +29,11 @@ from step35.options import EngineOptions
 from step35.sampling import Sampling, gumbel, truncate
 
 N_PROMPTS, N_PREDICT = 20, 512
-FLOAT_NOISE = 5e-3
+FLOAT_NOISE = 2e-2  # llama.cpp's logits lie up to 0.011 from the reference's on these texts, in F32
+TORN, TORN_ROWS = (
+    5e-4,
+    4,
+)  # a router's choice this close has been seen to flip, and moved three rows' logits by 0.17 to 0.04
 GREEDY = Sampling(temperature=0)
 
 
@@ -39,8 +49,8 @@ def sampling_of(i: int) -> Sampling:
 
 @cache
 def prompts() -> list[list[int]]:
-    """Pieces of this project's own source, of unequal length."""
-    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
+    """Pieces of a source file that a pinned dependency ships, of unequal length."""
+    source = Path(gguf.quants.__file__).read_text(encoding="utf-8")
     with Engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
         tokens = engine.tokenize(source)
     return [tokens[700 * i : 700 * i + 20 + 9 * i] for i in range(N_PROMPTS)]
@@ -48,9 +58,7 @@ def prompts() -> list[list[int]]:
 
 def run(draft: str, model: Path | None = None) -> tuple[list[list[int]], list[Turn]]:
     """Generates from all prompts at once, one batch a step."""
-    options = EngineOptions(
-        model or tiny_gguf("F32"), None, draft, 16384, 256, N_PROMPTS, n_threads=1, kv_type="f32"
-    )
+    options = EngineOptions(model or tiny_gguf("F32"), None, draft, 16384, 256, N_PROMPTS, n_threads=1, kv_type="f32")
     with Engine(options) as engine:
         turns = [
             begin(engine.open_session(), prompt, Chooser(sampling_of(i)), N_PREDICT)
@@ -76,7 +84,7 @@ def assert_same_text(texts: list[list[int]]) -> None:
 def is_tie(i: int, text: list[int], tokens: list[int]) -> bool:
     """Whether two tokens' scores, or the edge of the truncation, lie within float noise after a text."""
     sampling, (logits, chosen) = sampling_of(i), plain_choice(i, text)
-    if chosen == tokens[1]:
+    if chosen == tokens[1] or is_router_torn(prompts()[i] + text):
         return True
     if sampling.temperature == 0:
         return abs(float(np.diff(logits[tokens])[0])) < FLOAT_NOISE
@@ -93,6 +101,29 @@ def is_on_edge(logits: np.ndarray, sampling: Sampling, token: int) -> bool:
     tight = replace(sampling, top_p=top_p * (1 - FLOAT_NOISE), min_p=min_p * (1 + FLOAT_NOISE))
     loose = replace(sampling, top_p=min(1.0, top_p * (1 + FLOAT_NOISE)), min_p=min_p * (1 - FLOAT_NOISE))
     return (token in truncate(logits, loose)) != (token in truncate(logits, tight))
+
+
+@cache
+def reference() -> Step35:
+    return load_checkpoint(BUNDLED)
+
+
+def is_router_torn(tokens: list[int]) -> bool:
+    """Whether in the last rows the scores of the last expert chosen and the first left out nearly agree."""
+    gaps: list[torch.Tensor] = []
+
+    def measure(moe: MoE, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
+        scores = torch.sigmoid(inputs[0][0, -TORN_ROWS:] @ moe.gate.weight.T) + moe.router_bias
+        best = scores.topk(moe.top_k + 1).values
+        gaps.append(best[:, -2] - best[:, -1])
+
+    model = reference()
+    hooks = [layer.moe.register_forward_hook(measure) for layer in model.model.layers if layer.is_moe]
+    with torch.no_grad():
+        model.trunk(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+    return bool(torch.cat(gaps).min() < TORN)
 
 
 def plain_choice(i: int, text: list[int]) -> tuple[np.ndarray, int]:
