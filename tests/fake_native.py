@@ -183,6 +183,10 @@ class FakeContext:
     def truncate(self, seq: int, n_keep: int) -> None:
         self.cells[seq] = {p: cell for p, cell in self.cells.get(seq, {}).items() if p < n_keep}
 
+    def copy(self, source: int, target: int, n_keep: int) -> None:
+        assert not self.cells.get(target), "copied over cells in use"
+        self.cells[target] = {p: cell for p, cell in self.cells[source].items() if p < n_keep}
+
     def held_from(self, seq: int) -> int:
         return min(self.cells.get(seq, {}), default=0)
 

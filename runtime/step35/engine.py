@@ -12,7 +12,7 @@ from step35.gguf_facts import shard_paths
 from step35.mtp import REDONE, Heads
 from step35.options import EngineOptions, ModelOptions
 from step35.rows import Rows
-from step35.session import Session
+from step35.session import Session, n_cells
 
 if TYPE_CHECKING:
     from step35.native import Context, Model
@@ -147,7 +147,7 @@ class Engine:
     @property
     def n_free_cells(self) -> int:
         """Tokens that still fit into the context that all sessions share."""
-        return self.n_ctx - sum(session.n_kv for session in self._sessions)
+        return self.n_ctx - n_cells(self._sessions)
 
     def cancel(self) -> None:
         """Makes the running step, or the next one, raise Cancelled. Callable from any thread or handler."""

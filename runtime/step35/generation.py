@@ -142,12 +142,15 @@ class Feed:
         return self.rows.outputs > 0
 
 
-def step(engine: Engine, turns: Sequence[Turn]) -> None:
-    """Advances turns by one decode: each by a piece of its prompt, or by one or more tokens."""
+def step(engine: Engine, turns: Sequence[Turn], quantum: int | None = None) -> None:
+    """Advances turns by one decode: each by a piece of its prompt, or by one or more tokens.
+
+    `quantum` bounds the rows of prompts in it, for the sake of the turns that already answer.
+    """
     started = engine.clock()
     turns = sorted(turns, key=lambda turn: turn.n_todo)
     cycles = _propose(engine, turns)
-    feeds = _share_batch(engine, turns, cycles)
+    feeds = _share_batch(engine, turns, cycles, quantum or engine.options.n_batch)
     verify_s = _decode(engine, feeds)
     _take_outputs(engine, feeds, verify_s)
     elapsed = engine.clock() - started
@@ -170,13 +173,14 @@ def _new_cycle(engine: Engine, turn: Turn, share: int) -> Cycle:
     return Cycle(session.seq, session.tokens, turn.chooser.sampling, session.memory, n_max)
 
 
-def _share_batch(engine: Engine, turns: Sequence[Turn], cycles: Sequence[Cycle]) -> list[Feed]:
+def _share_batch(engine: Engine, turns: Sequence[Turn], cycles: Sequence[Cycle], quantum: int) -> list[Feed]:
     room, n_free = engine.options.n_batch, engine.n_free_cells
     feeds = []
     for turn, cycle in zip(turns, cycles, strict=True):
-        n = min(turn.n_todo, room, _to_next_mark(turn))
-        if n == 0:
+        n = min(turn.n_todo, room, _to_next_mark(turn), quantum if turn.n_todo > 1 else 1)
+        if n <= 0:
             continue
+        quantum -= n if turn.n_todo > 1 else 0
         session = turn.session
         is_last = n == turn.n_todo
         tokens = session.tokens[session.n_kv : session.n_kv + n] + cycle.draft_tokens

@@ -386,6 +386,12 @@ _device_props = _bind("ggml_backend_dev_get_props", "", [_p, ctypes.POINTER(_Dev
 _GPU_KINDS = {1: DISCRETE, 2: INTEGRATED}
 
 
+def may_have_gpus() -> bool:
+    """Whether this build of llama.cpp may know GPUs; unlike `devices`, reads nothing of ggml's environment."""
+    names = {path.name.split(".")[0].removeprefix("lib") for path in C._base_path.glob("*ggml*")}
+    return not names or bool(names - {"ggml", "ggml-base", "ggml-cpu", "ggml-blas", "ggml-rpc"})
+
+
 def devices() -> list[Device]:
     """Returns the GPUs that llama.cpp was built for and finds."""
     _start_backend()
@@ -557,9 +563,9 @@ class Context:
         """Forgets a sequence's cells from position `n_keep` on."""
         C.llama_memory_seq_rm(self._memory, seq, n_keep, -1)
 
-    def copy(self, source: int, target: int) -> None:
-        """Lets `target` share the cells of `source`."""
-        C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+    def copy(self, source: int, target: int, n_keep: int) -> None:
+        """Lets `target` share the cells of `source` before position `n_keep`."""
+        C.llama_memory_seq_cp(self._memory, source, target, 0, n_keep)
 
     def held_from(self, seq: int) -> int:
         """Returns the first position whose sliding-window cells still exist; 0 for an empty sequence."""

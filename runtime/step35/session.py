@@ -1,10 +1,11 @@
 """A session: one mutable timeline of tokens, and how much of it is in the KV cache."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING, Self
 
-from step35.errors import ContextFull, SettingsError
+from step35.errors import ContextFull, NativeError, SettingsError
 from step35.sync import Cached, SyncPlan, plan_sync
 
 if TYPE_CHECKING:
@@ -12,12 +13,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Full-attention cells [start, end) of a timeline that others may share; equal keys are the same cells."""
+
+    key: int
+    start: int
+    end: int
+
+
+_keys = count()
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A timeline with all its cells, as bytes of llama.cpp."""
+    """A timeline with all its cells and its checkpoints, as bytes of llama.cpp."""
 
     tokens: tuple[int, ...]
     n_kv: int
     state: bytes
+    checkpoints: Mapping[int, bytes] = field(default_factory=dict)
 
 
 class Session:
@@ -29,6 +43,7 @@ class Session:
         self.tokens: list[int] = []
         self.n_kv = 0
         self.memory = engine.drafter.new_memory()
+        self.shared: tuple[Span, ...] = ()
         self._checkpoints: dict[int, bytes] = {}
 
     def close(self) -> None:
@@ -75,6 +90,7 @@ class Session:
         self.engine.trunk.truncate(self.seq, n_keep)
         self.engine.drafter.truncate(self.seq, self.memory, n_keep)
         self._checkpoints = {n: state for n, state in self._checkpoints.items() if n <= n_keep}
+        self.shared = _cut(self.shared, n_keep)
         self.n_kv = n_keep
 
     def _check_prompt(self, prompt: list[int]) -> None:
@@ -92,12 +108,15 @@ class Session:
     # keeping the past
 
     def checkpoint(self) -> None:
-        """Keeps a copy of the window's cells here, so that a later sync can come back; drops the oldest."""
+        """Keeps a copy of the window's cells here, so that a later sync can come back.
+
+        A full store loses the second oldest: the oldest one, after the system's text, serves new conversations.
+        """
         limit = self.engine.options.n_checkpoints
         if not limit or not self.n_kv or self.n_kv in self._checkpoints:
             return
         while len(self._checkpoints) >= limit:
-            del self._checkpoints[min(self._checkpoints)]
+            del self._checkpoints[sorted(self._checkpoints)[:2][-1]]
         self._checkpoints[self.n_kv] = self.engine.trunk.save_state(self.seq, window_only=True)
 
     @property
@@ -105,9 +124,52 @@ class Session:
         """Numbers of tokens at which a checkpoint is kept."""
         return tuple(sorted(self._checkpoints))
 
+    # sharing a prefix
+
+    def fork(self, source: "Session", n_tokens: int) -> None:
+        """Becomes the first `n_tokens` of another session, where that has a checkpoint or its end.
+
+        The full-attention cells are shared. The window's are copied: llama.cpp never takes a ring cell
+        back that two sequences hold, and the ring would fill up.
+        """
+        window = source._window_at(n_tokens)
+        self._truncate(0)
+        self.tokens = []
+        self.engine.trunk.copy(source.seq, self.seq, n_tokens)
+        try:
+            self.engine.trunk.load_state(self.seq, window, window_only=True)
+        except NativeError:
+            self._truncate(0)
+            raise
+        self.tokens, self.n_kv = source.tokens[:n_tokens], n_tokens
+        self.shared = source._share(n_tokens)
+        self._checkpoints = {n_tokens: window}
+
+    def _window_at(self, n_tokens: int) -> bytes:
+        if n_tokens in self._checkpoints:
+            return self._checkpoints[n_tokens]
+        if n_tokens != self.n_kv or not n_tokens:
+            raise SettingsError(f"can't fork: expected one of {[*self.checkpoints, self.n_kv]} tokens, got {n_tokens}")
+        return self.engine.trunk.save_state(self.seq, window_only=True)
+
+    def _share(self, n_tokens: int) -> tuple[Span, ...]:
+        """Marks the first `n_tokens` cells as shared and returns their spans."""
+        n_shared = self.n_shared
+        if n_tokens > n_shared:
+            self.shared += (Span(next(_keys), n_shared, n_tokens),)
+        return _cut(self.shared, n_tokens)
+
+    @property
+    def n_shared(self) -> int:
+        """How many of the first cells other sessions may hold too."""
+        return self.shared[-1].end if self.shared else 0
+
+    # snapshots
+
     def snapshot(self) -> Snapshot:
         """Returns a copy of the timeline that `restore` brings back bit for bit."""
-        return Snapshot(tuple(self.tokens), self.n_kv, self.engine.trunk.save_state(self.seq) if self.n_kv else b"")
+        state = self.engine.trunk.save_state(self.seq) if self.n_kv else b""
+        return Snapshot(tuple(self.tokens), self.n_kv, state, dict(self._checkpoints))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Replaces the timeline by a snapshot's, taken from a session of the same model."""
@@ -116,3 +178,18 @@ class Session:
         if snapshot.n_kv:
             self.engine.trunk.load_state(self.seq, snapshot.state)
         self.tokens, self.n_kv = list(snapshot.tokens), snapshot.n_kv
+        self._checkpoints = dict(snapshot.checkpoints)
+
+
+def _cut(spans: tuple[Span, ...], n_keep: int) -> tuple[Span, ...]:
+    return tuple(replace(span, end=min(span.end, n_keep)) for span in spans if span.start < n_keep)
+
+
+def n_cells(sessions: Iterable[Session]) -> int:
+    """Returns how many full-attention cells sessions hold together, shared ones counted once."""
+    own, shared = 0, {}
+    for session in sessions:
+        own += session.n_kv - session.n_shared
+        for span in session.shared:
+            shared[span.key] = max(shared.get(span.key, 0), span.end - span.start)
+    return own + sum(shared.values())

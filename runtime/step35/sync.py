@@ -27,10 +27,16 @@ class Cached:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Returns how many leading tokens are equal."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # comparing slices is far faster than a loop over a long prompt
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def plan_sync(cached: Cached, prompt: Sequence[int], window: int) -> SyncPlan:
