@@ -40,12 +40,12 @@ _MODEL_OPTIONS = (
     click.argument("model", type=click.Path(path_type=Path)),
     click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none."),
     click.option("--draft", type=click.Choice(DRAFT_MODES), default="auto", show_default=True, help="How to draft."),
-    click.option("-c", "--ctx", "n_ctx", default=32768, show_default=True, help="Context size in tokens."),
-    click.option("-b", "--batch", "n_batch", default=512, show_default=True, help="Prompt tokens per decode."),
-    click.option("-t", "--threads", "n_threads", default=0, help="CPU threads; default llama.cpp's choice."),
-    click.option("--ngl", "n_gpu_layers", default=-1, show_default=True, help="Layers on the GPU; -1 is all."),
-    click.option("--load-mode", type=click.Choice(LOAD_MODES), default="auto", show_default=True, help="How weights are read."),
-    click.option("--kv-type", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Type of the KV cache."),
+    click.option("-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default 32768, or less if that is what fits."),
+    click.option("-b", "--batch", "n_batch", type=int, help="Prompt tokens per decode; default planned."),
+    click.option("-t", "--threads", "n_threads", type=int, help="CPU threads; default the cores."),
+    click.option("--ngl", "n_gpu_layers", type=int, help="Layers on the GPU, -1 is all; default planned."),
+    click.option("--load-mode", type=click.Choice(LOAD_MODES), help="How weights are read; default planned."),
+    click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache; default planned."),
     click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Run what this plan file says; see step35 plan."),
 )
 _SAMPLING_OPTIONS = (
@@ -131,8 +131,8 @@ def bench(frontiers, n_predict, temp, top_k, top_p, min_p, seed, csv_file, png, 
 
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
     rows = []
-    drafts = list(dict.fromkeys(["off", draft]))
-    for row in measure(options_of(**engine_options), drafts, _frontiers(frontiers), n_predict, sampling):
+    drafts, lengths = list(dict.fromkeys(["off", draft])), _frontiers(frontiers)
+    for row in measure(options_of(**engine_options), drafts, lengths, n_predict, sampling):
         rows.append(row)
         click.echo(
             f"draft {row.draft} at {row.n_context}: prefill {row.prefill_tps} tok/s, decode {row.decode_tps} tok/s",

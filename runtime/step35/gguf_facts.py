@@ -133,7 +133,9 @@ def with_side(header: Header, side: Header) -> Header:
     Raises ModelError if the side file has no heads.
     """
     if not side.shape.n_heads:
-        raise ModelError(f"no MTP heads: {side.path} expected some, got none; make it with convert-step35 run --mtp only")
+        raise ModelError(
+            f"no MTP heads: {side.path} expected some, got none; make it with convert-step35 run --mtp only"
+        )
     shape = replace(header.shape, n_heads=side.shape.n_heads, layers=header.shape.trunk + side.shape.heads)
     trunk = tuple(tensor for tensor in header.tensors if tensor.group is not Group.HEADS)
     heads = tuple(_of_head(tensor, shape.n_trunk) for tensor in side.tensors)
@@ -222,7 +224,9 @@ class _Keys:
         return values[:n]
 
     def _bad(self, name: str, want: str, got: object) -> ModelError:
-        return ModelError(f"bad metadata: {self.path} {ARCHITECTURE}.{name} expected {want}, got {got!r}; convert it again")
+        return ModelError(
+            f"bad metadata: {self.path} {ARCHITECTURE}.{name} expected {want}, got {got!r}; convert it again"
+        )
 
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -261,6 +265,8 @@ class _File:
 
 
 def _read_file(path: Path) -> _File:
+    if not path.is_file():
+        raise ModelError(f"no model file: {path} doesn't exist or isn't a file")
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -294,7 +300,9 @@ def _check_data(path: Path, metadata: dict[str, Any], sizes: Iterable[int], head
         last = end + n_bytes
         end += -(-n_bytes // alignment) * alignment
         if last > file_bytes:
-            raise ModelError(f"incomplete file: {path} expected at least {last} bytes, got {file_bytes}; download it again")
+            raise ModelError(
+                f"incomplete file: {path} expected at least {last} bytes, got {file_bytes}; download it again"
+            )
 
 
 @dataclass(slots=True)
@@ -327,13 +335,18 @@ class _Cursor:
     def _array(self, kind: int, n: int) -> list[Any]:
         """Returns an array of numbers; the texts of a vocabulary are skipped."""
         if kind == _STRING:
-            for _ in range(n):
-                self._skip(self.number("Q"))
+            self._skip_texts(n)
             return []
         code = f"<{n}{_SCALARS[kind]}"
         start = self.at
         self._skip(struct.calcsize(code))
         return list(struct.unpack_from(code, self.data, start))
+
+    def _skip_texts(self, n: int) -> None:
+        data, at, length = self.data, self.at, struct.Struct("<Q").unpack_from
+        for _ in range(n):  # a vocabulary and its merges: a quarter of a million
+            at += 8 + length(data, at)[0]
+        self._skip(at - self.at)
 
     def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
         name, n_dims = self.text(), self.number("I")

@@ -23,14 +23,14 @@ class Need:
     usage: Usage
     pools: tuple[Pool, ...]
 
-    def check(self) -> None:
+    def check(self, remedy: str = "make a plan with step35 plan, and run it with --plan") -> None:
         """Raises DoesNotFit for the first memory that is too small."""
         for pool in self.pools:
             n_bytes = taken(self.usage, pool)
             if n_bytes > pool.budget:
                 raise DoesNotFit(
                     f"doesn't fit: {pool.name} expected to need at most {format_size(pool.budget)} (what is free, less "
-                    f"the reserve), needs {format_size(n_bytes)}; make a plan with step35 plan, and run it with --plan"
+                    f"the reserve), needs {format_size(n_bytes)}; {remedy}"
                 )
 
 
@@ -68,7 +68,9 @@ def layout_of(header: Header, options: EngineOptions, machine: Machine) -> Layou
     shares = _running_shares(options, machine)
     places = [HOST] * first + [_gpu_of(i / n_on_gpu, shares) for i in range(n_on_gpu)]
     experts = tuple(
-        tuple(_override(f"blk.{i}.ffn_{matrix}_exps.weight", options) or place for matrix in MATRICES) if layer.is_moe else ()
+        tuple(_override(f"blk.{i}.ffn_{matrix}_exps.weight", options) or place for matrix in MATRICES)
+        if layer.is_moe
+        else ()
         for i, (place, layer) in enumerate(zip(places, layers, strict=False))
     )
     return Layout(tuple(places[:-1]), experts, places[-1])

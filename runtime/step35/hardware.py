@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def probe(sources: Sources) -> Machine:
     total, available = ram(sources)
     n_cores = physical_cores(sources)
     bandwidth = sources.bandwidth(n_cores)
-    gpus = tuple(_gpu(sources, device, available, bandwidth) for device in sources.devices())
+    gpus = tuple(_gpu(sources, device, available, bandwidth) for device in _used(sources.devices()))
     machine = Machine(
         name="this machine",
         about=f"{n_cores} cores, {total / GIB:.0f} GiB",
@@ -132,7 +133,7 @@ def _cgroup_folders(sources: Sources) -> list[tuple[str, str, str]]:
 def _droppable(sources: Sources, folder: str) -> int:
     """Returns the page cache that counts against a cgroup's limit but yields to programs."""
     lines = (line.split() for line in (sources.read(f"{folder}/memory.stat") or "").splitlines())
-    values = {line[0]: int(line[1]) for line in lines if len(line) == 2}  # noqa: PLR2004
+    values = {line[0]: int(line[1]) for line in lines if len(line) == 2}
     return values.get("total_inactive_file", values.get("inactive_file", 0))
 
 
@@ -155,7 +156,10 @@ def _core(block: str) -> tuple[str, ...]:
 def numa_nodes(sources: Sources) -> int:
     """Returns the number of NUMA nodes with memory."""
     online = sources.read("/sys/devices/system/node/has_memory") or "0"
-    return sum(int(last or first) - int(first) + 1 for first, _, last in (part.partition("-") for part in online.strip().split(",")))
+    return sum(
+        int(last or first) - int(first) + 1
+        for first, _, last in (part.partition("-") for part in online.strip().split(","))
+    )
 
 
 # GPUs
@@ -168,9 +172,24 @@ def _gpu(sources: Sources, device: Device, available: int, ram_bandwidth: float)
     free = min(device.total_bytes, available) if is_integrated else device.free_bytes
     link = ram_bandwidth if is_integrated else link_bandwidth(sources, device.address)
     if known is not None:
-        return replace(known, name=device.name, kind=device.kind, total_bytes=device.total_bytes, free_bytes=free, host_bandwidth=link)
+        return replace(
+            known,
+            name=device.name,
+            kind=device.kind,
+            total_bytes=device.total_bytes,
+            free_bytes=free,
+            host_bandwidth=link,
+        )
     bandwidth = ram_bandwidth if is_integrated else UNKNOWN_GPU_BANDWIDTH
-    return Gpu(device.name, device.kind, device.total_bytes, free, bandwidth, link, FLOPS_PER_BANDWIDTH * bandwidth, GIB)
+    return Gpu(
+        device.name, device.kind, device.total_bytes, free, bandwidth, link, FLOPS_PER_BANDWIDTH * bandwidth, GIB
+    )
+
+
+def _used(devices: list[Device]) -> list[Device]:
+    """Returns the GPUs that llama.cpp takes: an integrated one only where there is no other."""
+    discrete = [device for device in devices if device.kind != INTEGRATED]
+    return discrete or devices
 
 
 def _same(a: str, b: str) -> bool:
@@ -195,6 +214,34 @@ def this_box() -> Sources:
 
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Sources(_read, native.devices, cached_bandwidth, n_cpus, platform.system())
+
+
+def before_loading() -> Sources:
+    """Returns this box's sources for a process that will load a model.
+
+    The GPUs are asked for in a child: listing them makes ggml read its environment, which a plan still has to set.
+    """
+    from step35 import native
+
+    return replace(this_box(), devices=_devices_of_a_child if native.may_have_gpus() else list)
+
+
+_LIST_DEVICES = """\
+import json
+from dataclasses import asdict
+from step35.native import devices
+print(json.dumps([asdict(device) for device in devices()]))
+"""
+
+
+def _devices_of_a_child() -> list[Device]:
+    from step35 import native
+
+    done = subprocess.run([sys.executable, "-c", _LIST_DEVICES], check=False, capture_output=True, text=True)
+    try:
+        return [Device(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+    except (IndexError, ValueError, TypeError):
+        return native.devices()  # the plan's threshold is lost, not the plan
 
 
 def _read(path: str) -> str | None:
@@ -224,7 +271,9 @@ def cached_bandwidth(n_threads: int) -> float:
     return bandwidth
 
 
-def measure_bandwidth(n_threads: int, seconds: float = PROBE_S, clock: Callable[[], float] = time.perf_counter) -> float:
+def measure_bandwidth(
+    n_threads: int, seconds: float = PROBE_S, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Returns the bytes a second that `n_threads` threads read and write together, copying."""
     n_each = max(1, PROBE_BYTES // 2 // n_threads // 8)
     copied = [0] * n_threads

@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from step35.chooser import Chooser, TokenLogprobs
 from step35.applying import planned_options
+from step35.autoplan import AutoPlan, auto_options
+from step35.chooser import Chooser, TokenLogprobs
 from step35.engine import Engine
 from step35.errors import SettingsError
 from step35.generation import Turn, begin, step
+from step35.hardware import before_loading
 from step35.native import Jinja2ChatFormatter, LlamaGrammar, LlamaState, StockLlama, read_facts, stripped
 from step35.options import EngineOptions
 from step35.sampling import Sampling
@@ -37,10 +39,13 @@ _SERVED = {
     "chat_handler", "type_k", "type_v", "verbose",
 }  # fmt: skip
 
-_PLANNED = {
-    "n_gpu_layers", "use_mmap", "use_mlock", "n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch",
-    "offload_kqv", "flash_attn", "op_offload", "type_k", "type_v",
+_FIELDS = {
+    "n_gpu_layers": "n_gpu_layers", "use_mmap": "load_mode", "use_mlock": "load_mode", "n_ctx": "n_ctx",
+    "n_batch": "n_batch", "n_ubatch": "n_batch", "n_threads": "n_threads", "n_threads_batch": "n_threads_batch",
+    "offload_kqv": "offload_kqv", "flash_attn": "flash_attention", "op_offload": "op_offload",
+    "type_k": "kv_type", "type_v": "kv_type",
 }  # fmt: skip
+"""What a plan decides: the stock constructor's names, and the engine's."""
 
 
 class Llama(StockLlama):
@@ -60,8 +65,10 @@ class Llama(StockLlama):
         self.model_path, self.verbose = model_path, settings["verbose"]
         self.last_n_tokens_size = settings["last_n_tokens_size"]
         self._seed = settings["seed"]
+        note = None
         if plan is None:
-            self.engine = Engine(_engine_options(model_path, draft, mtp_path, settings))
+            planned = _auto_options(model_path, draft, mtp_path, settings, options)
+            self.engine, note = Engine(planned.options), planned.note
         else:
             _refuse_beside_a_plan(options)
             self.engine = Engine(planned_options(Path(model_path), Path(plan), mtp=_path(mtp_path), draft=draft))
@@ -71,8 +78,8 @@ class Llama(StockLlama):
         self._chat_handlers = {}
         self._read_template()
         self.cache = self.draft_model = None
-        for note in self.engine.notes if self.verbose else ():
-            print(f"step35: {note}", file=sys.stderr)
+        for line in [*filter(None, [note]), *self.engine.notes] if self.verbose else ():
+            print(f"step35: {line}", file=sys.stderr)
 
     def _read_template(self) -> None:
         template = self.metadata.get("tokenizer.chat_template")
@@ -313,7 +320,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_beside_a_plan(given: dict[str, Any]) -> None:
-    for name in given.keys() & _PLANNED:
+    for name in given.keys() & _FIELDS.keys():
         raise SettingsError(f"plan and {name}: the plan says it already; leave one out, or edit the plan")
 
 
@@ -341,6 +348,15 @@ def _engine_options(model_path: str, draft: str, mtp_path: str | None, s: dict[s
         offload_kqv=s["offload_kqv"],
         op_offload=s["op_offload"] is not False,
     )
+
+
+def _auto_options(
+    model_path: str, draft: str, mtp_path: str | None, settings: dict[str, Any], given: dict[str, Any]
+) -> AutoPlan:
+    """Returns a plan's options; what the caller gave wins over the plan."""
+    stock = _engine_options(model_path, draft, mtp_path, settings)
+    by_hand = {field: getattr(stock, field) for name, field in _FIELDS.items() if name in given}
+    return auto_options(Path(model_path), before_loading(), mtp=_path(mtp_path), draft=draft, **by_hand)
 
 
 def _trained_context(model_path: str) -> int:

@@ -25,14 +25,27 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def options_of(model: Path, plan_path: Path | None, mtp: Path | None, draft: str = "auto", **settings: Any) -> EngineOptions:
-    """Returns the engine's options from a command's: the plan's if there is one, and then no others beside it."""
+def options_of(
+    model: Path, plan_path: Path | None, mtp: Path | None, draft: str = "auto", **settings: Any
+) -> EngineOptions:
+    """Returns the engine's options from a command's: the plan file's, or those of a plan made for this box.
+
+    A setting of None is left to the plan. Says on stderr what the user may not expect.
+    """
     if plan_path is None:
-        return EngineOptions(model, mtp, draft, **settings)
+        from step35.autoplan import auto_options
+        from step35.hardware import before_loading
+
+        planned = auto_options(model, before_loading(), mtp=mtp, draft=draft, **settings)
+        if planned.note:
+            click.echo(f"step35: {planned.note}", err=True)
+        return planned.options
     ctx = click.get_current_context()
     for param in ctx.command.params:
         if param.name in settings and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--plan and {param.opts[-1]}: the plan says it already; leave one out, or edit the plan")
+            raise click.UsageError(
+                f"--plan and {param.opts[-1]}: the plan says it already; leave one out, or edit the plan"
+            )
     from step35.applying import planned_options
 
     return planned_options(model, plan_path, mtp=mtp, draft=draft)
@@ -41,15 +54,23 @@ def options_of(model: Path, plan_path: Path | None, mtp: Path | None, draft: str
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none.")
-@click.option("--machine", "machine_name", metavar="NAME", help="A box of models.yaml, or a .yaml file; default this one.")
+@click.option(
+    "--machine", "machine_name", metavar="NAME", help="A box of models.yaml, or a .yaml file; default this one."
+)
 @click.option("-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default the longest that fits.")
 @click.option("--policy", default="auto", show_default=True, help="auto, unified, split, gpu or cpu.")
 @click.option("--gpu-budget", type=Size(), help="What to take of each GPU at most, such as 22GiB.")
-@click.option("-b", "--batch", "n_batch", type=click.IntRange(8, 1 << 16), help="Prompt tokens per decode; default the plan's.")
+@click.option(
+    "-b", "--batch", "n_batch", type=click.IntRange(8, 1 << 16), help="Prompt tokens per decode; default the plan's."
+)
 @click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache; default the plan's.")
-@click.option("--sessions", "n_sessions", type=click.IntRange(1, 64), default=1, show_default=True, help="Sessions at a time.")
+@click.option(
+    "--sessions", "n_sessions", type=click.IntRange(1, 64), default=1, show_default=True, help="Sessions at a time."
+)
 @click.option("--no-heads", is_flag=True, help="Without the MTP heads.")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Judge this plan file instead of making one.")
+@click.option(
+    "--plan", "plan_path", type=click.Path(path_type=Path), help="Judge this plan file instead of making one."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def plan(model, mtp, machine_name, plan_path, out, as_json, no_heads, **wishes) -> None:
@@ -67,7 +88,9 @@ def plan(model, mtp, machine_name, plan_path, out, as_json, no_heads, **wishes) 
     if plan_path is None:
         judged = place(header, machine, asked)
     else:
-        judged = judge(header, machine, from_text(plan_path.read_text(encoding="utf-8"), str(plan_path), header, machine))
+        judged = judge(
+            header, machine, from_text(plan_path.read_text(encoding="utf-8"), str(plan_path), header, machine)
+        )
     hints = [] if judged.fits else advice(header, machine, asked)
     if out is not None:
         out.write_text(to_text(judged.placement, model.name), encoding="utf-8")
@@ -93,9 +116,17 @@ def as_data(header, judged, hints) -> dict[str, object]:
         "batch": run.n_batch,
         "kv_type": run.kv_type,
         "usage": {device: {str(purpose): n for purpose, n in sizes.items()} for device, sizes in judged.usage.items()},
-        "budgets": [{"name": p.name, "devices": p.devices, "used": _taken(judged, p), "budget": p.budget} for p in judged.pools],
+        "budgets": [
+            {"name": p.name, "devices": p.devices, "used": _taken(judged, p), "budget": p.budget} for p in judged.pools
+        ],
         "estimates": [
-            {"n_past": s.n_past, "prefill_tps": s.prefill, "decode_tps": s.decode, "drafted_tps": s.drafted, "depth": s.depth}
+            {
+                "n_past": s.n_past,
+                "prefill_tps": s.prefill,
+                "decode_tps": s.decode,
+                "drafted_tps": s.drafted,
+                "depth": s.depth,
+            }
             for s in judged.speeds
         ],
         "reasons": placement.reasons,
@@ -119,7 +150,9 @@ def as_table(header, judged, hints) -> str:
     lines += ["", *(f"- {reason}" for reason in placement.reasons), ""]
     for s in judged.speeds:
         drafted = f", {s.drafted:.1f} at draft depth {s.depth}" if s.depth else ""
-        lines.append(f"estimate at {s.n_past} tokens: prefill {s.prefill:.0f} tok/s, decode {s.decode:.1f} tok/s{drafted}")
+        lines.append(
+            f"estimate at {s.n_past} tokens: prefill {s.prefill:.0f} tok/s, decode {s.decode:.1f} tok/s{drafted}"
+        )
     return "\n".join([*lines, verdict(judged.fits, hints)])
 
 
@@ -139,4 +172,7 @@ def _bytes_table(usage) -> list[str]:
     rows += [(str(p), *(format_size(usage[d][p]) if p in usage[d] else "-" for d in devices)) for p in purposes]
     rows.append(("all", *(format_size(sum(usage[d].values())) for d in devices)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
