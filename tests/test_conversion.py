@@ -27,6 +27,7 @@ from convert_step35.journal import Journal, drop_journal, journal_path
 from convert_step35.mapping import Kind, MappedTensor, MtpMode
 from convert_step35.models import load_models
 from convert_step35.plan import Wishes
+from convert_step35.quantizers import load_quantizers
 from convert_step35.workspace import fingerprint, open_workspace
 
 MODELS = load_models()
@@ -52,7 +53,7 @@ def run(
     workspace = open_workspace(folder, MODELS, mtp=MtpMode.KEEP)
     plan = workspace.plan(Wishes(out=out, type_name=type_name), MODELS)
     prints = fingerprint(workspace, plan, load_ggml())
-    tools = Tools(workspace.checkpoint, load_ggml(), None, n_threads, on_progress)
+    tools = Tools(workspace.checkpoint, load_quantizers(), None, n_threads, on_progress)
     return convert(plan, journal_path(out), prints, tools, lambda results: None)
 
 

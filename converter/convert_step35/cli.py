@@ -34,6 +34,7 @@ from convert_step35.output import PARTIAL, write_atomically
 from convert_step35.plan import Plan, Wishes, side_file
 from convert_step35.presets import PRESETS
 from convert_step35.progress import progress_bar
+from convert_step35.quantizers import load_quantizers
 from convert_step35.recipes import parse_override
 from convert_step35.report import build_report, plan_entries, report_path, to_json, totals
 from convert_step35.sizes import format_size, parse_size
@@ -311,8 +312,8 @@ def _refuse_existing(made: Plan, out: Path, overwrite: bool) -> None:
 
 
 def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -> dict[str, Any]:
-    ggml = load_ggml()
-    prints = fingerprint(workspace, made, ggml)
+    quantizers = load_quantizers()
+    prints = fingerprint(workspace, made, quantizers.ggml)
     reports: list[dict[str, Any]] = []
 
     def report(results: list[Any]) -> None:
@@ -320,12 +321,18 @@ def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -
         write_atomically(report_path(out), to_json(reports[0]))
 
     unfinished = ["going on with an unfinished conversion"] if journal_path(out).exists() else []
-    for note in (*made.notes, *unfinished):
+    quantizers.prepare({tensor.kind for tensor in made.tensors})
+    for note in (*made.notes, *quantizers.notes, *unfinished):
         print(f"convert-step35: note: {note}", file=sys.stderr)
     try:
         with progress_bar(made) as on_progress:
             tools = Tools(
-                workspace.checkpoint, ggml, workspace.imatrix, threads or _cores(), on_progress, on_resumed=on_progress
+                workspace.checkpoint,
+                quantizers,
+                workspace.imatrix,
+                threads or _cores(),
+                on_progress,
+                on_resumed=on_progress,
             )
             convert(made, journal_path(out), prints, tools, report)
     except KeyboardInterrupt:

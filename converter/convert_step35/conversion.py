@@ -18,13 +18,14 @@ import numpy as np
 from convert_step35.checkpoint import Checkpoint
 from convert_step35.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
 from convert_step35.errors import CheckpointError, DiskFullError, OutputError
-from convert_step35.ggml import Ggml, row_bytes
+from convert_step35.ggml import row_bytes
 from convert_step35.imatrix import Imatrix
 from convert_step35.journal import Done, Journal
 from convert_step35.mapping import MappedTensor
 from convert_step35.measure import Errors, error_sums, refuse_non_finite, squared_sum, tensor_errors
 from convert_step35.output import Output, discard
 from convert_step35.plan import Plan, PlannedTensor
+from convert_step35.quantizers import Quantizers
 from convert_step35.rows import RowReader
 
 _SYNC_BYTES = 256 * 1024**2
@@ -33,11 +34,12 @@ _SYNC_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """A finished tensor: the digest of its bytes as read back, and what quantization did to it."""
+    """A finished tensor: the digest of its bytes as read back, what quantization did to it, and what quantized it."""
 
     tensor: PlannedTensor
     sha256: str
     errors: Errors
+    quantizer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Tools:
     """What the workers share. `on_progress` hears of each converted chunk, `on_resumed` of each found in the journal."""
 
     checkpoint: Checkpoint
-    ggml: Ggml
+    quantizers: Quantizers
     imatrix: Imatrix | None
     n_threads: int
     on_progress: Callable[[PlannedTensor, Chunk], None]
@@ -64,7 +66,7 @@ def convert(
     An interrupt or an error of the machine leaves the partial files and the journal, and the same call goes on
     from there; a checkpoint that can't be converted leaves nothing.
     """
-    tools.ggml.prepare({tensor.kind for tensor in plan.tensors})
+    tools.quantizers.prepare({tensor.kind for tensor in plan.tensors})
     with Journal(journal_path, fingerprint) as journal:
         try:
             results = _write(plan, journal, tools, before_publish)
@@ -78,7 +80,7 @@ def convert(
 def _write(
     plan: Plan, journal: Journal, tools: Tools, before_publish: Callable[[list[TensorResult]], None]
 ) -> list[TensorResult]:
-    with Output(plan.files) as output, RowReader(tools.checkpoint, tools.ggml) as reader:
+    with Output(plan.files) as output, RowReader(tools.checkpoint, tools.quantizers.ggml) as reader:
         results = _Conversion(plan.tensors, journal, output, reader, tools).run()
         before_publish(results)
         output.publish()
@@ -197,15 +199,15 @@ class _Conversion:
         packed = self._quantize(planned, chunk, rows, buffers.packed)
         self._output.write(index, packed, _offset(planned, chunk))
         restored = buffers.restored[: rows.size].reshape(rows.shape)
-        self._tools.ggml.dequantize(planned.kind, packed, restored)
+        self._tools.quantizers.ggml.dequantize(planned.kind, packed, restored)
         max_error, squared_error = error_sums(rows, restored)
         self._tools.on_progress(planned, chunk)
         return Done(index, chunk.index, zlib.crc32(packed), max_error, squared_error, squared_sum(rows))
 
     def _quantize(self, planned: PlannedTensor, chunk: Chunk, rows: np.ndarray, buffer: np.ndarray) -> np.ndarray:
-        n_bytes = self._tools.ggml.quantize(planned.kind, rows, buffer, self._importance(planned.mapped, chunk))
+        n_bytes = self._tools.quantizers.quantize(planned.kind, rows, buffer, self._importance(planned.mapped, chunk))
         packed = buffer[:n_bytes]
-        if not self._tools.ggml.is_valid(planned.kind, packed):
+        if not self._tools.quantizers.ggml.is_valid(planned.kind, packed):
             raise CheckpointError(
                 f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type"
             )
@@ -233,7 +235,8 @@ class _Conversion:
                 return
             sha.update(self._checked(index, chunk, buffers))
         ordered = [records[i] for i in sorted(records)]
-        self._results[index] = TensorResult(planned, sha.hexdigest(), tensor_errors(planned.mapped, ordered))
+        errors, quantizer = tensor_errors(planned.mapped, ordered), self._tools.quantizers.name(planned.kind)
+        self._results[index] = TensorResult(planned, sha.hexdigest(), errors, quantizer)
 
     def _checked(self, index: int, chunk: Chunk, buffers: _Buffers) -> np.ndarray:
         """The chunk's bytes as the file has them; a chunk that an earlier run left damaged is converted again."""

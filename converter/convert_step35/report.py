@@ -24,6 +24,7 @@ def build_report(plan: Plan, results: Sequence[TensorResult], fingerprint: dict[
         "notes": list(plan.notes),
         "files": [{"name": file.path.name, "bytes": file.n_bytes, "tensors": len(file.tensors)} for file in plan.files],
         "totals": totals(plan),
+        "quantizers": {result.tensor.kind.name: result.quantizer for result in results},
         "tensors": [{**entry, **_measured(result)} for entry, result in zip(plan_entries(plan), results, strict=True)],
     }
 

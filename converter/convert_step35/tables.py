@@ -66,13 +66,22 @@ def plan_totals(plan: Plan) -> RenderableType:
 def report_summary(plan: Plan, report: dict[str, Any]) -> RenderableType:
     """What a conversion made: files, and for each type its bytes and its worst tensor."""
     table = _table(
-        "type", "tensors", "bytes", "NMSE", "worst tensor", "its NMSE", right=("tensors", "bytes", "NMSE", "its NMSE")
+        *("type", "quantizer", "tensors", "bytes", "NMSE", "worst tensor", "its NMSE"),
+        right=("tensors", "bytes", "NMSE", "its NMSE"),
     )
     for kind, n_bytes in report["totals"]["bytes_by_type"].items():
         entries = [entry for entry in report["tensors"] if entry["type"] == kind]
         worst = max(entries, key=lambda entry: entry["nmse"])
         mean = math.fsum(entry["nmse"] * entry["n_bytes"] for entry in entries) / n_bytes
-        table.add_row(kind, str(len(entries)), f"{n_bytes:,}", f"{mean:.2e}", worst["name"], f"{worst['nmse']:.2e}")
+        table.add_row(
+            kind,
+            report["quantizers"][kind],
+            str(len(entries)),
+            f"{n_bytes:,}",
+            f"{mean:.2e}",
+            worst["name"],
+            f"{worst['nmse']:.2e}",
+        )
     sums = report["totals"]
     lines = [Text(f"wrote {file.path}  {format_size(file.n_bytes)}") for file in plan.files]
     return Group(
