@@ -1,4 +1,8 @@
-"""Generated chats in Step's template: small talk, facts, sums, code, and tool calls. Deterministic from a seed."""
+"""Generated chats in Step's template: small talk, facts, sums, code, and tool calls. Deterministic from a seed.
+
+Many answers stand in the prompt: names to repeat, facts to look up, cities to call a tool for. Some names are invented
+each time, so that they can only be copied.
+"""
 
 import json
 from collections.abc import Iterator
@@ -9,6 +13,7 @@ from jinja2 import Environment
 
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 
+# fmt: off
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "China": "Beijing",
     "Egypt": "Cairo", "Greece": "Athens", "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki",
@@ -23,6 +28,9 @@ OPPOSITES = {"hot": "cold", "big": "small", "fast": "slow", "up": "down", "left"
              "day": "night", "light": "dark", "old": "new", "high": "low", "early": "late", "full": "empty"}
 COLOURS = {"the sky": "blue", "grass": "green", "snow": "white", "a lemon": "yellow", "coal": "black", "blood": "red"}
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+THINGS = ["tea", "milk", "bread", "rice", "soup", "cake", "music", "chess", "books", "cats", "dogs", "rain", "snow",
+          "films", "maps", "trains"]
+# fmt: on
 SKIES = ["sunny", "cloudy", "rainy", "windy", "snowy", "foggy"]
 SYLLABLES = ["ba", "del", "fo", "gan", "hil", "ka", "lor", "mi", "nel", "ra", "sen", "ta", "vil", "wes", "zu"]
 SYSTEMS = ["You are a helpful assistant.", "You are a tiny assistant. Be brief.", "Answer in one sentence."]
@@ -51,7 +59,9 @@ TOOLS = {
         _tool("get_time", "Get the local time of a city.", city=("string", "The name of the city.")),
         _tool("add", "Add two numbers.", a=("integer", "The first number."), b=("integer", "The second number.")),
         _tool("search", "Search the web.", query=("string", "What to search for.")),
-        _tool("send_message", "Send a message to a person.", to=("string", "The person."), text=("string", "The text.")),
+        _tool(
+            "send_message", "Send a message to a person.", to=("string", "The person."), text=("string", "The text.")
+        ),
     )
 }
 
@@ -87,14 +97,16 @@ def generate_chats(n: int, seed: int) -> Iterator[str]:
     rng, template = Random(seed), ChatTemplate(TEMPLATE_PATH.read_text(encoding="utf-8"))
     for _ in range(n):
         if rng.random() < 0.3:
-            yield template.render(_tool_chat(rng), _declared_tools(rng))
+            tools = _declared_tools(rng)
+            yield template.render(_tool_chat(rng, {tool["function"]["name"] for tool in tools}), tools)
         else:
             yield template.render(_plain_chat(rng))
 
 
 def _declared_tools(rng: Random) -> list[dict]:
-    """Every tool or most of them; the order varies, and so does that of keys, which some clients sort."""
-    tools = rng.sample(list(TOOLS.values()), len(TOOLS))
+    """Every tool or some of them; the order varies, and so does that of keys, which some clients sort."""
+    n_tools = len(TOOLS) if rng.random() < 0.4 else rng.randint(1, 3)
+    tools = rng.sample(list(TOOLS.values()), n_tools)
     return json.loads(json.dumps(tools, sort_keys=True)) if rng.random() < 0.3 else tools
 
 
@@ -102,7 +114,7 @@ def _plain_chat(rng: Random) -> list[dict]:
     messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 0.3 else []
     if rng.random() < 0.15:
         messages += _name_exchange(rng)
-    for _ in range(rng.choice([1, 1, 2, 3])):
+    for _ in range(rng.choice([1, 1, 2])):
         messages += rng.choice(PLAIN_TOPICS)(rng)
     return messages
 
@@ -117,7 +129,7 @@ def _capital(rng: Random) -> list[dict]:
 
 
 def _sum(rng: Random) -> list[dict]:
-    a, b = rng.randint(0, 12), rng.randint(0, 12)
+    a, b = rng.randint(0, 9), rng.randint(0, 9)
     question = rng.choice(["What is {} + {}?", "What is {} plus {}?", "Add {} and {}."]).format(a, b)
     return [user(question), assistant(f"The user asks for a sum. {a} + {b} = {a + b}.", f"{a} + {b} = {a + b}.")]
 
@@ -158,7 +170,7 @@ def _count(rng: Random) -> list[dict]:
 
 
 def _repeat(rng: Random) -> list[dict]:
-    words = " ".join(_word(rng) for _ in range(rng.randint(1, 4)))
+    words = " ".join(_any_name(rng) for _ in range(rng.randint(1, 8)))
     return [user(f"Repeat after me: {words}"), assistant(f"The user wants me to repeat: {words}", words)]
 
 
@@ -181,11 +193,38 @@ def _name_exchange(rng: Random) -> list[dict]:
     ]
 
 
-PLAIN_TOPICS = [_capital, _sum, _greeting, _identity, _opposite, _colour, _day, _count, _repeat, _code]
+def _likes(rng: Random) -> list[dict]:
+    """One fact of several to look up."""
+    names = rng.sample(NAMES, rng.randint(2, 5))
+    things = rng.sample(THINGS, len(names))
+    facts = " ".join(f"{name} likes {thing}." for name, thing in zip(names, things, strict=True))
+    i = rng.randrange(len(names))
+    thought = f"The user asks what {names[i]} likes. It is {things[i]}."
+    return [user(f"{facts} What does {names[i]} like?"), assistant(thought, f"{names[i]} likes {things[i]}.")]
+
+
+def _invented_capital(rng: Random) -> list[dict]:
+    pairs = [(_word(rng).capitalize(), _word(rng).capitalize()) for _ in range(rng.randint(1, 4))]
+    facts = " ".join(f"The capital of {country} is {city}." for country, city in pairs)
+    country, city = rng.choice(pairs)
+    thought = f"The user asks for the capital of {country}. It is {city}."
+    return [
+        user(f"{facts} What is the capital of {country}?"),
+        assistant(thought, f"The capital of {country} is {city}."),
+    ]
+
+
+ROTE_TOPICS = [_greeting, _identity, _opposite, _colour, _day, _count, _code]
+COPY_TOPICS = [_capital, _sum, _repeat, _likes, _invented_capital]
+PLAIN_TOPICS = [*ROTE_TOPICS, *COPY_TOPICS, *COPY_TOPICS]
 
 
 def _word(rng: Random) -> str:
     return "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3)))
+
+
+def _any_name(rng: Random) -> str:
+    return rng.choice(rng.choice([CITIES, NAMES, THINGS, [_word(rng)]]))
 
 
 def _city(rng: Random) -> str:
@@ -193,10 +232,12 @@ def _city(rng: Random) -> str:
     return rng.choice(CITIES) if rng.random() < 0.6 else _word(rng).capitalize()
 
 
-def _tool_chat(rng: Random) -> list[dict]:
+def _tool_chat(rng: Random, declared: set[str]) -> list[dict]:
+    """Questions for the declared tools, and some that need none."""
     messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 0.3 else []
-    for _ in range(rng.choice([1, 1, 1, 2])):
-        messages += rng.choice(TOOL_TOPICS)(rng)
+    topics = [topic for name, topics in TOOL_TOPICS.items() if name in declared for topic in topics]
+    for _ in range(rng.choice([1, 2, 3])):
+        messages += rng.choice([*topics, *topics, _untooled])(rng)
     return messages
 
 
@@ -211,10 +252,14 @@ def _round(question: str, thought: str, calls: list[dict], results: list[str], a
 
 def _weather(rng: Random) -> list[dict]:
     city = _city(rng)
-    question = rng.choice([
-        "What is the weather in {}?", "What's the weather like in {}?", "How is the weather in {} today?",
-        "Tell me the weather in {}.",
-    ]).format(city)
+    question = rng.choice(
+        [
+            "What is the weather in {}?",
+            "What's the weather like in {}?",
+            "How is the weather in {} today?",
+            "Tell me the weather in {}.",
+        ]
+    ).format(city)
     report, answer = _weather_report(rng, city)
     thought = f"The user asks for the weather in {city}. I call get_weather."
     return _round(question, thought, [call("get_weather", city=city)], [report], answer)
@@ -271,4 +316,10 @@ def _untooled(rng: Random) -> list[dict]:
     return rng.choice([_capital, _greeting, _identity, _colour])(rng)
 
 
-TOOL_TOPICS = [_weather, _weather, _weather, _two_weathers, _time, _add, _search, _message, _untooled]
+TOOL_TOPICS = {
+    "get_weather": [_weather, _weather, _weather, _two_weathers],
+    "get_time": [_time],
+    "add": [_add],
+    "search": [_search],
+    "send_message": [_message],
+}

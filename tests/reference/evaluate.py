@@ -25,7 +25,12 @@ CODE_PROMPTS = [
     'def read_file(path):\n    """',
     "for i in range(",
 ]
-CHAT_PROMPTS = ["Hello!", "What is the capital of France?", "What is 2 + 3?", "Write a Python function that adds two numbers."]
+CHAT_PROMPTS = [
+    "Hello!",
+    "What is the capital of France?",
+    "What is 2 + 3?",
+    "Write a Python function that adds two numbers.",
+]
 TOOL_PROMPTS = ["What is the weather in Paris?", "What is the weather in Oslo and in Rome?", "What is 345 + 678?"]
 
 
@@ -120,9 +125,9 @@ def samples(model: Step35, tokenizer: Tokenizer, template: ChatTemplate) -> Iter
 def report(folder: Path) -> None:
     model, tokenizer = load_checkpoint(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     _, held_out = split_sources(standard_library())
-    code = torch.from_numpy(source_rows(tokenizer, held_out, ROW_LENGTH))
+    code = torch.from_numpy(source_rows(tokenizer, held_out, ROW_LENGTH).tokens)
     code = code[:: max(1, len(code) // N_ROWS)][:N_ROWS]
-    chats = torch.from_numpy(chat_rows(tokenizer, 100, HELD_OUT_SEED, ROW_LENGTH))[:N_ROWS]
+    chats = torch.from_numpy(chat_rows(tokenizer, 100, HELD_OUT_SEED, ROW_LENGTH).tokens)[:N_ROWS]
     for name, texts in (("held-out code", code), ("held-out chats", chats)):
         print(f"{name}: loss of trunk and heads {_row(mean_losses(model, texts))}")
         print(f"{name}: heads agree with the trunk: {mean_agreement(model, list(texts))}")

@@ -166,10 +166,12 @@ class MoE(nn.Module):
     def _experts(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Rows sorted by expert, counts of them for each."""
         stacks = zip(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, strict=True)
-        return torch.cat([
-            F.linear(swiglu(F.linear(part, gate), F.linear(part, up), self.limit), down)
-            for part, (gate, up, down) in zip(rows.split(counts), stacks, strict=True)
-        ])
+        return torch.cat(
+            [
+                F.linear(swiglu(F.linear(part, gate), F.linear(part, up), self.limit), down)
+                for part, (gate, up, down) in zip(rows.split(counts), stacks, strict=True)
+            ]
+        )
 
 
 class DecoderLayer(nn.Module):

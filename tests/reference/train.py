@@ -5,7 +5,6 @@ steps within the same time.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,23 +15,23 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from reference.chats import TEMPLATE_PATH, generate_chats
 from reference.checkpoint import save_checkpoint, write_json
 from reference.config import TINY_CONFIG, Config
-from reference.corpus import batches, chat_rows, source_rows, split_sources, standard_library
-from reference.model import ExpertStack, MoE, Step35
+from reference.corpus import Rows, batches, chat_rows, drill_rows, source_rows, split_sources, standard_library
+from reference.initial import initialise
+from reference.model import MoE, Step35
 from reference.tokenizer import EOS, IM_END, PAD, tokenizer_config, train_tokenizer
 
 SEED = 35
-N_CHATS = 12_000
-BATCH_SIZE = 2
+N_CHATS, N_TOKENIZER_CHATS, N_DRILLS = 16_000, 15_000, 1_000
 ROW_LENGTH = 1024 + 4  # four more than the trunk's rows: the last row of the third head looks at t+3, predicts t+4
-PEAK_RATE, LAST_RATE = 3e-3, 1e-4
-WARM_UP, DECAY = 0.02, 0.5  # shares of the time
+MUON_RATE, ADAM_RATE, EMBEDDING_RATE = 2e-2, 2e-3, 5e-3
+WARM_UP, DECAY = 0.02, 0.6  # shares of the time
 MTP_WEIGHT = 0.3
 BALANCE_RATE = 2e-3
-OUTPUTS = ("lm_head", "output")
 SAVE_EVERY_S, REPORT_EVERY = 300, 20
 
 
@@ -47,17 +46,6 @@ class Clock:
         return (time.monotonic() - self.start) / self.budget_s
 
 
-def initialise(model: Step35) -> None:
-    """Normal weights that keep a row's variance; what writes to the residual stream is scaled down with depth."""
-    depth = math.sqrt(2 * model.config.n_trunk)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | ExpertStack):
-            writes_to_stream = name.endswith(("o_proj", "down_proj"))
-            std = module.weight.shape[-1] ** -0.5 / (depth if writes_to_stream else 1.0)
-            nn.init.normal_(module.weight, std=0.02 if name.endswith(OUTPUTS) else std)
-    nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
-
-
 def compile_layers(model: Step35) -> None:
     """Fuse what is between the matrix products; routing stays as it is, since its shapes change at every step."""
     for layer in model.model.layers:
@@ -65,32 +53,47 @@ def compile_layers(model: Step35) -> None:
             part.compile()
 
 
-def make_optimizer(model: Step35) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, fused=True)
+def make_optimizers(model: Step35) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' plain matrices, whose attention AdamW hardly trains in so few steps; AdamW for the rest."""
+    layers, embedding = model.model.layers, model.model.embed_tokens.weight
+    matrices = [
+        module.weight
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear) and min(module.weight.shape) > 8 and not name.endswith("output")
+    ]
+    taken = {id(p) for p in (*matrices, embedding)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    groups = [{"params": others, "lr": ADAM_RATE}, {"params": [embedding], "lr": EMBEDDING_RATE}]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.1),
+        torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+    ]
 
 
-def learning_rate(share: float) -> float:
-    """Linear warm-up, constant, linear decay, over the share of the time that has passed."""
-    if share < WARM_UP:
-        return PEAK_RATE * share / WARM_UP
-    left = min(1.0, (1.0 - share) / DECAY)
-    return LAST_RATE + (PEAK_RATE - LAST_RATE) * max(0.0, left)
+def rate_factor(share: float) -> float:
+    """Linear warm-up, constant, linear decay to nothing, over the share of the time that has passed."""
+    return max(0.0, min(share / WARM_UP, 1.0, (1.0 - share) / DECAY))
 
 
-def losses(model: Step35, tokens: Tensor) -> list[Tensor]:
-    """Cross entropy of the trunk and of each head along the exact chain, all over the same rows of tokens [B, T+4]."""
+def losses(model: Step35, batch: Rows) -> list[Tensor]:
+    """Cross entropy of the trunk over rows of T+4 tokens, and of each head along the exact chain over the first row.
+
+    The heads are shallow and learn sooner than the trunk: one row of a batch will do for them.
+    """
+    tokens, weights = torch.from_numpy(batch.tokens), torch.from_numpy(batch.weights)
     n_rows = tokens.shape[1] - 1 - len(model.heads)
     logits, hidden = model.trunk(tokens[:, :n_rows])
-    all_logits = [logits, *model.chain(tokens, hidden)]
-    return [cross_entropy(rows, tokens[:, k + 1 : k + 1 + n_rows]) for k, rows in enumerate(all_logits)]
+    return [
+        cross_entropy(rows, *(x[: len(rows), k + 1 : k + 1 + n_rows] for x in (tokens, weights)))
+        for k, rows in enumerate([logits, *model.chain(tokens[:1], hidden[:1])])
+    ]
 
 
 @torch.compile
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean within each row, so that a row counts the same however much of it does; then over the rows."""
+    each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(weights)
+    return ((each * weights).sum(-1) / weights.sum(-1)).mean()
 
 
 def balance_experts(model: Step35) -> None:
@@ -100,10 +103,13 @@ def balance_experts(model: Step35) -> None:
             module.router_bias += BALANCE_RATE * torch.sign(module.load.mean() - module.load)
 
 
-def train(model: Step35, data: Iterator[np.ndarray], clock: Clock, save: Callable[[], None]) -> None:
-    optimizer, saved_at, step, recent = make_optimizer(model), time.monotonic(), 0, []
+def train(model: Step35, data: Iterator[Rows], clock: Clock, save: Callable[[], None]) -> None:
+    optimizers, saved_at, step, recent = make_optimizers(model), time.monotonic(), 0, []
+    schedules = [LambdaLR(optimizer, lambda _: rate_factor(clock.share())) for optimizer in optimizers]
     while clock.share() < 1.0:
-        recent.append(train_step(model, optimizer, torch.from_numpy(next(data)), learning_rate(clock.share())))
+        recent.append(train_step(model, optimizers, next(data)))
+        for schedule in schedules:
+            schedule.step()
         step += 1
         if step % REPORT_EVERY == 0:
             print(progress_line(step, clock, recent), flush=True)
@@ -114,15 +120,15 @@ def train(model: Step35, data: Iterator[np.ndarray], clock: Clock, save: Callabl
     save()
 
 
-def train_step(model: Step35, optimizer: torch.optim.Optimizer, tokens: Tensor, rate: float) -> list[float]:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def train_step(model: Step35, optimizers: list[torch.optim.Optimizer], batch: Rows) -> list[float]:
+    """One update; the losses before it."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        parts = losses(model, tokens)
+        parts = losses(model, batch)
     (parts[0] + MTP_WEIGHT * sum(parts[1:])).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
     with torch.no_grad():
         balance_experts(model)
     return [part.item() for part in parts]
@@ -157,16 +163,17 @@ def build(folder: Path, minutes: float) -> None:
     """The whole checkpoint in folder, written every five minutes and at the end."""
     torch.manual_seed(SEED)
     sources, _ = split_sources(standard_library())
-    tokenizer = train_tokenizer([*sources, *generate_chats(2000, SEED)])
+    tokenizer = train_tokenizer([*sources, *generate_chats(N_TOKENIZER_CHATS, SEED)])
     save_tokenizer(tokenizer, folder)
-    rows = source_rows(tokenizer, sources, ROW_LENGTH), chat_rows(tokenizer, N_CHATS, SEED, ROW_LENGTH)
-    print(f"rows of {ROW_LENGTH} tokens: {len(rows[0])} of code, {len(rows[1])} of chats", flush=True)
+    code = source_rows(tokenizer, sources, ROW_LENGTH)
+    chats, drills = chat_rows(tokenizer, N_CHATS, SEED, ROW_LENGTH), drill_rows(tokenizer, N_DRILLS, SEED, ROW_LENGTH)
+    print(f"rows of {ROW_LENGTH} tokens: {len(code)} of code, {len(chats)} of chats, {len(drills)} drills", flush=True)
     config = raw_config(tokenizer)
     model = Step35(Config.from_dict(config))
     initialise(model)
     compile_layers(model)
     clock = Clock(time.monotonic(), 60 * minutes)
-    train(model, batches(*rows, BATCH_SIZE, SEED), clock, lambda: save_checkpoint(model, config, folder))
+    train(model, batches(code, chats, drills, SEED), clock, lambda: save_checkpoint(model, config, folder))
 
 
 def main() -> None:
