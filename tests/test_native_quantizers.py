@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from checkpoints import BUNDLED
+from checkpoints import BUNDLED, TINY, write_checkpoint
 from convert_step35.checkpoint import open_checkpoint
 from convert_step35.chunks import CHUNK_WEIGHTS, chunk_at
 from convert_step35.errors import OptionError
@@ -35,7 +36,7 @@ from convert_step35.rows import RowReader
 
 pytestmark = pytest.mark.skipif(not native_path().exists(), reason="installed without a C++ compiler")
 
-KINDS = [GgmlType[name] for name in ("Q4_K",)]
+KINDS = [GgmlType[name] for name in "Q4_K Q8_0 IQ4_XS IQ4_NL Q6_K Q5_K Q3_K Q2_K".split()]
 GGML = load_ggml()
 
 Rows = np.ndarray
@@ -172,8 +173,9 @@ class Careless(Native):
 
 def test_a_kernel_that_makes_another_byte_is_not_used() -> None:
     quantizers = Quantizers(GGML, Careless(native_path()))
-    quantizers.prepare({GgmlType.Q4_K, GgmlType.Q4_0})
+    quantizers.prepare({GgmlType.Q4_K, GgmlType.Q4_0, GgmlType.Q8_0})
     assert quantizers.name(GgmlType.Q4_K) == quantizers.name(GgmlType.Q4_0) == "libggml"
+    assert quantizers.name(GgmlType.Q8_0).startswith("native")
     assert quantizers.notes == ["the native Q4_K makes other bytes than libggml here; libggml is used, which is slower"]
     rows, weights = trial_rows(), trial_weights()[1]
     got = quantized(quantizers, GgmlType.Q4_K, rows, weights)
@@ -225,10 +227,11 @@ def test_the_environment_can_ask_for_nothing_else(fresh_load: None, monkeypatch:
 
 def test_report_and_summary_say_what_quantized(tmp_path: Path) -> None:
     """And the file is the same, whatever did."""
+    checkpoint = write_checkpoint(tmp_path / "small", replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=0))
     said, digests = set(), set()
     for wish in ("native", "libggml"):
         out = tmp_path / f"{wish}.gguf"
-        command = [sys.executable, "-m", "convert_step35", "run", str(BUNDLED), str(out), "--type", "Q4_K"]
+        command = [sys.executable, "-m", "convert_step35", "run", str(checkpoint), str(out), "--type", "Q4_K"]
         done = subprocess.run(command, env=os.environ | {SWITCH: wish}, capture_output=True, text=True, check=True)
         report = json.loads(report_path(out).read_text())
         assert report["quantizers"]["F32"] == "libggml" and report["quantizers"]["Q4_K"].startswith(wish)

@@ -1,6 +1,6 @@
 // Quantizes rows, LANES blocks at a time; compiled once for each instruction set.
 
-#include "k_quants.hpp"
+#include "iq4.hpp"
 
 namespace {
 
@@ -56,7 +56,14 @@ extern "C" int NAME(LANES)(
     int type, const float *rows, int64_t n_rows, int64_t row_size, const float *importance, uint8_t *out
 ) {
     switch (type) {
+        case 8: quantize<Q8_0>(rows, n_rows, row_size, importance, out); return 1;
+        case 10: quantize<Q2_K>(rows, n_rows, row_size, importance, out); return 1;
+        case 11: quantize<Q3_K>(rows, n_rows, row_size, importance, out); return 1;
         case 12: quantize<Q4_K>(rows, n_rows, row_size, importance, out); return 1;
+        case 13: quantize<Q5_K>(rows, n_rows, row_size, importance, out); return 1;
+        case 14: quantize<Q6_K>(rows, n_rows, row_size, importance, out); return 1;
+        case 20: quantize<IQ4_NL>(rows, n_rows, row_size, importance, out); return 1;
+        case 23: quantize<IQ4_XS>(rows, n_rows, row_size, importance, out); return 1;
     }
     return 0;
 }

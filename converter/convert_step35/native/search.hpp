@@ -78,6 +78,83 @@ inline Affine fit_affine(const F *x, const F *weight, Steps steps) {
     return {flat ? zero : best.scale, flat ? min : best.min, flat ? zero : best.inverse, flat ? zero : best.base};
 }
 
+// x ~ scale * (level - TOP), levels 0 ... 2 * TOP - 1; all levels are 0 where the block is.
+template <int TOP>
+struct Symmetric {
+    F scale, inverse;
+    I flat;
+
+    I level(F x) const { return flat ? (I){} : TOP + signed_level(x, inverse); }
+    static I signed_level(F x, F inverse) { return clamp(nearest(inverse * x), -TOP, TOP - 1); }
+};
+
+// The value farthest from zero, the first of equals, and its distance.
+inline void farthest(const F *x, int n, F &value, F &distance) {
+    value = distance = (F){};
+    for (int i = 0; i < n; i++) {
+        I farther = absolute(x[i]) > distance;
+        distance = farther ? absolute(x[i]) : distance;
+        value = farther ? x[i] : value;
+    }
+}
+
+// make_qx_quants with weights.
+template <int N, int TOP>
+inline Symmetric<TOP> fit_symmetric(const F *x, const F *weight) {
+    F max, distance, scale = {}, best = {};
+    farthest(x, N, max, distance);
+    const I flat = distance < SMALLEST;
+    F inverse = float(-TOP) / max;
+    for (int step = -10; step <= 9; step++) {
+        if (step == 0) continue;
+        // The first try is the plain one.
+        F new_inverse = step == -10 ? inverse : -(TOP + 0.1f * step) / max, sum_xl = {}, sum_l2 = {};
+        for (int i = 0; i < N; i++) {
+            F l = to_float(Symmetric<TOP>::signed_level(x[i], new_inverse));
+            sum_xl += weight[i] * x[i] * l;
+            sum_l2 += weight[i] * l * l;
+        }
+        I better = step == -10 ? sum_l2 != 0 : (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2);
+        inverse = better ? new_inverse : inverse;
+        scale = better ? sum_xl / sum_l2 : scale;
+        best = better ? scale * sum_xl : best;
+    }
+    return {flat ? (F){} : scale, inverse, flat};
+}
+
+// make_q3_quants: writes the levels.
+template <int N, int TOP>
+inline F fit_by_turns(const F *x, I *levels) {
+    F max, distance, sum_xl = {}, sum_l2 = {};
+    farthest(x, N, max, distance);
+    const I flat = distance < SMALLEST;
+    for (int i = 0; i < N; i++) {
+        levels[i] = Symmetric<TOP>::signed_level(x[i], float(-TOP) / max);
+        F w = x[i] * x[i], l = to_float(levels[i]);
+        sum_xl += w * x[i] * l;
+        sum_l2 += w * l * l;
+    }
+    for (int round = 0; round < 5; round++) {
+        I changed = {};
+        for (int i = 0; i < N; i++) {
+            F w = x[i] * x[i], old = to_float(levels[i]);
+            F xl = sum_xl - w * x[i] * old, l2 = sum_l2 - w * old * old;
+            I l = clamp(nearest(x[i] * l2 / xl), -TOP, TOP - 1);
+            I valid = (xl > 0) & (l != levels[i]);
+            xl += w * x[i] * to_float(l);
+            l2 += w * to_float(l) * to_float(l);
+            I better = valid & (l2 > 0) & (xl * xl * sum_l2 > sum_xl * sum_xl * l2);
+            levels[i] = better ? l : levels[i];
+            sum_xl = better ? xl : sum_xl;
+            sum_l2 = better ? l2 : sum_l2;
+            changed |= better;
+        }
+        if (!any(changed)) break;
+    }
+    for (int i = 0; i < N; i++) levels[i] = flat ? (I){} : levels[i] + TOP;
+    return ~flat & (sum_l2 > 0) ? sum_xl / sum_l2 : (F){};
+}
+
 // make_qp_quants: x >= 0 by scale * level; writes levels of 8 bits.
 template <int N, int TOP>
 inline F fit_positive(const F *x, const F *weight, I *levels) {
@@ -128,6 +205,22 @@ inline F fit_positive(const F *x, const F *weight, I *levels) {
     }
     for (int i = 0; i < N; i++) levels[i] = flat ? (I){} : levels[i];
     return ~flat & (sum_l2 > 0) ? sum_xl / sum_l2 : (F){};
+}
+
+inline F sum_of_squares(const F *x, int n) {
+    F sum = {};
+    for (int i = 0; i < n; i++) sum += x[i] * x[i];
+    return sum;
+}
+
+// weight = importance * sqrt(sigma^2 + x^2); returns the sum of the weights.
+inline F importance_weights(const F *x, const F *importance, F sigma2, int n, F *weight) {
+    F sum = {};
+    for (int i = 0; i < n; i++) {
+        weight[i] = importance[i] * root(sigma2 + x[i] * x[i]);
+        sum += weight[i];
+    }
+    return sum;
 }
 
 }  // namespace
