@@ -65,7 +65,7 @@ class FakeModel:
     def is_eog(self, token: int) -> bool:
         return token == EOG
 
-    def piece(self, token: int) -> bytes:
+    def piece(self, token: int, *, special: bool = False) -> bytes:
         return b"%d " % token
 
     def tokenize(self, text: bytes, *, add_bos: bool, parse_special: bool) -> list[int]:
@@ -189,6 +189,9 @@ class FakeContext:
 
     def held_from(self, seq: int) -> int:
         return min(self.cells.get(seq, {}), default=0)
+
+    def state_bytes(self, seq: int) -> int:
+        return len(self.save_state(seq))
 
     def save_state(self, seq: int, *, window_only: bool = False) -> bytes:
         cells = self.cells[seq]

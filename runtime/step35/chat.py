@@ -15,6 +15,7 @@ from step35.engine import Engine
 from step35.errors import Cancelled, ModelError, Step35Error
 from step35.generation import Turn, begin, generate
 from step35.native import chat_renderer
+from step35.pressure import Level
 from step35.sampling import Sampling
 from step35.session import Session, Snapshot
 from step35.text import stream_text
@@ -90,6 +91,8 @@ def run(engine: Engine, sampling: Sampling) -> None:
                 if not _command(talk, line):
                     _answer(talk, line)
             except (Step35Error, OSError) as error:
+                if engine.pressure is Level.STOP:
+                    raise
                 click.echo(f"step35: error: {error}", err=True)
 
 

@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from step35.budget import Budget
 from step35.drafting import Drafter
-from step35.errors import ContextFull, ModelError, SettingsError
+from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
 from step35.gguf_facts import shard_paths
 from step35.mtp import REDONE, Heads
 from step35.options import EngineOptions, ModelOptions
+from step35.pressure import Level, Reading
 from step35.rows import Rows
 from step35.session import Session, n_cells
+from step35.sizes import format_size
 
 if TYPE_CHECKING:
+    from step35.guard import Guard
     from step35.native import Context, Model
 
 HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
@@ -31,19 +35,21 @@ def _load(options: ModelOptions) -> "Model":
     return model
 
 
-def _refuse_what_does_not_fit(options: EngineOptions) -> None:
-    from step35.guard import refuse_what_does_not_fit
+def _check_memory(options: EngineOptions) -> "Guard | None":
+    from step35.guard import check_memory
     from step35.native import read_facts
 
     for path in filter(None, (options.model, options.mtp)):
         read_facts(path)  # what is wrong with the file is said before what is wrong with its size
-    refuse_what_does_not_fit(options)
+    return check_memory(options)
 
 
 class Engine:
     """A loaded model. `load_model` is the seam where tests put a fake llama.cpp.
 
-    `notes` tells in plain words what differs from what was asked for.
+    `notes` tells in plain words what differs from what was asked for. `budget` is for all that is kept for later.
+    `pressure` is how short the memory is; who must act on it adds a function to `on_pressure`, which the watchdog's
+    thread calls with the new level.
     """
 
     def __init__(
@@ -56,17 +62,21 @@ class Engine:
         self.options = options
         self.clock = clock
         self.notes: list[str] = []
+        self.budget = Budget()
+        self.pressure, self._reading = Level.CALM, Reading(0)
+        self.on_pressure: list[Callable[[Level], None]] = []
         self._closers: list[Callable[[], None]] = []
         try:
+            guard = _check_memory(options) if load_model is _load else None  # another loader has no file to judge
             self._open(load_model)
+            if guard is not None:
+                self._watch(guard)
         except BaseException:
             self.close()
             raise
 
     def _open(self, load_model: "Callable[[ModelOptions], Model]") -> None:
         options = self.options
-        if load_model is _load:  # another loader has no file to judge
-            _refuse_what_does_not_fit(options)
         wants_heads = options.draft not in ("off", "ngram")
         self.model = self._load_trunk(load_model, wants_heads and options.mtp is None)
         self.n_ctx = _context_size(options, self.model)
@@ -78,6 +88,13 @@ class Engine:
         self._sessions: list[Session] = []
         if options.draft in ("auto", "ngram"):
             self._calibrate()
+
+    def _watch(self, guard: "Guard") -> None:
+        self.notes += guard.differences()
+        self.budget.limit = guard.cache_bytes
+        watchdog = guard.watchdog(shrink=self.budget.halve, on_change=self.obey)
+        self._closers.append(watchdog.stop)
+        watchdog.start()
 
     def _load_trunk(self, load_model: "Callable[[ModelOptions], Model]", with_heads: bool) -> "Model":
         options = self.options
@@ -156,6 +173,25 @@ class Engine:
     def clear_cancel(self) -> None:
         """Forgets a cancel that came after the last step."""
         self.trunk.clear_cancel()
+
+    # memory
+
+    def obey(self, level: Level, reading: Reading) -> None:
+        """Takes the watchdog's word on the memory: at STOP the running step ends. Callable from any thread."""
+        self.pressure, self._reading = level, reading
+        if level is Level.STOP:
+            self.cancel()
+        for tell in self.on_pressure:
+            tell(level)
+
+    def check_pressure(self, most: Level) -> None:
+        """Raises DoesNotFit if the memory is shorter than `most` tolerates."""
+        if self.pressure > most:
+            end = "nothing more is decoded" if self.pressure is Level.STOP else "no new work is begun"
+            raise DoesNotFit(
+                f"memory is short: {format_size(self._reading.available)} are free, and {end}; "
+                "end other programs, or load with a smaller context"
+            )
 
     # text
 

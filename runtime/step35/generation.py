@@ -14,6 +14,7 @@ from step35.chooser import Chooser
 from step35.drafting import Cycle
 from step35.engine import Engine
 from step35.errors import ContextFull
+from step35.pressure import Level
 from step35.rows import Rows
 from step35.session import Session
 
@@ -96,6 +97,7 @@ def begin(
     `n_predict` -1 fills the context. Without `marks`, one checkpoint is kept before the prompt's last
     message, where the next turn is most likely to part from this one.
     """
+    session.engine.check_pressure(Level.SHRINK)
     plan = session.sync(prompt)
     room = session.engine.n_ctx - len(prompt)
     turn = Turn(session, chooser, min(n_predict, room) if n_predict >= 0 else room, len(prompt))
@@ -210,6 +212,7 @@ def _decode(engine: Engine, feeds: Sequence[Feed]) -> float:
     except BaseException:
         for feed in feeds:
             engine.trunk.truncate(feed.rows.seq, feed.rows.start)
+        engine.check_pressure(Level.REJECT)  # says why, if the watchdog cancelled it
         raise
     if any(feed.has_output for feed in feeds):
         engine.trunk.logits()

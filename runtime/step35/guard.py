@@ -1,19 +1,24 @@
-"""Refuses what the memory can't hold, before anything is loaded; on a unified box there is no second chance."""
+"""Refuses what the memory can't hold, before anything is loaded, and checks after; on a unified box there is no
+second chance."""
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+from step35.buffers import differences, read_buffers
 from step35.errors import DoesNotFit
 from step35.gguf_facts import Header, read_header, with_side
+from step35.hardware import Sources, probe, this_box
 from step35.machine import Machine
 from step35.memory import Run
 from step35.options import EngineOptions
+from step35.pressure import Level, Reading, Thresholds
 from step35.sizes import format_size
-from step35.usage import HOST, MATRICES, Layout, Loading, Pool, Usage, gpu_name, pools, taken, usage
+from step35.usage import HOST, MATRICES, Layout, Loading, Pool, Purpose, Usage, gpu_name, pools, taken, usage
+from step35.watchdog import Watchdog, read_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +94,48 @@ def _override(name: str, options: EngineOptions) -> str | None:
     return next((device for pattern, device in options.overrides if re.search(pattern, name)), None)
 
 
-def refuse_what_does_not_fit(options: EngineOptions) -> None:
-    """Raises DoesNotFit if this box's free memory can't hold an engine with these options."""
-    from step35.hardware import probe, this_box
+# around a load
 
-    machine = probe(replace(this_box(), bandwidth=lambda n_threads: 1.0))
-    if machine.total_bytes:  # unknown on some systems
-        need(options, machine).check()
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What an engine needs, on the box that it is loaded on."""
+
+    need: Need
+    machine: Machine
+    sources: Sources
+
+    @property
+    def cache_bytes(self) -> int:
+        """What checkpoints, snapshots and other caches may take together: what the plan has left of the RAM."""
+        ram = self.need.pools[-1]
+        planned = self.need.usage.get(HOST, {}).get(Purpose.CHECKPOINTS, 0)
+        return max(0, ram.budget - taken(self.need.usage, ram) + planned)
+
+    def differences(self) -> list[str]:
+        """Returns what llama.cpp took otherwise than counted; to be asked after loading."""
+        from step35.native import gpu_names, take_allocations
+
+        return differences(self.need.usage, read_buffers(take_allocations()), gpu_names())
+
+    def watchdog(self, *, shrink: Callable[[], object], on_change: Callable[[Level, Reading], None]) -> Watchdog:
+        """Returns a watchdog, not started yet, for the memory that the plan left free."""
+        thresholds = Thresholds.of_reserve(self.machine.reserve_bytes)
+        return Watchdog(lambda: read_memory(self.sources), thresholds, shrink=shrink, on_change=on_change)
+
+
+def check_memory(options: EngineOptions) -> Guard | None:
+    """Raises DoesNotFit if this box's free memory can't hold an engine with these options; None if it is unknown."""
+    from step35.native import take_allocations
+
+    sources = this_box()
+    machine = probe(replace(sources, bandwidth=lambda n_threads: 1.0))
+    if not machine.total_bytes:
+        return None
+    guard = Guard(need(options, machine), machine, sources)
+    guard.need.check()
+    take_allocations()  # those of other engines
+    return guard
 
 
 def drop_from_page_cache(paths: Iterable[Path]) -> None:

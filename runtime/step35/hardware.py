@@ -106,6 +106,14 @@ def cgroup_limits(sources: Sources) -> list[tuple[int, int]]:
     return found
 
 
+def stalls(sources: Sources) -> tuple[float, float]:
+    """Returns the shares of the last ten seconds in which some, and all, tasks waited for memory; 0 where unknown."""
+    folders = [f"{folder}/memory.pressure" for folder, _, _ in _cgroup_folders(sources)]
+    text = next(filter(None, map(sources.read, [*folders, "/proc/pressure/memory"])), "")
+    values = {line.split()[0]: float(line.split()[1].partition("=")[2]) / 100 for line in text.splitlines()}
+    return values.get("some", 0.0), values.get("full", 0.0)
+
+
 def address_space_limits(sources: Sources) -> list[tuple[int, int]]:
     """Returns (limit, bytes in use) of this process's address space, if `ulimit -v` limits it."""
     lines = (sources.read("/proc/self/limits") or "").splitlines()

@@ -47,6 +47,7 @@ log.addHandler(logging.NullHandler())  # without it, Python prints a library's w
 _LEVELS = {2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _ERROR = 4
 _last_errors: deque[str] = deque(maxlen=4)
+_allocations: deque[str] = deque(maxlen=1024)
 
 
 @C.llama_log_callback
@@ -56,6 +57,8 @@ def _route_log(level: int, text: bytes, _: object) -> None:
         return
     if level == _ERROR:
         _last_errors.append(line)
+    elif "buffer size = " in line:
+        _allocations.append(line)
     log.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
 
 
@@ -63,6 +66,13 @@ def _reason() -> str:
     reason = "; ".join(_last_errors) or "no reason given"
     _last_errors.clear()
     return reason
+
+
+def take_allocations() -> list[str]:
+    """Returns what llama.cpp's log told of its buffers since the last call."""
+    lines = list(_allocations)
+    _allocations.clear()
+    return lines
 
 
 # symbols outside the stable C interface
@@ -394,15 +404,27 @@ def may_have_gpus() -> bool:
 
 def devices() -> list[Device]:
     """Returns the GPUs that llama.cpp was built for and finds."""
-    _start_backend()
     found = []
+    for props in _gpus():
+        name, address = props.description.decode(), props.id.decode() if props.id else None
+        found.append(Device(name, _GPU_KINDS[props.type], props.total, props.free, address))
+    return found
+
+
+def gpu_names() -> list[str]:
+    """Returns ggml's names of the GPUs that a model is loaded to, such as CUDA0, in the order of a plan's."""
+    gpus = list(_gpus())
+    cards = [gpu for gpu in gpus if _GPU_KINDS[gpu.type] == DISCRETE]
+    return [gpu.name.decode() for gpu in cards or gpus]
+
+
+def _gpus() -> Iterator[_DeviceProps]:
+    _start_backend()
     for index in range(_device_count()):
         props = _DeviceProps()
         _device_props(_device_get(index), props)
         if props.type in _GPU_KINDS:
-            name, address = props.description.decode(), props.id.decode() if props.id else None
-            found.append(Device(name, _GPU_KINDS[props.type], props.total, props.free, address))
-    return found
+            yield props
 
 
 # a context
@@ -570,6 +592,10 @@ class Context:
     def held_from(self, seq: int) -> int:
         """Returns the first position whose sliding-window cells still exist; 0 for an empty sequence."""
         return max(C.llama_memory_seq_pos_min(self._memory, seq), 0)
+
+    def state_bytes(self, seq: int) -> int:
+        """Returns the bytes that saving all of a sequence's cells takes."""
+        return C.llama_state_seq_get_size_ext(self._ctx, seq, 0)
 
     def save_state(self, seq: int, *, window_only: bool = False) -> bytes:
         """Returns a sequence's cells; `window_only` leaves the full-attention layers out."""

@@ -1,11 +1,15 @@
 """A session: one mutable timeline of tokens, and how much of it is in the KV cache."""
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Self
 
-from step35.errors import ContextFull, NativeError, SettingsError
+from step35.budget import Hold
+from step35.checkpoint_store import CheckpointStore
+from step35.errors import ContextFull, DoesNotFit, NativeError, SettingsError
+from step35.sizes import format_size
 from step35.sync import Cached, SyncPlan, plan_sync
 
 if TYPE_CHECKING:
@@ -24,7 +28,7 @@ class Span:
 _keys = count()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Snapshot:
     """A timeline with all its cells and its checkpoints, as bytes of llama.cpp."""
 
@@ -44,7 +48,7 @@ class Session:
         self.n_kv = 0
         self.memory = engine.drafter.new_memory()
         self.shared: tuple[Span, ...] = ()
-        self._checkpoints: dict[int, bytes] = {}
+        self._checkpoints = CheckpointStore(engine.budget)
 
     def close(self) -> None:
         """Gives the sequence back; a closed session stays closed."""
@@ -66,8 +70,9 @@ class Session:
         prompt = list(prompt)
         self._check_prompt(prompt)
         held_from = self.engine.trunk.held_from(self.seq)
-        plan = plan_sync(Cached(self.tokens[: self.n_kv], held_from, self._checkpoints), prompt, self.engine.window)
-        self._keep(plan)
+        with self.engine.budget.lock:  # the watchdog may drop checkpoints
+            plan = plan_sync(Cached(self.tokens[: self.n_kv], held_from, self._checkpoints), prompt, self.engine.window)
+            self._keep(plan)
         self.tokens = prompt
         return plan
 
@@ -89,7 +94,7 @@ class Session:
     def _truncate(self, n_keep: int) -> None:
         self.engine.trunk.truncate(self.seq, n_keep)
         self.engine.drafter.truncate(self.seq, self.memory, n_keep)
-        self._checkpoints = {n: state for n, state in self._checkpoints.items() if n <= n_keep}
+        self._checkpoints.cut(n_keep)
         self.shared = _cut(self.shared, n_keep)
         self.n_kv = n_keep
 
@@ -116,13 +121,13 @@ class Session:
         if not limit or not self.n_kv or self.n_kv in self._checkpoints:
             return
         while len(self._checkpoints) >= limit:
-            del self._checkpoints[sorted(self._checkpoints)[:2][-1]]
-        self._checkpoints[self.n_kv] = self.engine.trunk.save_state(self.seq, window_only=True)
+            self._checkpoints.drop(self.checkpoints[:2][-1])
+        self._checkpoints.keep(self.n_kv, self.engine.trunk.save_state(self.seq, window_only=True))
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
         """Numbers of tokens at which a checkpoint is kept."""
-        return tuple(sorted(self._checkpoints))
+        return tuple(self._checkpoints)
 
     # sharing a prefix
 
@@ -143,11 +148,12 @@ class Session:
             raise
         self.tokens, self.n_kv = source.tokens[:n_tokens], n_tokens
         self.shared = source._share(n_tokens)
-        self._checkpoints = {n_tokens: window}
+        self._checkpoints.keep(n_tokens, window)
 
     def _window_at(self, n_tokens: int) -> bytes:
-        if n_tokens in self._checkpoints:
-            return self._checkpoints[n_tokens]
+        with self.engine.budget.lock:
+            if n_tokens in self._checkpoints:
+                return self._checkpoints[n_tokens]
         if n_tokens != self.n_kv or not n_tokens:
             raise SettingsError(f"can't fork: expected one of {[*self.checkpoints, self.n_kv]} tokens, got {n_tokens}")
         return self.engine.trunk.save_state(self.seq, window_only=True)
@@ -167,9 +173,25 @@ class Session:
     # snapshots
 
     def snapshot(self) -> Snapshot:
-        """Returns a copy of the timeline that `restore` brings back bit for bit."""
+        """Returns a copy of the timeline that `restore` brings back bit for bit.
+
+        Its bytes count against the engine's budget while it exists; raises DoesNotFit if there is no room.
+        """
+        hold = self._hold_snapshot()
         state = self.engine.trunk.save_state(self.seq) if self.n_kv else b""
-        return Snapshot(tuple(self.tokens), self.n_kv, state, dict(self._checkpoints))
+        snapshot = Snapshot(tuple(self.tokens), self.n_kv, state, self._checkpoints.states())
+        weakref.finalize(snapshot, self.engine.budget.release, hold).atexit = False
+        return snapshot
+
+    def _hold_snapshot(self) -> Hold:
+        n_bytes = self.engine.trunk.state_bytes(self.seq) if self.n_kv else 0
+        hold = self.engine.budget.hold(n_bytes)
+        if hold is None:
+            raise DoesNotFit(
+                f"no room for a snapshot: {self.n_kv} tokens expected at most {format_size(self.engine.budget.limit or 0)} "
+                f"for all that is kept, got {format_size(n_bytes)}; close a session, or load with a smaller context"
+            )
+        return hold
 
     def restore(self, snapshot: Snapshot) -> None:
         """Replaces the timeline by a snapshot's, taken from a session of the same model."""
@@ -178,7 +200,7 @@ class Session:
         if snapshot.n_kv:
             self.engine.trunk.load_state(self.seq, snapshot.state)
         self.tokens, self.n_kv = list(snapshot.tokens), snapshot.n_kv
-        self._checkpoints = dict(snapshot.checkpoints)
+        self._checkpoints.replace(snapshot.checkpoints)
 
 
 def _cut(spans: tuple[Span, ...], n_keep: int) -> tuple[Span, ...]:
