@@ -14,7 +14,7 @@ from step35.errors import NativeError
 from step35.generation import Turn
 from step35.server.prompts import Prompt
 from step35.server.session_disk import SessionDisk
-from step35.server.slots import Choice, Slot, choose_slot, eviction_order, why_broken
+from step35.server.slots import LEAST_FORK, Choice, Slot, choose_slot, eviction_order, why_broken
 from step35.server.turns import KnownTurn
 from step35.session import Session, n_cells
 from step35.sync import Cached, common_prefix, plan_sync
@@ -123,7 +123,7 @@ class Conversations:
         """Logs where a prompt that looked like the next turn of a conversation parts from it."""
         nearest = max(slots, key=lambda slot: slot.n_common)
         session = self.held[nearest.index].session
-        if 0 < nearest.n_common < min(session.n_kv, len(prompt.tokens) - 1):
+        if LEAST_FORK <= nearest.n_common < min(session.n_kv, len(prompt.tokens) - 1):
             reused = max(slots[choice.index].n_here, choice.n_fork)
             log.info(
                 "%s; %d of %d tokens reused",

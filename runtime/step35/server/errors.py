@@ -5,6 +5,7 @@ from step35.errors import Step35Error
 INVALID = "invalid_request_error"
 TOO_LARGE = "request_too_large"
 UNAUTHORIZED = "authentication_error"
+FORBIDDEN = "permission_error"
 NOT_FOUND = "not_found_error"
 BUSY = "rate_limit_error"
 UNAVAILABLE = "overloaded_error"

@@ -1,0 +1,98 @@
+"""Choosing an answer's tokens: sampling, a grammar that waits for the reasoning's end, forced tokens, a guard."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from step35.chooser import Chooser, TokenLogprobs
+from step35.sampling import Sampling
+
+if TYPE_CHECKING:
+    from step35.native import Grammar
+
+LONGEST_PERIOD = 128
+MOST_REPEATED = 1024
+"""Tokens that repeat with one period before an answer counts as endless."""
+
+
+class ArmedGrammar:
+    """A grammar that is in force after `arm_token`; before, it forbids only what would end the answer there."""
+
+    def __init__(self, grammar: "Grammar", arm_token: int | None, forbidden: Iterable[int]) -> None:
+        """With `arm_token` None the grammar is in force from the start."""
+        self._grammar = grammar
+        self._arm_token = arm_token
+        self._forbidden = np.array(sorted(forbidden), np.int64)
+        self._is_armed = arm_token is None
+        self.is_stuck = False
+
+    def close(self) -> None:
+        self._grammar.close()
+
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
+        """Returns which of the token ids may come next; where nothing may, the answer can only end."""
+        if not self._is_armed or self.is_stuck:
+            return np.isin(ids, self._forbidden) == self.is_stuck
+        allowed = self._grammar.allowed(ids)
+        if len(ids) > 1 and not allowed.any():
+            self.is_stuck = True
+            return np.isin(ids, self._forbidden)
+        return allowed
+
+    def accept(self, token: int) -> None:
+        if self.is_stuck:
+            return
+        if self._is_armed:
+            self._grammar.accept(token)
+        elif token == self._arm_token:
+            self._is_armed = True
+
+
+class Guide(Chooser):
+    """A chooser with forced tokens and a guard: a row without a finite best ends the turn, and `is_broken` says so.
+
+    `next_forced` is asked after each token for ids that must follow it.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        eog: int,
+        *,
+        grammar: ArmedGrammar | None = None,
+        n_logprobs: int | None = None,
+        next_forced: Callable[[int], Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(sampling, grammar=grammar, n_logprobs=n_logprobs)
+        self.is_broken = False
+        self._eog = eog
+        self._next_forced = next_forced
+        self._forced: deque[int] = deque()
+
+    def choose(self, logits: np.ndarray, history: Sequence[int]) -> int:
+        """Returns the token that follows `history`, given its logits (n_vocab,)."""
+        if not np.isfinite(logits.max()):  # NaN shows in a maximum, too
+            self.is_broken = True
+            self.logprobs += [] if self._n_logprobs is None else [TokenLogprobs(self._eog, 0.0, ())]
+            return self._eog
+        token = super().choose(self._only_forced(logits), history)
+        if self._next_forced:
+            self._forced.extend(self._next_forced(token))
+        return token
+
+    def _only_forced(self, logits: np.ndarray) -> np.ndarray:
+        if not self._forced:
+            return logits
+        only = np.full_like(logits, -np.inf)
+        only[self._forced.popleft()] = 0.0
+        return only
+
+
+def is_endless(tokens: Sequence[int]) -> bool:
+    """Whether the last MOST_REPEATED tokens are one short piece over and over."""
+    if len(tokens) < MOST_REPEATED:
+        return False
+    tail = np.asarray(tokens[-MOST_REPEATED:])
+    return any(np.array_equal(tail[period:], tail[:-period]) for period in range(1, LONGEST_PERIOD + 1))

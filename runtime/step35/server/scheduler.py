@@ -1,0 +1,434 @@
+"""The scheduler: one thread owns the engine, and advances all running answers together, a decode at a time.
+
+Requests come in through `submit`, events go out through each job's feed. Between two decodes it looks
+after what changed: clients that left, requests that wait, a shutdown.
+
+A prompt's prefill may fill a whole step. Where answers are running, steps with prompts take at most
+half of the time: as long as such a step took, the answers then go on alone.
+"""
+
+import logging
+import queue
+import random
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from step35.engine import Engine
+from step35.errors import Cancelled, ContextFull, Step35Error
+from step35.generation import Turn, begin, step
+from step35.server.answer import Answer
+from step35.server.choosing import ArmedGrammar, Guide, is_endless
+from step35.server.conversation import ContentDelta, Conversation, Event, Failed, Progress
+from step35.server.conversations import Conversations
+from step35.server.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_request
+from step35.server.job import Job
+from step35.server.metrics import Metrics
+from step35.server.parser import Parser
+from step35.server.turns import TurnMap, known_turn
+
+QUANTUM = 512
+"""Rows of prompts in a step beside running answers."""
+ROWS_PER_ANSWER = 8
+CHECK_REPEAT_EVERY = 64
+QUIET_BEFORE_SAVE_S = 0.5
+LONGEST_UNSAVED_S = 60.0
+"""Sessions are written when nothing runs; a server that never rests writes one this often."""
+SPEED_WINDOW_S = 10.0
+
+log = logging.getLogger("step35.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much runs and waits at a time."""
+
+    n_parallel: int = 4
+    n_waiting: int = 32
+
+
+class Scheduler:
+    """Runs jobs on an engine that it opens in its own thread.
+
+    `state` goes loading, ready, draining, stopped; or failed, with the reason in `failure`.
+    """
+
+    def __init__(
+        self, limits: Limits, metrics: Metrics, turns: TurnMap, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limits, self.metrics, self.turns = limits, metrics, turns
+        self.state, self.failure = "loading", None
+        self.engine: Engine | None = None
+        self.conversations: Conversations | None = None
+        self.running: list[Job] = []
+        self.waiting: deque[Job] = deque()
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._n_submitted = 0
+        self._clock = clock
+        self._prefill_debt_s = 0.0
+        self._last_active = self._last_save = clock()
+        self._drain_until = float("inf")
+        self._ids: tuple[int | None, frozenset[int]] = (None, frozenset())
+        self._speed: deque[tuple[float, int]] = deque()
+
+    # called from other threads
+
+    def start(self, open_engine: Callable[[], Conversations], on_change: Callable[[str], None]) -> None:
+        """Opens the engine and runs until drained, in a thread of its own; `on_change` hears each state."""
+        self._on_change = on_change
+        self._thread = threading.Thread(target=self._run, args=(open_engine,), name="step35-engine")
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queues a job; raises ApiError if it can't be taken now."""
+        self.check_ready()
+        with self._lock:
+            if self._n_submitted >= self.limits.n_parallel + self.limits.n_waiting:
+                self.metrics.refused.inc()
+                raise ApiError(
+                    429, BUSY,
+                    f"too many requests: expected at most {self.limits.n_parallel} running and {self.limits.n_waiting} "
+                    "waiting; try again later",
+                )  # fmt: skip
+            self._n_submitted += 1
+        self._inbox.put(job)
+
+    def check_ready(self) -> None:
+        """Raises ApiError unless requests are served now."""
+        if self.state != "ready":
+            raise ApiError(503, UNAVAILABLE, f"not ready: the server is {self.state}; try again later")
+
+    def wake(self) -> None:
+        """Makes an idle thread look around."""
+        self._inbox.put(None)
+
+    def drain(self, limit_s: float) -> None:
+        """Takes no more jobs, ends those there are within the limit, and stops."""
+        self._drain_until = self._clock() + limit_s
+        if self.state in ("loading", "ready"):
+            self.state = "draining"
+            self._on_change("draining")
+        self.wake()
+
+    def close(self) -> None:
+        """Waits until the thread has stopped, and frees the engine; nobody may use it any more."""
+        self._thread.join()
+        if self.engine:
+            self.engine.close()
+
+    # the thread
+
+    def _run(self, open_engine: Callable[[], Conversations]) -> None:
+        try:
+            self.conversations = open_engine()
+        except Exception as error:
+            self.failure = error
+            self._become("failed")
+            return
+        self.engine = self.conversations.engine
+        self.metrics.cells.set(self.engine.n_ctx)
+        if self.state == "loading":
+            self._become("ready")
+        try:
+            while self.state != "draining" or self.running or self.waiting or not self._inbox.empty():
+                self._turn_around()
+            self.conversations.save_all()
+        except Exception as error:
+            log.exception("the engine's thread broke")
+            self.failure = error
+            self._fail_all(ApiError(500, BROKEN, f"the server broke: {error}"))
+            self._become("failed")
+        else:
+            self._become("stopped")
+
+    def _become(self, state: str) -> None:
+        self.state = state
+        self._on_change(state)
+
+    def _turn_around(self) -> None:
+        self._receive()
+        self._look_after_clients()
+        self._admit()
+        self._gauge()
+        if self.running:
+            self._advance()
+            self._last_active = self._clock()
+            if self._last_active - self._last_save >= LONGEST_UNSAVED_S and self.conversations.save_one():
+                self._last_save = self._last_active
+
+    def _receive(self) -> None:
+        """Takes what has been submitted; waits for it if there is nothing to do."""
+        is_idle = not self.running and not self.waiting and self.state != "draining"
+        try:
+            job = self._inbox.get(timeout=self._idle_s()) if is_idle else self._inbox.get_nowait()
+            while True:
+                if job is not None:
+                    self.waiting.append(job)
+                job = self._inbox.get_nowait()
+        except queue.Empty:
+            if is_idle and self._clock() - self._last_active >= QUIET_BEFORE_SAVE_S:
+                self.conversations.save_one()
+                self._last_save = self._clock()
+
+    def _idle_s(self) -> float:
+        return 0.1 if self.conversations.disk and any(held.is_unsaved for held in self.conversations.held) else 5.0
+
+    def _look_after_clients(self) -> None:
+        for job in [job for job in self.waiting if job.feed.is_left]:
+            self.waiting.remove(job)
+            self._end(job, "cancelled", [])
+        for job in [job for job in self.running if job.feed.is_left]:
+            self._complete(job, "cancelled")
+        if self._clock() > self._drain_until:
+            for job in list(self.running):
+                self._complete(job, "length")
+            while self.waiting:
+                self._fail(self.waiting.popleft(), ApiError(503, UNAVAILABLE, "the server is shutting down"))
+
+    # admitting
+
+    def _admit(self) -> None:
+        for job in list(self.waiting):
+            if len(self.running) >= self.limits.n_parallel:
+                return
+            try:
+                is_begun = self._begin(job)
+            except Exception as error:
+                log.exception("request %s can't begin", job.id)
+                self._fail(job, ApiError(500, BROKEN, f"the request can't begin: {type(error).__name__}"))
+                is_begun = True
+            if is_begun:
+                self.waiting.remove(job)
+
+    def _begin(self, job: Job) -> bool:
+        """Starts a job if a session can serve it now; a job that fails to start is done with, too."""
+        held = self.conversations.place(job.prompt)
+        if held is None:
+            return False
+        try:
+            job.guide = self._guide(job)
+            job.turn = begin(held.session, job.prompt.tokens, job.guide, job.ask.n_predict, job.prompt.marks)
+        except Step35Error as error:
+            held.is_taken = False
+            self._fail(job, error if isinstance(error, ApiError) else bad_request(str(error)))
+            return True
+        held.session.checkpoint()  # an edit of the last message comes back here
+        held.turn, job.held, job.started = job.turn, held, self._clock()
+        job.n_seen, job.n_cached = len(job.prompt.tokens), job.turn.stats.n_reused
+        self.running.append(job)
+        job.feed.publish(
+            [Progress(job.n_cached, len(job.prompt.tokens)), *([ContentDelta(job.echo)] if job.echo else [])]
+        )
+        job.echo = ""  # said once, even if the job has to begin again
+        if job.turn.finish:
+            self._complete(job, job.turn.finish)
+        return True
+
+    def _guide(self, job: Job) -> Guide:
+        ask, model = job.ask, self.engine.model
+        is_chat = isinstance(ask.prompt, Conversation)
+        tools = ask.prompt.tools if is_chat and ask.tool_choice != "none" else ()
+        parser = Parser(tools, job.prompt.opens_reasoning, lambda: f"call_{uuid.uuid4().hex[:24]}") if is_chat else None
+        job.answer = Answer(self._piece if is_chat else model.piece, parser, ask.stop)
+        sampling = ask.sampling if ask.has_seed else replace(ask.sampling, seed=random.getrandbits(64))
+        grammar = None
+        if job.grammar is not None:
+            think_end, forbidden = self._special_ids()
+            arm = think_end if job.prompt.opens_reasoning else None
+            grammar = ArmedGrammar(model.open_grammar(job.grammar), arm, forbidden)
+        return Guide(sampling, model.eos, grammar=grammar, n_logprobs=ask.n_logprobs)
+
+    def _piece(self, token: int) -> bytes:
+        return self.engine.model.piece(token, special=True)
+
+    def _special_ids(self) -> tuple[int | None, frozenset[int]]:
+        """Returns the token that ends the reasoning, and those that may not come before it under a grammar."""
+        if self._ids[0] is None:
+            model = self.engine.model
+            single = {
+                text: ids[0]
+                for text in ("</think>", "<tool_call>")
+                if len(ids := model.tokenize(text.encode(), add_bos=False, parse_special=True)) == 1
+            }
+            ends = {token for token in range(model.n_vocab) if model.is_eog(token)}
+            self._ids = (single.get("</think>"), frozenset(ends | {single.get("<tool_call>", -1)} - {-1}))
+        return self._ids
+
+    # advancing
+
+    def _advance(self) -> None:
+        """One decode for the turns whose time it is."""
+        prefilling = [job for job in self.running if job.is_prefilling]
+        answering = [job for job in self.running if not job.is_prefilling]
+        is_mixed = bool(prefilling and answering)
+        if is_mixed and self._prefill_debt_s > 0:
+            jobs, quantum = answering, None
+        else:
+            jobs, quantum = self.running, QUANTUM if is_mixed else None
+        started = self._clock()
+        if not self._step([job.turn for job in jobs], quantum):
+            return
+        elapsed = self._clock() - started
+        with_prompt = jobs is self.running and bool(prefilling)
+        self._prefill_debt_s = (
+            (self._prefill_debt_s + elapsed if with_prompt else self._prefill_debt_s - elapsed) if is_mixed else 0.0
+        )
+        (self.metrics.prefill_seconds if with_prompt else self.metrics.decode_seconds).inc(elapsed)
+        for job in list(jobs):
+            self._take(job)
+
+    def _step(self, turns: Sequence[Turn], quantum: int | None) -> bool:
+        """Runs one step; returns False if it failed and something else was done about that."""
+        n_wanted = min(sum(turn.n_todo for turn in turns), self.engine.options.n_batch) + ROWS_PER_ANSWER * len(turns)
+        self.conversations.free_cells(n_wanted)
+        try:
+            step(self.engine, turns, quantum)
+            return True
+        except Cancelled:
+            return False
+        except ContextFull as error:
+            self._forget_drafts(turns)
+            self._relieve(error)
+        except Step35Error as error:
+            log.error("decode failed: %s", error)
+            self._forget_drafts(turns)
+            for job in [job for job in self.running if job.turn in turns]:
+                self._break(job, str(error))
+        return False
+
+    def _forget_drafts(self, turns: Sequence[Turn]) -> None:
+        """After a failure, nobody knows how far the heads came."""
+        for turn in turns:
+            self.engine.drafter.truncate(turn.session.seq, turn.session.memory, 0)
+
+    def _relieve(self, error: ContextFull) -> None:
+        """Makes room in a context full of running turns: the youngest prompt waits again, else the youngest answer ends."""
+        prefilling = [job for job in self.running if job.is_prefilling]
+        if prefilling and len(self.running) > 1:
+            job = prefilling[-1]
+            log.info("request %s waits again: %s", job.id, error)
+            self.running.remove(job)
+            self.conversations.drop(job.held)
+            job.guide.close()
+            job.held = job.turn = job.guide = job.answer = None
+            self.waiting.appendleft(job)
+        else:
+            self._complete(self.running[-1], "length")
+
+    def _take(self, job: Job) -> None:
+        """Turns what a step brought to events, and ends the job if that is its end."""
+        turn, guide = job.turn, job.guide
+        if guide.is_broken:
+            self._break(job, "the model's output isn't a number: the sequence was stopped and its cache dropped")
+            return
+        tokens = turn.session.tokens
+        n_end = len(tokens) - (turn.finish == "stop")
+        events: list[Event] = []
+        if job.is_prefilling:
+            events.append(Progress(turn.session.n_kv, turn.n_prompt))
+        for i in range(job.n_seen, n_end):
+            if job.answer.is_stopped:
+                break
+            at = i - turn.n_prompt
+            events += job.answer.feed(tokens[i], guide.logprobs[at] if at < len(guide.logprobs) else None)
+        self._count(job, n_end - job.n_seen)
+        job.n_seen = n_end
+        if events:
+            job.feed.publish(events)
+        if job.answer.is_stopped or turn.finish:
+            self._complete(job, "stop" if job.answer.is_stopped else turn.finish)
+        elif turn.n_generated // CHECK_REPEAT_EVERY != (turn.n_generated - 1) // CHECK_REPEAT_EVERY and is_endless(
+            turn.generated
+        ):
+            self._break(
+                job,
+                f"the output repeats itself without end, after {turn.n_generated} tokens: stopped, and its cache dropped",
+            )
+
+    def _is_endless(self, job: Job) -> bool:
+        if job.turn.n_generated < job.next_check:
+            return False
+        job.next_check = job.turn.n_generated + CHECK_REPEAT_EVERY
+        return is_endless(job.turn.generated)
+
+    def _count(self, job: Job, n_new: int) -> None:
+        if n_new and job.first_token is None:
+            job.first_token = self._clock()
+            self.metrics.first_token.observe(job.first_token - job.arrived)
+        self.metrics.generated_tokens.inc(n_new)
+        self._speed.append((self._clock(), n_new))
+
+    @property
+    def decode_tps(self) -> float:
+        """Tokens a second of all answers, in the last seconds."""
+        since = self._clock() - SPEED_WINDOW_S
+        return sum(n for at, n in list(self._speed) if at > since) / SPEED_WINDOW_S
+
+    # ending
+
+    def _complete(self, job: Job, reason: str) -> None:
+        """Ends a running job; its session keeps the cells and what was said."""
+        if job.turn.finish is None:
+            job.turn.finish = "length"
+        finish = "length" if reason == "cancelled" else reason
+        events = job.answer.finish(finish, job.turn.n_prompt, job.n_cached)
+        self._remember(job)
+        self._close(job)
+        self._end(job, "cancelled" if reason == "cancelled" else events[-1].reason, events)
+
+    def _remember(self, job: Job) -> None:
+        """Keeps the turn's own ids; where a stop string cut the text, the client has another text than they say."""
+        turns = job.prompt.turns
+        if isinstance(job.ask.prompt, Conversation) and not job.answer.is_stopped:
+            start = job.prompt.answer_start
+            ids = job.turn.session.tokens[start : job.n_seen]
+            turn = known_turn(job.prompt.tokens[:start], ids, job.answer.message())
+            self.turns.add(turn)
+            turns = (*turns, turn)
+        self.conversations.release(job.held, job.prompt.last_start, turns)
+
+    def _break(self, job: Job, message: str) -> None:
+        """Ends a running job whose sequence can't be trusted."""
+        log.warning("request %s: %s", job.id, message)
+        self.conversations.drop(job.held)
+        self._close(job)
+        self._end(job, "error", [Failed(ApiError(500, BROKEN, message))])
+
+    def _close(self, job: Job) -> None:
+        self.running.remove(job)
+        job.guide.close()
+        stats = job.turn.stats
+        self.metrics.prompt_tokens.inc(stats.n_prompt)
+        self.metrics.cached_tokens.inc(job.n_cached)
+        self.metrics.count_heads(_padded(stats.drafted_per_head, stats), _padded(stats.accepted_per_head, stats))
+
+    def _fail(self, job: Job, error: ApiError) -> None:
+        self._end(job, "error", [Failed(error)])
+
+    def _fail_all(self, error: ApiError) -> None:
+        for job in (*self.running, *self.waiting):
+            self._fail(job, error)
+        self.running, self.waiting = [], deque()
+
+    def _end(self, job: Job, finish: str, events: Sequence[Event]) -> None:
+        job.finish, job.ended = finish, self._clock()
+        with self._lock:
+            self._n_submitted -= 1
+        job.feed.publish(events)
+
+    def _gauge(self) -> None:
+        self.metrics.queue.set(len(self.waiting))
+        self.metrics.running.set(len(self.running))
+        self.metrics.cells_used.set(self.engine.n_ctx - self.engine.n_free_cells)
+        while self._speed and self._speed[0][0] < self._clock() - SPEED_WINDOW_S:
+            self._speed.popleft()
+        self.metrics.decode_tps.set(self.decode_tps)
+
+
+def _padded(counts: list[int], stats) -> list[int]:
+    n_heads = max(len(stats.drafted_per_head), len(stats.accepted_per_head))
+    return counts + [0] * (n_heads - len(counts))

@@ -1,0 +1,205 @@
+"""What the routes ask of the server: a request to a running job, texts to tokens and back, the state of all."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from step35.engine import Engine
+from step35.server.conversation import Ask, Conversation
+from step35.server.conversations import Conversations
+from step35.server.errors import bad_request
+from step35.server.job import Feed, Job
+from step35.server.metrics import Metrics, resident_bytes
+from step35.server.prompts import Prompt, PromptBuilder
+from step35.server.scheduler import Limits, Scheduler
+from step35.server.session_disk import SessionDisk, model_digest
+from step35.server.template import ChatTemplate
+from step35.server.turns import TurnMap
+
+BUILTIN_TEMPLATE_ERROR = "no chat template: the model file has none; convert it again, or use /v1/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How a model is served."""
+
+    name: str
+    limits: Limits = field(default_factory=Limits)
+    session_dir: Path | None = None
+    session_bytes: int = 20 << 30
+
+
+class Service:
+    """One engine behind any number of requests. Everything but `open` runs in the event loop or a thread of its pool."""
+
+    def __init__(self, serving: Serving, open_engine: Callable[[], Engine]) -> None:
+        self.serving = serving
+        self.metrics = Metrics()
+        self.turns = TurnMap()
+        self.scheduler = Scheduler(serving.limits, self.metrics, self.turns)
+        self.created = int(time.time())
+        self.template: ChatTemplate | None = None
+        self.builder: PromptBuilder | None = None
+        self._open_engine = open_engine
+        self._starts: dict[str, asyncio.Future[Job]] = {}
+
+    @property
+    def engine(self) -> Engine:
+        return self.scheduler.engine
+
+    # opening, in the engine's thread
+
+    def open(self) -> Conversations:
+        """Opens the engine, the template and the sessions on disk."""
+        engine = self._open_engine()
+        model = engine.model
+        source = getattr(model, "chat_template", None)
+        if source is not None:
+            self.template = ChatTemplate(source, model.text(model.bos), model.text(model.eos))
+        self.builder = PromptBuilder(lambda text: engine.tokenize(text, add_bos=False), self.turns, model.turn_start)
+        disk = self._open_disk(engine, source or "") if self.serving.session_dir else None
+        return Conversations(engine, self.text_of_tokens, disk)
+
+    def _open_disk(self, engine: Engine, template: str) -> SessionDisk:
+        key = {
+            "model": model_digest(engine.options.model),
+            "kv_type": engine.options.kv_type,
+            "template": hashlib.blake2b(template.encode(), digest_size=8).hexdigest(),
+        }
+        disk = SessionDisk(self.serving.session_dir, key, self.serving.session_bytes)
+        for saved in disk.saved.values():
+            for turn in saved.turns:
+                self.turns.add(turn)
+        return disk
+
+    # requests
+
+    async def submit(self, ask: Ask, request_id: str, join_key: str | None) -> tuple[Job, bool]:
+        """Returns the job that answers a request, and whether it ran already for an earlier try of the same."""
+        self.scheduler.check_ready()
+        running = self._starts.get(join_key) if join_key else None
+        if running and not _is_over(running):
+            self.metrics.joined.inc()
+            return await asyncio.shield(running), True
+        start = asyncio.ensure_future(self._start(ask, request_id))
+        if join_key:
+            self._starts = {key: start for key, start in self._starts.items() if not _is_over(start)} | {
+                join_key: start
+            }
+        return await asyncio.shield(start), False
+
+    async def _start(self, ask: Ask, request_id: str) -> Job:
+        job = await asyncio.to_thread(self._prepare, ask, request_id, Feed(asyncio.get_running_loop()))
+        self.scheduler.submit(job)
+        return job
+
+    def _prepare(self, ask: Ask, request_id: str, feed: Feed) -> Job:
+        n_vocab = self.engine.model.n_vocab
+        unknown = [token for token in ask.sampling.logit_bias if not 0 <= token < n_vocab]
+        if unknown:
+            raise bad_request(f"bad logit_bias: expected token ids 0 to {n_vocab - 1}, got {unknown[0]}", "logit_bias")
+        prompt = self.prompt(ask)
+        if len(prompt.tokens) >= self.engine.n_ctx:
+            # agents know these first words, and shorten their history
+            raise bad_request(
+                f"prompt is too long: {len(prompt.tokens)} tokens > {self.engine.n_ctx} maximum; shorten it, or serve "
+                "with a larger --ctx"
+            )
+        return Job(request_id, ask, prompt, feed, echo=self.text_of_tokens(prompt.tokens) if ask.echo else "")
+
+    def prompt(self, ask: Ask) -> Prompt:
+        """Returns a request's tokens."""
+        try:
+            if isinstance(ask.prompt, Conversation):
+                return self._chat_prompt(ask)
+            tokens = self.engine.tokenize(ask.prompt) if isinstance(ask.prompt, str) else list(ask.prompt)
+        except UnicodeEncodeError as error:
+            raise bad_request(f"bad text: {error.reason} at character {error.start}") from None
+        return Prompt(tokens or [self.engine.model.bos])
+
+    def _chat_prompt(self, ask: Ask) -> Prompt:
+        if self.template is None:
+            raise bad_request(BUILTIN_TEMPLATE_ERROR)
+        render = partial(self.template.render, effort=ask.effort)
+        prompt = self.builder.build(ask.prompt, render)
+        if len(prompt.tokens) < self.engine.n_ctx:
+            return prompt
+        return self.builder.build(ask.prompt, render, exact=False)  # the template alone drops older reasoning
+
+    # texts
+
+    def text_of_tokens(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens, control tokens included."""
+        model = self.scheduler.engine.model
+        return b"".join(model.piece(token, special=True) for token in tokens).decode(errors="replace")
+
+    # the state of all
+
+    def status(self) -> dict[str, Any]:
+        """Returns what the page shows: the model, memory, sessions, requests and speeds."""
+        scheduler = self.scheduler
+        status: dict[str, Any] = {
+            "state": scheduler.state,
+            "model": self.serving.name,
+            "memory": {"resident_bytes": resident_bytes()},
+        }
+        if scheduler.state not in ("ready", "draining"):
+            return status
+        engine, conversations = scheduler.engine, scheduler.conversations
+        options = engine.options
+        return status | {
+            "context": {"n_ctx": engine.n_ctx, "n_used": engine.n_ctx - engine.n_free_cells},
+            "options": {
+                "draft": options.draft,
+                "n_batch": options.n_batch,
+                "kv_type": options.kv_type,
+                "n_sessions": options.n_sessions,
+            },
+            "notes": list(engine.notes),
+            "sessions": [_session_status(held) for held in conversations.held],
+            "requests": [_job_status(job) for job in list(scheduler.running)],
+            "n_waiting": len(scheduler.waiting),
+            "decode_tps": round(scheduler.decode_tps, 2),
+            "acceptance": self.metrics.acceptance(),
+            "n_turns_known": len(self.turns),
+        }
+
+
+def _is_over(start: "asyncio.Future[Job]") -> bool:
+    """Whether a request has failed to start, has ended, or was left by its clients."""
+    if not start.done():
+        return False
+    if start.cancelled() or start.exception():
+        return True
+    return start.result().feed.is_ended or start.result().feed.is_left
+
+
+def _session_status(held) -> dict[str, Any]:
+    return {
+        "id": held.name[:8],
+        "n_tokens": held.session.n_kv,
+        "n_shared": held.session.n_shared,
+        "checkpoints": list(held.session.checkpoints),
+        "is_running": held.is_taken,
+        "is_saved": not held.is_unsaved,
+        "idle_s": round(time.monotonic() - held.last_used, 1) if held.last_used else None,
+    }
+
+
+def _job_status(job: Job) -> dict[str, Any]:
+    turn = job.turn
+    if turn is None:
+        return {"id": job.id, "phase": "waiting"}
+    return {
+        "id": job.id,
+        "phase": "prefill" if job.is_prefilling else "answer",
+        "n_prompt": turn.n_prompt,
+        "n_done": min(turn.session.n_kv, turn.n_prompt),
+        "n_cached": job.n_cached,
+        "n_generated": turn.n_generated,
+    }

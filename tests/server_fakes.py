@@ -1,0 +1,60 @@
+"""A service over the fake llama.cpp, for tests of what the server does with its jobs."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from fake_native import Script, loader
+from step35.engine import Engine
+from step35.options import EngineOptions
+from step35.sampling import Sampling
+from step35.server.conversation import Ask, Event
+from step35.server.job import Job
+from step35.server.scheduler import Limits
+from step35.server.service import Service, Serving
+
+GREEDY = Sampling(temperature=0)
+
+
+def fake_service(script: Script | None = None, *, n_parallel: int = 3, n_waiting: int = 8, **options: Any) -> Service:
+    """Returns a service that has not been started; `options` are EngineOptions'."""
+    defaults = {"draft": "2", "n_ctx": 400, "n_batch": 16, "n_sessions": 5}
+    engine_options = EngineOptions(Path("fake"), **defaults | options)
+    serving = Serving("fake", Limits(n_parallel, n_waiting))
+    return Service(serving, lambda: Engine(engine_options, load_model=loader(script or Script())))
+
+
+def ask(prompt: list[int], n_predict: int = 8, **fields: Any) -> Ask:
+    return Ask(tuple(prompt), GREEDY, n_predict, **fields)
+
+
+def serve(service: Service, talk: Callable[[Service], Coroutine]) -> Any:
+    """Runs a coroutine with the service ready, then drains it; returns the coroutine's result."""
+
+    async def run() -> Any:
+        changed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        service.scheduler.start(service.open, lambda state: loop.call_soon_threadsafe(changed.set))
+        await changed.wait()
+        assert service.scheduler.failure is None, service.scheduler.failure
+        try:
+            return await asyncio.wait_for(talk(service), 60)
+        finally:
+            service.scheduler.drain(10)
+            await asyncio.to_thread(service.scheduler.close)
+
+    return asyncio.run(run())
+
+
+async def events_of(job: Job) -> list[Event]:
+    async with aclosing(job.feed.follow(1.0)) as followed:
+        return [event async for event in followed if event is not None]
+
+
+async def answer(
+    service: Service, request: Ask, name: str = "r", join_key: str | None = None
+) -> tuple[Job, list[Event]]:
+    job, _ = await service.submit(request, name, join_key)
+    return job, await events_of(job)
