@@ -62,10 +62,10 @@ def plan_here(header: Header, sources: Sources, wishes: Wishes) -> Judged | None
     machine = probe(replace(sources, bandwidth=lambda n_threads: NOMINAL_BANDWIDTH))
     if not machine.total_bytes:
         return None
-    judged = _place(header, machine, wishes)
+    judged = place_here(header, machine, wishes)
     if not _needs_bandwidth(judged):
         return judged
-    return _place(header, probe(sources), wishes)
+    return place_here(header, probe(sources), wishes)
 
 
 def _header(model: Path, mtp: Path | None, draft: str) -> Header:
@@ -83,7 +83,11 @@ def _needs_bandwidth(judged: Judged) -> bool:
     return bool(layout.gpus) and layout.host_experts
 
 
-def _place(header: Header, machine: Machine, wishes: Wishes) -> Judged:
+def place_here(header: Header, machine: Machine, wishes: Wishes) -> Judged:
+    """Returns a placement that fits; without a context asked for, with the default one or the longest that fits.
+
+    Raises DoesNotFit that says what would.
+    """
     if wishes.n_ctx is not None:
         return _check(header, machine, wishes, place(header, machine, wishes))
     judged = place(header, machine, replace(wishes, n_ctx=min(DEFAULT_CTX, header.shape.n_ctx_train)))

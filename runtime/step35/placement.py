@@ -66,6 +66,8 @@ class Placement:
     """The smallest batch that computes host weights on the GPU; None = never."""
     gpu_budget: int | None
     reasons: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
+    """What tuning measured, a line each."""
 
     @property
     def loading(self) -> Loading:
@@ -132,7 +134,9 @@ def _policies(machine: Machine, wishes: Wishes) -> list[str]:
     if wishes.policy == "auto":
         return possible
     if wishes.policy not in possible:
-        raise SettingsError(f"policy doesn't suit: {machine.name} expected one of {', '.join(possible)}, got {wishes.policy!r}")
+        raise SettingsError(
+            f"policy doesn't suit: {machine.name} expected one of {', '.join(possible)}, got {wishes.policy!r}"
+        )
     return [wishes.policy]
 
 
@@ -241,7 +245,9 @@ def _cpu(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[La
 
 def _gpu(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
     layers = _spread(header, machine, wishes, run)
-    experts = tuple((device,) * 3 if shape.is_moe else () for device, shape in zip(layers, header.shape.layers, strict=True))
+    experts = tuple(
+        (device,) * 3 if shape.is_moe else () for device, shape in zip(layers, header.shape.layers, strict=True)
+    )
     return Layout(layers, experts, layers[-1]), ("everything on the GPU",)
 
 
@@ -261,7 +267,9 @@ def _split(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[
     layout = _with_experts(layers, experts)
     n_on_gpu = sum(device != HOST for devices in experts for device in devices)
     share = n_on_gpu / max(1, len(sizes))
-    return layout, (f"attention, KV and heads on the GPU first, then {share:.0%} of the routed experts; the rest on the host",)
+    return layout, (
+        f"attention, KV and heads on the GPU first, then {share:.0%} of the routed experts; the rest on the host",
+    )
 
 
 def _with_experts(layers: tuple[str, ...], experts: list[list[str]]) -> Layout:
@@ -278,7 +286,11 @@ def _matrix_sizes(header: Header) -> dict[tuple[int, int], int]:
 def _rooms(header: Header, machine: Machine, wishes: Wishes, run: Run, bare: Layout) -> dict[str, int]:
     """Returns what each GPU has left for experts, with room for the op-offload scratch."""
     used = usage(header, machine, run, bare, Loading("none", offloads_ops=True))
-    return {pool.devices[0]: pool.budget - taken(used, pool) for pool in pools(machine, wishes.gpu_budget) if pool.devices[0] != HOST}
+    return {
+        pool.devices[0]: pool.budget - taken(used, pool)
+        for pool in pools(machine, wishes.gpu_budget)
+        if pool.devices[0] != HOST
+    }
 
 
 def _spread(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[str, ...]:
@@ -289,7 +301,9 @@ def _spread(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple
         sizes[-1 if tensor.layer is None else tensor.layer] += tensor.n_bytes
     bounds = [bound / sum(budgets) for bound in accumulate(budgets)]
     shares = [(end - size / 2) / sum(sizes) for end, size in zip(accumulate(sizes), sizes, strict=True)]
-    return tuple(gpu_name(next((i for i, bound in enumerate(bounds) if share <= bound), len(bounds) - 1)) for share in shares)
+    return tuple(
+        gpu_name(next((i for i, bound in enumerate(bounds) if share <= bound), len(bounds) - 1)) for share in shares
+    )
 
 
 _LAYOUTS = {"unified": _unified, "cpu": _cpu, "gpu": _gpu, "split": _split}

@@ -51,6 +51,8 @@ def to_text(placement: Placement, model_name: str) -> str:
             *(f"  {device}: [{', '.join(ranges)}]" for device, ranges in _by_device(_expert_ranges(layout))),
             "reasons:",
             *(f"  - {_quoted(reason)}" for reason in placement.reasons),
+            *(["measured:  # by step35 tune"] if placement.measured else []),
+            *(f"  - {_quoted(line)}" for line in placement.measured),
             "",
         ]
     )
@@ -98,7 +100,9 @@ def from_text(content: str, file: str, header: Header, machine: Machine | None =
     plan.take("model", text, "a text", "")
     digest = plan.take("header_sha256", text, "a text")
     if digest != header.digest:
-        raise plan.fault("header_sha256", f"{header.digest} ({header.path.name})", f"{digest}; make a plan for this file")
+        raise plan.fault(
+            "header_sha256", f"{header.digest} ({header.path.name})", f"{digest}; make a plan for this file"
+        )
     placement = Placement(
         machine=plan.take("machine", text, "a text"),
         policy=plan.take("policy", one_of(*POLICIES[1:]), f"one of {', '.join(POLICIES[1:])}"),
@@ -110,6 +114,7 @@ def from_text(content: str, file: str, header: Header, machine: Machine | None =
         op_offload_from=plan.take("op_offload_from", _offload, f"a number of tokens, or {_NEVER}"),
         gpu_budget=plan.take("gpu_budget", _budget, f"a size such as 22GiB, or {_NO_BUDGET}", None),
         reasons=plan.take("reasons", _texts, "a list of texts", ()),
+        measured=plan.take("measured", _texts, "a list of texts", ()),
     )
     plan.end()
     if machine is not None:
@@ -131,7 +136,9 @@ def _run(plan: Section, shape: ModelShape) -> Run:
 
 def _layout(plan: Section, shape: ModelShape, machine: Machine | None) -> Layout:
     devices = [gpu_name(i) for i in range(_MAX_GPUS if machine is None else len(machine.gpus))] + [HOST]
-    layers = _assign(plan, "layers", devices, {(i, m) for i in range(len(shape.layers)) for m in MATRICES}, whole_only=True)
+    layers = _assign(
+        plan, "layers", devices, {(i, m) for i in range(len(shape.layers)) for m in MATRICES}, whole_only=True
+    )
     moe = [i for i, layer in enumerate(shape.layers) if layer.is_moe]
     experts = _assign(plan, "experts", devices, {(i, m) for i in moe for m in MATRICES}, whole_only=False)
     output = plan.take("output", one_of(*devices), f"one of {', '.join(devices)}")
