@@ -1,0 +1,74 @@
+"""The budget of reasoning: closed softly where it can be, hard where it must, once a user request."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from step35.sampling import Sampling
+from step35.server.conversation import Ask, Conversation, Message
+from step35.server.reasoning import SOFT_SHARE, ReasoningWatch, budget_of, reasoning_so_far, watch
+
+
+def ask(**fields: object) -> Ask:
+    return Ask(Conversation((Message("user", "hi"),)), Sampling(), **fields)
+
+
+def test_efforts_are_budgets_and_a_budget_in_tokens_goes_before() -> None:
+    assert [budget_of(ask(effort=effort)) for effort in ("none", "low", "medium", "high", None)] == [
+        0,
+        1024,
+        8192,
+        None,
+        None,
+    ]
+    assert (
+        budget_of(ask(effort="low", reasoning_budget=5000)) == 5000
+        and budget_of(ask(effort="none", reasoning_budget=5)) == 0
+    )
+
+
+def test_the_budget_holds_over_the_tool_loop_of_a_user_request() -> None:
+    turns = (
+        Message("user", "a"), Message("assistant", "x", "old"), Message("user", "b"),
+        Message("assistant", "", "one"), Message("tool", "r"), Message("assistant", "", "two"), Message("assistant", "no reasoning"), Message("tool", "r"),
+    )  # fmt: skip
+    assert reasoning_so_far(Conversation(turns)) == ("one", "two")
+    assert (
+        reasoning_so_far(Conversation(turns[3:])) == ("one", "two") and reasoning_so_far(Conversation(turns[:3])) == ()
+    )
+    assert watch(ask(effort="low"), 1000).n_left == 24 and watch(ask(effort="low"), 2000).n_left == 0
+
+
+def test_without_a_budget_nothing_is_forced() -> None:
+    endless = watch(ask(), 10**9)
+    assert all(endless.add("word.\n") is None for _ in range(10_000))
+
+
+def test_a_spent_budget_closes_the_reasoning_at_once() -> None:
+    assert watch(ask(effort="low"), 1024).due() == "\n</think>\n"
+
+
+def closes(texts: list[str], n_left: int) -> tuple[int, str]:
+    watched = ReasoningWatch(n_left)
+    for i, text in enumerate(texts, 1):
+        if forced := watched.add(text):
+            return i, forced
+    return 0, ""
+
+
+def test_it_closes_at_the_end_of_a_line_or_sentence_past_the_soft_share() -> None:
+    words = [" word"] * 100
+    assert closes(words, 40) == (40, "\n</think>\n")
+    assert closes([*words[:34], ".\n", *words], 40) == (35, "</think>\n")
+    assert closes([*words[:34], ". ", *words], 40) == (35, "\n</think>\n")
+    assert closes([*words[:34], ".", " ", *words], 40) == (36, "\n</think>\n")
+    assert closes([*words[:10], ".\n", *words], 40) == (40, "\n</think>\n")
+
+
+@given(st.lists(st.sampled_from([" a", ".", " ", "\n", "?\n", "。"]), max_size=60), st.integers(0, 50))
+def test_it_never_passes_the_budget_and_never_closes_before_the_soft_share(texts: list[str], n_left: int) -> None:
+    n, forced = closes(texts, n_left)
+    assert n <= max(n_left, 1)
+    if n:
+        assert n >= SOFT_SHARE * n_left and forced.lstrip("\n") == "</think>\n"
+        assert ("".join(texts[:n]) + forced).endswith("\n</think>\n")
+    else:
+        assert len(texts) < max(n_left, 1)
