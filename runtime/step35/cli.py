@@ -14,6 +14,7 @@ from step35.doctor_cli import doctor
 from step35.errors import Step35Error
 from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
 from step35.plan_cli import options_of, plan
+from step35.trace_cli import trace
 from step35.tune_cli import tune
 
 if TYPE_CHECKING:
@@ -186,8 +187,9 @@ def summary_line(stats: "Stats") -> str:
 
 cli.add_command(plan)
 cli.add_command(doctor)
-
 cli.add_command(tune)
+cli.add_command(trace)
+
 
 def main() -> None:
     """Runs the command; every error of ours is one line on stderr."""

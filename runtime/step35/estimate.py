@@ -40,6 +40,8 @@ class Box:
     machine: Machine
     run: Run
     layout: Layout
+    distinct: tuple[float, ...] = ()
+    """Experts that 1, 2, ... adjacent tokens use, from a trace; beyond it, tokens choose independently."""
 
 
 def speed(box: Box, n_past: int) -> Speed:
@@ -63,15 +65,17 @@ def step_seconds(box: Box, n_past: int, n_tokens: int) -> float:
     return seconds
 
 
-def touched(shape: ModelShape, n_tokens: int) -> float:
-    """Returns how many of a layer's experts n tokens are expected to use, routed independently."""
+def touched(shape: ModelShape, n_tokens: int, distinct: tuple[float, ...] = ()) -> float:
+    """Returns how many of a layer's experts n tokens are expected to use: traced, or else routed independently."""
+    if n_tokens <= len(distinct):
+        return distinct[n_tokens - 1]
     return shape.n_expert * (1 - (1 - shape.n_expert_used / shape.n_expert) ** n_tokens)
 
 
 def _read(box: Box, n_tokens: int) -> dict[str, float]:
     """Returns the weight bytes that one step reads on each device."""
     read: dict[str, float] = {}
-    share = touched(box.header.shape, n_tokens) / box.header.shape.n_expert
+    share = touched(box.header.shape, n_tokens, box.distinct) / box.header.shape.n_expert
     for tensor in box.header.tensors:
         if tensor.group in (Group.EMBEDDING, Group.HEADS):
             continue

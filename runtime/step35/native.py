@@ -253,9 +253,9 @@ class Model:
             C.llama_model_free(self._handle)
             self._handle = None
 
-    def open_trunk(self, options: ContextOptions) -> "Context":
-        """Opens a context over the trunk's layers."""
-        return Context(self, options)
+    def open_trunk(self, options: ContextOptions, *, on_experts: "OnExperts | None" = None) -> "Context":
+        """Opens a context over the trunk's layers; `on_experts` makes it a slow one, for profiling."""
+        return Context(self, options, on_experts=on_experts)
 
     def open_head(self, head: int, options: ContextOptions) -> "Context":
         """Opens a context over one MTP head; its rows are (token, hidden state)."""
@@ -438,6 +438,44 @@ def _abort_address() -> int:
     return ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value or 0
 
 
+# which experts a decode uses
+
+OnExperts = Callable[[int, np.ndarray], None]
+"""Takes a layer and its experts (n_rows, n_expert_used), int32, of one decode."""
+_EXPERTS = b"ffn_moe_topk-"
+
+
+class _Tensor(ctypes.Structure):
+    """The beginning of a ggml_tensor."""
+
+    _fields_ = [("type", ctypes.c_int), ("buffer", _p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4)]
+
+
+_tensor_name = _bind("ggml_get_name", "", [_p], ctypes.c_char_p)
+_tensor_get = _bind("ggml_backend_tensor_get", "", [_p, _p, ctypes.c_size_t, ctypes.c_size_t], None)
+
+
+def _expert_watch(on_experts: OnExperts) -> object:
+    @C.ggml_backend_sched_eval_callback
+    def watch(tensor: int, is_asking: bool, _: object) -> bool:
+        name = _tensor_name(tensor)
+        is_wanted = name.startswith(_EXPERTS)
+        if is_wanted and not is_asking:
+            on_experts(int(name[len(_EXPERTS) :]), _int_rows(tensor))
+        return is_wanted or not is_asking
+
+    return watch
+
+
+def _int_rows(address: int) -> np.ndarray:
+    """Returns a copy of a two-dimensional int32 tensor, wherever it lies; it may be a view of longer rows."""
+    tensor = _Tensor.from_address(address)
+    rows = np.zeros((tensor.ne[1], tensor.ne[0]), np.int32)
+    for i, row in enumerate(rows):
+        _tensor_get(address, row.ctypes.data, i * tensor.nb[1], row.nbytes)
+    return rows
+
+
 class _Batch:
     """A llama_batch over numpy arrays; `embd` rows come with the tokens when n_embd > 0."""
 
@@ -464,10 +502,17 @@ class _Batch:
 class Context:
     """KV cells and a compute graph over the trunk, or over one MTP head."""
 
-    def __init__(self, model: Model, options: ContextOptions, head: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        options: ContextOptions,
+        head: int | None = None,
+        on_experts: "OnExperts | None" = None,
+    ) -> None:
         self.model = model
         self.n_batch = options.n_batch
-        self._ctx = self._open(model, options, head)
+        self._watch = _expert_watch(on_experts) if on_experts else None  # llama.cpp borrows it
+        self._ctx = self._open(model, options, head, self._watch)
         self._memory = C.llama_get_memory(self._ctx)
         self._batch = _Batch(options.n_batch, model.n_embd if head is not None else 0)
         self._n_outputs = self._n_rows = 0
@@ -481,8 +526,10 @@ class Context:
             _set_nextn(self._ctx, True, True)
 
     @staticmethod
-    def _open(model: Model, options: ContextOptions, head: int | None) -> object:
+    def _open(model: Model, options: ContextOptions, head: int | None, watch: object = None) -> object:
         params = C.llama_context_default_params()
+        if watch is not None:
+            params.cb_eval = watch
         params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, options.n_batch, options.n_batch
         params.n_seq_max, params.n_outputs_max = options.n_seq, options.n_outputs
         if options.n_threads:

@@ -43,6 +43,8 @@ class Wishes:
     n_sessions: int = 1
     n_checkpoints: int = 4
     with_heads: bool = True
+    distinct: tuple[float, ...] = ()
+    """Experts that adjacent tokens use, from a trace."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -104,10 +106,10 @@ def place(header: Header, machine: Machine, wishes: Wishes) -> Judged:
     return _best([_place(header, machine, wishes, policy) for policy in _policies(machine, wishes)])
 
 
-def judge(header: Header, machine: Machine, placement: Placement) -> Judged:
+def judge(header: Header, machine: Machine, placement: Placement, distinct: tuple[float, ...] = ()) -> Judged:
     """Returns what a placement takes on a machine and how fast it may be."""
     used = usage(header, machine, placement.run, placement.layout, placement.loading)
-    box = Box(header, machine, placement.run, placement.layout)
+    box = Box(header, machine, placement.run, placement.layout, distinct)
     n_past = sorted({min(SHORT, placement.run.n_ctx), placement.run.n_ctx})
     return Judged(placement, used, tuple(pools(machine, placement.gpu_budget)), tuple(speed(box, n) for n in n_past))
 
@@ -178,7 +180,8 @@ def _place(header: Header, machine: Machine, wishes: Wishes, policy: str) -> Jud
     assert wishes.n_ctx is not None
     rungs = _rungs(wishes, policy)
     for run in rungs:
-        judged = judge(header, machine, _lay_out(header, machine, wishes, policy, _fit_run(header, wishes, run)))
+        placement = _lay_out(header, machine, wishes, policy, _fit_run(header, wishes, run))
+        judged = judge(header, machine, placement, wishes.distinct)
         if judged.fits:
             break
     reasons = (*judged.placement.reasons, *_trades(rungs[0], run, judged))

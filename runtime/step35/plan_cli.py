@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from step35.options import KV_TYPES, EngineOptions
 from step35.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from step35.gguf_facts import Header
 
 
 class Size(click.ParamType):
@@ -69,11 +72,14 @@ def options_of(
 )
 @click.option("--no-heads", is_flag=True, help="Without the MTP heads.")
 @click.option(
+    "--trace", type=click.Path(path_type=Path), help="Estimate drafting with the experts that step35 trace counted."
+)
+@click.option(
     "--plan", "plan_path", type=click.Path(path_type=Path), help="Judge this plan file instead of making one."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-def plan(model, mtp, machine_name, plan_path, out, as_json, no_heads, **wishes) -> None:
+def plan(model, mtp, machine_name, plan_path, trace, out, as_json, no_heads, **wishes) -> None:
     """Plans where MODEL's tensors and buffers go; reads its header only. Exit code 1 if it doesn't fit."""
     from step35.advice import advice
     from step35.gguf_facts import read_header, with_side
@@ -84,13 +90,12 @@ def plan(model, mtp, machine_name, plan_path, out, as_json, no_heads, **wishes) 
 
     header = read_header(model) if mtp is None or no_heads else with_side(read_header(model), read_header(mtp))
     machine = find_machine(machine_name) if machine_name else probe(this_box())
-    asked = Wishes(**wishes, with_heads=not no_heads)
+    asked = Wishes(**wishes, with_heads=not no_heads, distinct=_distinct(trace, header) if trace else ())
     if plan_path is None:
         judged = place(header, machine, asked)
     else:
-        judged = judge(
-            header, machine, from_text(plan_path.read_text(encoding="utf-8"), str(plan_path), header, machine)
-        )
+        placement = from_text(plan_path.read_text(encoding="utf-8"), str(plan_path), header, machine)
+        judged = judge(header, machine, placement, asked.distinct)
     hints = [] if judged.fits else advice(header, machine, asked)
     if out is not None:
         out.write_text(to_text(judged.placement, model.name), encoding="utf-8")
@@ -100,6 +105,16 @@ def plan(model, mtp, machine_name, plan_path, out, as_json, no_heads, **wishes) 
         click.echo(as_table(header, judged, hints))
     if not judged.fits:
         raise SystemExit(1)
+
+
+def _distinct(trace: Path, header: "Header") -> tuple[float, ...]:
+    from step35.routing import distinct_of
+
+    try:
+        data = json.loads(trace.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise click.ClickException(f"not a routing trace: {trace}: {error}; write one with step35 trace") from error
+    return distinct_of(data, str(trace), header.shape.n_expert, header.shape.n_expert_used)
 
 
 def as_data(header, judged, hints) -> dict[str, object]:
