@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from step35.chooser import TokenLogprobs
+from step35.server.arguments import closed
 from step35.server.conversation import (
     ContentDelta,
     Event,
@@ -85,8 +86,8 @@ class Answer:
         return [*events, Finished(reason, usage, self.stop_text)]
 
     def message(self) -> Message:
-        """Returns the answer as a client has it."""
-        calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in self.calls)
+        """Returns the answer as a client has it; a call that was cut short is closed, as they get it."""
+        calls = tuple(ToolCall(call.id, call.name, closed(call.arguments)) for call in self.calls)
         return Message("assistant", "".join(self.content), "".join(self.reasoning) or None, calls)
 
     def _take(self, text: str) -> list[Event]:

@@ -8,10 +8,12 @@ import numpy as np
 
 from step35.chooser import Chooser, TokenLogprobs
 from step35.sampling import Sampling
+from step35.server.reasoning import THINK_END, ReasoningWatch
 
 if TYPE_CHECKING:
     from step35.native import Grammar
 
+CALL = "<tool_call>"
 LONGEST_PERIOD = 128
 MOST_REPEATED = 1024
 """Tokens that repeat with one period before an answer counts as endless."""
@@ -50,11 +52,38 @@ class ArmedGrammar:
             self._is_armed = True
 
 
-class Guide(Chooser):
-    """A chooser with forced tokens and a guard: a row without a finite best ends the turn, and `is_broken` says so.
+class ReasoningEnd:
+    """Says which ids end the reasoning when its budget is spent; asked after each token."""
 
-    `next_forced` is asked after each token for ids that must follow it.
-    """
+    def __init__(
+        self, watch: ReasoningWatch, piece: Callable[[int], bytes], tokenize: Callable[[str], list[int]]
+    ) -> None:
+        self._watch, self._piece, self._tokenize = watch, piece, tokenize
+        self._is_over = False
+
+    def at_start(self) -> list[int]:
+        """Returns the ids that must come first: a budget may be spent already."""
+        return self._end(self._watch.due())
+
+    def after(self, token: int) -> list[int]:
+        """Returns the ids that must follow a token."""
+        if self._is_over:
+            return []
+        text = self._piece(token).decode(errors="replace")
+        if THINK_END in text or CALL in text:
+            self._is_over = True
+            return []
+        return self._end(self._watch.add(text))
+
+    def _end(self, text: str | None) -> list[int]:
+        if text is None:
+            return []
+        self._is_over = True
+        return self._tokenize(text)
+
+
+class Guide(Chooser):
+    """A chooser with forced tokens and a guard: a row without a finite best ends the turn, and `is_broken` says so."""
 
     def __init__(
         self,
@@ -63,13 +92,13 @@ class Guide(Chooser):
         *,
         grammar: ArmedGrammar | None = None,
         n_logprobs: int | None = None,
-        next_forced: Callable[[int], Sequence[int]] | None = None,
+        reasoning_end: ReasoningEnd | None = None,
     ) -> None:
         super().__init__(sampling, grammar=grammar, n_logprobs=n_logprobs)
         self.is_broken = False
         self._eog = eog
-        self._next_forced = next_forced
-        self._forced: deque[int] = deque()
+        self._reasoning_end = reasoning_end
+        self._forced = deque(reasoning_end.at_start() if reasoning_end else ())
 
     def choose(self, logits: np.ndarray, history: Sequence[int]) -> int:
         """Returns the token that follows `history`, given its logits (n_vocab,)."""
@@ -78,8 +107,8 @@ class Guide(Chooser):
             self.logprobs += [] if self._n_logprobs is None else [TokenLogprobs(self._eog, 0.0, ())]
             return self._eog
         token = super().choose(self._only_forced(logits), history)
-        if self._next_forced:
-            self._forced.extend(self._next_forced(token))
+        if self._reasoning_end:
+            self._forced.extend(self._reasoning_end.after(token))
         return token
 
     def _only_forced(self, logits: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from step35.engine import Engine
-from step35.errors import NativeError
+from step35.errors import DoesNotFit, NativeError, SettingsError
 from step35.generation import Turn
 from step35.server.prompts import Prompt
 from step35.server.session_disk import SessionDisk
@@ -116,7 +116,7 @@ class Conversations:
     def _fork(self, held: Held, choice: Choice) -> None:
         try:
             held.session.fork(self.held[choice.source].session, choice.n_fork)
-        except NativeError as error:
+        except (NativeError, SettingsError) as error:  # the watchdog may have dropped the checkpoint
             log.warning("prefix not shared: %s", error)
 
     def _tell_why(self, slots: Sequence[Slot], choice: Choice, prompt: Prompt) -> None:
@@ -227,4 +227,7 @@ class Conversations:
 
     def _save(self, held: Held) -> None:
         held.is_unsaved = False
-        self.disk.save(held.name, held.session.snapshot(), held.turns, held.last_start)
+        try:
+            self.disk.save(held.name, held.session.snapshot(), held.turns, held.last_start)
+        except DoesNotFit as error:
+            log.warning("session not saved: %s", error)

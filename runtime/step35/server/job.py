@@ -66,6 +66,8 @@ class Job:
     prompt: Prompt
     feed: Feed
     grammar: str | None = None
+    n_reasoned: int = 0
+    """Tokens of reasoning in earlier turns of the same request."""
     echo: str = ""
     """Text that goes before the answer's."""
     arrived: float = field(default_factory=time.monotonic)

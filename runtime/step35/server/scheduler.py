@@ -16,18 +16,20 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from step35.engine import Engine
-from step35.errors import Cancelled, ContextFull, Step35Error
+from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
 from step35.generation import Turn, begin, step
 from step35.server.answer import Answer
-from step35.server.choosing import ArmedGrammar, Guide, is_endless
+from step35.server.choosing import ArmedGrammar, Guide, ReasoningEnd, is_endless
 from step35.server.conversation import ContentDelta, Conversation, Event, Failed, Progress
 from step35.server.conversations import Conversations
 from step35.server.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_request
 from step35.server.job import Job
 from step35.server.metrics import Metrics
 from step35.server.parser import Parser
+from step35.server.reasoning import watch
 from step35.server.turns import TurnMap, known_turn
 
 QUANTUM = 512
@@ -214,7 +216,7 @@ class Scheduler:
             job.turn = begin(held.session, job.prompt.tokens, job.guide, job.ask.n_predict, job.prompt.marks)
         except Step35Error as error:
             held.is_taken = False
-            self._fail(job, error if isinstance(error, ApiError) else bad_request(str(error)))
+            self._fail(job, _told(error))
             return True
         held.session.checkpoint()  # an edit of the last message comes back here
         held.turn, job.held, job.started = job.turn, held, self._clock()
@@ -240,7 +242,11 @@ class Scheduler:
             think_end, forbidden = self._special_ids()
             arm = think_end if job.prompt.opens_reasoning else None
             grammar = ArmedGrammar(model.open_grammar(job.grammar), arm, forbidden)
-        return Guide(sampling, model.eos, grammar=grammar, n_logprobs=ask.n_logprobs)
+        end = None
+        if job.prompt.opens_reasoning:
+            tokenize = partial(self.engine.tokenize, add_bos=False)
+            end = ReasoningEnd(watch(ask, job.n_reasoned), self._piece, tokenize)
+        return Guide(sampling, model.eos, grammar=grammar, n_logprobs=ask.n_logprobs, reasoning_end=end)
 
     def _piece(self, token: int) -> bytes:
         return self.engine.model.piece(token, special=True)
@@ -427,6 +433,15 @@ class Scheduler:
         while self._speed and self._speed[0][0] < self._clock() - SPEED_WINDOW_S:
             self._speed.popleft()
         self.metrics.decode_tps.set(self.decode_tps)
+
+
+def _told(error: Step35Error) -> ApiError:
+    """Returns what a client hears when its request can't begin."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, DoesNotFit):
+        return ApiError(503, UNAVAILABLE, str(error))
+    return bad_request(str(error))
 
 
 def _padded(counts: list[int], stats) -> list[int]:

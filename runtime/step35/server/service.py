@@ -4,18 +4,21 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from step35.engine import Engine
+from step35.sampling import Sampling
 from step35.server.conversation import Ask, Conversation
 from step35.server.conversations import Conversations
 from step35.server.errors import bad_request
+from step35.server.grammar import grammar_of
 from step35.server.job import Feed, Job
 from step35.server.metrics import Metrics, resident_bytes
 from step35.server.prompts import Prompt, PromptBuilder
+from step35.server.reasoning import budget_of, reasoning_so_far
 from step35.server.scheduler import Limits, Scheduler
 from step35.server.session_disk import SessionDisk, model_digest
 from step35.server.template import ChatTemplate
@@ -110,7 +113,21 @@ class Service:
                 f"prompt is too long: {len(prompt.tokens)} tokens > {self.engine.n_ctx} maximum; shorten it, or serve "
                 "with a larger --ctx"
             )
-        return Job(request_id, ask, prompt, feed, echo=self.text_of_tokens(prompt.tokens) if ask.echo else "")
+        echo = self.text_of_tokens(prompt.tokens) if ask.echo else ""
+        return Job(request_id, ask, prompt, feed, grammar_of(ask), self._n_reasoned(ask, prompt), echo)
+
+    def _n_reasoned(self, ask: Ask, prompt: Prompt) -> int:
+        """Returns the tokens of reasoning that this user request took so far, those a client left out included."""
+        if not isinstance(ask.prompt, Conversation) or budget_of(ask) is None:
+            return 0
+        ours = iter(prompt.turns)
+        messages = [next(ours).message if m.role == "assistant" and prompt.turns else m for m in ask.prompt.messages]
+        texts = reasoning_so_far(replace(ask.prompt, messages=tuple(messages)))
+        return sum(len(self.engine.tokenize(text, add_bos=False)) for text in texts)
+
+    def count(self, conversation: Conversation) -> int:
+        """Returns how many tokens a conversation's prompt has."""
+        return len(self.prompt(Ask(conversation, Sampling())).tokens)
 
     def prompt(self, ask: Ask) -> Prompt:
         """Returns a request's tokens."""
