@@ -140,11 +140,16 @@ def _said(schema: Any, root: dict[str, Any], depth: int) -> frozenset[str]:
         return frozenset(entry for entry in kind if isinstance(entry, str))
     if "const" in schema or isinstance(schema.get("enum"), list):
         values = schema["enum"] if "enum" in schema else [schema["const"]]
-        return frozenset(_TYPES[type(value)] for value in values if type(value) in _TYPES)
+        return frozenset(json_type(value) for value in values)
     if "$ref" in schema:
         return _said(resolved(schema["$ref"], root), root, depth + 1)
     branches = [schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)]
     return frozenset[str]().union(*(_said(branch, root, depth + 1) for some in branches for branch in some))
+
+
+def json_type(value: Any) -> str:
+    """Returns the name of a JSON value's type."""
+    return _TYPES[type(value)]
 
 
 def resolved(ref: Any, root: dict[str, Any]) -> Any:
