@@ -14,6 +14,7 @@ from step35.doctor_cli import doctor
 from step35.errors import Step35Error
 from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
 from step35.plan_cli import options_of, plan
+from step35.serve_cli import make_serve
 from step35.trace_cli import trace
 from step35.tune_cli import tune
 
@@ -26,6 +27,7 @@ Examples:
   step35 generate model.gguf -p "def quicksort(items):" -n 200
   step35 generate model.gguf -f prompt.txt --temp 0 --json
   step35 chat model.gguf --mtp mtp-model.gguf
+  step35 serve model.gguf --ctx 131072
 """
 
 
@@ -189,6 +191,7 @@ cli.add_command(plan)
 cli.add_command(doctor)
 cli.add_command(tune)
 cli.add_command(trace)
+cli.add_command(make_serve(_MODEL_OPTIONS))
 
 
 def main() -> None:
