@@ -11,6 +11,7 @@ from step35.server.conversation import (
     Ask,
     ContentDelta,
     Event,
+    Failed,
     Finished,
     Progress,
     ReasoningDelta,
@@ -82,7 +83,7 @@ def written(api: ModuleType, ask: Ask, events: Sequence[Event]) -> list[Sse]:
     out = [*writer.open(), *writer.ping(None)]
     for event in events:
         out += writer.event(event)
-        if not isinstance(event, Finished):
+        if not isinstance(event, Finished | Failed):
             out += writer.ping(event if isinstance(event, Progress) else None)
     return out + writer.close()
 

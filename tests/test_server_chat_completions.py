@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, written
 from step35.server import chat_completions, limits
@@ -266,6 +266,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.sampled_from(sorted(chat_completions.Request.model_fields)), json_values, max_size=4),
     st.booleans(),

@@ -5,7 +5,7 @@ from typing import Any
 
 import anthropic
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, written
 from step35.server import messages
@@ -191,6 +191,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(st.sampled_from(sorted(messages.Request.model_fields)), json_values, max_size=4))
 def test_any_body_is_understood_or_refused(fields: dict[str, Any]) -> None:
     try:
