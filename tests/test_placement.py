@@ -221,7 +221,7 @@ def test_the_draft_depth_is_at_most_the_heads(real):
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
-        (dict(policy="fast"), "bad policy: expected one of auto, unified, split, gpu, cpu, got 'fast'"),
+        (dict(policy="fast"), "bad policy: expected one of auto, unified, split, gpu, cpu, rpc, got 'fast'"),
         (dict(n_ctx=300000), "context too long: expected at most 262144 .*, got 300000"),
         (dict(gpu_budget=30 * GIB), r"GPU budget too large: expected at most 24.00 GiB \(rtx4090-24\+128\), got 30.00 GiB"),
         (dict(policy="unified", n_ctx=4096), "policy doesn't suit: .* expected one of gpu, split, cpu, got 'unified'"),

@@ -1,13 +1,14 @@
 """From a placement to the options that make llama.cpp do exactly that."""
 
 import os
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from step35.gguf_facts import read_header, with_side
 from step35.options import EngineOptions
 from step35.placement import Placement
 from step35.plan_file import from_text
+from step35.rpc import parse_endpoint
 from step35.usage import HOST, MATRICES, Layout, gpu_name
 
 OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
@@ -22,6 +23,8 @@ def planned_options(model: Path, plan: Path, *, mtp: Path | None = None, draft: 
     """
     header = read_header(model) if mtp is None else with_side(read_header(model), read_header(mtp))
     placement = from_text(plan.read_text(encoding="utf-8"), str(plan), header)
+    for host in placement.rpc:
+        parse_endpoint(host)
     os.environ.update(environment(placement))
     return engine_options(placement, model, mtp=mtp, draft=draft)
 
@@ -44,6 +47,7 @@ def engine_options(placement: Placement, model: Path, *, mtp: Path | None = None
         op_offload=placement.op_offload_from is not None,
         overrides=overrides(layout),
         tensor_split=tensor_split(layout),
+        rpc=placement.rpc,
     )
 
 
@@ -78,10 +82,10 @@ def tensor_split(layout: Layout) -> tuple[float, ...]:
     llama.cpp compares layer / (n_layers + 1) with the shares' running sum, so the cuts lie between two layers.
     """
     n_gpus = len(layout.gpus)
-    if n_gpus < 2:  # noqa: PLR2004
+    if n_gpus < 2:
         return ()
     places = [*layout.layers, layout.output]
     counts = {device: len(list(group)) for device, group in groupby(places)}
     cuts = [sum(counts.get(gpu_name(j), 0) for j in range(i + 1)) - 0.5 for i in range(n_gpus - 1)]
     bounds = [0.0, *(max(0.0, cut) for cut in cuts), float(len(places))]
-    return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(bounds))

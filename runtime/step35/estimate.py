@@ -7,7 +7,7 @@ copies every weight once a batch. The shares of the bandwidth that are reached a
 from dataclasses import dataclass
 
 from step35.gguf_facts import Group, Header, ModelShape
-from step35.machine import Machine
+from step35.machine import REMOTE, Machine
 from step35.memory import Run, cell_bytes, loaded_tensors
 from step35.usage import HOST, Layout
 
@@ -62,7 +62,14 @@ def step_seconds(box: Box, n_past: int, n_tokens: int) -> float:
     for device, n_bytes in _cells(box, n_past).items():
         bandwidth, _, share = _bandwidth(box.machine, device)
         seconds += n_bytes / (bandwidth * share)
-    return seconds
+    return seconds + _network_seconds(box, n_tokens)
+
+
+def _network_seconds(box: Box, n_tokens: int) -> float:
+    """Returns the time that activations take to remote GPUs and back; each is asked for its result once."""
+    remotes = [box.machine.gpus[int(device[3:])] for device in box.layout.gpus]
+    n_bytes = 4 * box.header.shape.n_embd * n_tokens
+    return sum(2 * n_bytes / gpu.host_bandwidth + gpu.latency_s for gpu in remotes if gpu.kind == REMOTE)
 
 
 def touched(shape: ModelShape, n_tokens: int, distinct: tuple[float, ...] = ()) -> float:
@@ -132,7 +139,7 @@ def prefill(box: Box, n_past: int) -> float:
         else:
             gpu = box.machine.gpus[int(device[3:])]
             seconds += n_bytes / gpu.bandwidth + flops / gpu.flops
-    return n_batch / seconds
+    return n_batch / (seconds + _network_seconds(box, n_batch))
 
 
 def op_offload_threshold(box: Box) -> int | None:

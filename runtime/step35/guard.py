@@ -16,6 +16,7 @@ from step35.machine import Machine
 from step35.memory import Run
 from step35.options import EngineOptions
 from step35.pressure import Level, Reading, Thresholds
+from step35.rpc import with_remotes
 from step35.sizes import format_size
 from step35.usage import HOST, MATRICES, Layout, Loading, Pool, Purpose, Usage, gpu_name, pools, taken, usage
 from step35.watchdog import Watchdog, read_memory
@@ -132,6 +133,8 @@ def check_memory(options: EngineOptions) -> Guard | None:
     machine = probe(replace(sources, bandwidth=lambda n_threads: 1.0))
     if not machine.total_bytes:
         return None
+    if options.rpc:
+        machine = with_remotes(machine, options.rpc, network_bandwidth=1.0)
     guard = Guard(need(options, machine), machine, sources)
     guard.need.check()
     take_allocations()  # those of other engines

@@ -8,7 +8,7 @@ from step35.sizes import parse_size
 from step35.yaml_file import Section, one_of, positive, read_yaml, text, whole
 
 GIB = 2**30
-INTEGRATED, DISCRETE = "integrated", "discrete"
+INTEGRATED, DISCRETE, REMOTE = "integrated", "discrete", "remote"
 LOAD_MODES = ("none", "mmap", "direct_io")
 
 
@@ -16,7 +16,8 @@ LOAD_MODES = ("none", "mmap", "direct_io")
 class Gpu:
     """A GPU. Bandwidths are in bytes a second, `flops` in what prefill really reaches.
 
-    An integrated one shares the box's memory: `free_bytes` is the most that it may map.
+    An integrated one shares the box's memory: `free_bytes` is the most that it may map. A remote one is another box's,
+    behind a network of `host_bandwidth`.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Gpu:
     """The share of the bandwidth that decoding reaches."""
     kv_share: float = 0.4
     """The same for reading the KV cache."""
+    latency_s: float = 0.0
+    """Of a question and its answer over the network, to a remote one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class Machine:
     def is_unified(self) -> bool:
         """Whether GPU and CPU share one memory."""
         return any(gpu.kind == INTEGRATED for gpu in self.gpus)
+
+    @property
+    def has_remotes(self) -> bool:
+        """Whether a part of it is another box."""
+        return any(gpu.kind == REMOTE for gpu in self.gpus)
 
 
 @dataclass(frozen=True, slots=True)

@@ -346,6 +346,8 @@ def _start_backend() -> None:
 
 
 def _load(options: ModelOptions) -> object:
+    for endpoint in options.rpc:
+        add_rpc_server(endpoint)
     params = C.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     params.load_mode = LOAD_MODES[options.load_mode]
@@ -406,6 +408,8 @@ def devices() -> list[Device]:
     """Returns the GPUs that llama.cpp was built for and finds."""
     found = []
     for props in _gpus():
+        if props.name.startswith(_RPC):
+            continue  # another box's
         name, address = props.description.decode(), props.id.decode() if props.id else None
         found.append(Device(name, _GPU_KINDS[props.type], props.total, props.free, address))
     return found
@@ -414,8 +418,10 @@ def devices() -> list[Device]:
 def gpu_names() -> list[str]:
     """Returns ggml's names of the GPUs that a model is loaded to, such as CUDA0, in the order of a plan's."""
     gpus = list(_gpus())
-    cards = [gpu for gpu in gpus if _GPU_KINDS[gpu.type] == DISCRETE]
-    return [gpu.name.decode() for gpu in cards or gpus]
+    remote = [gpu for gpu in gpus if gpu.name.startswith(_RPC)]
+    own = [gpu for gpu in gpus if gpu not in remote]
+    cards = [gpu for gpu in own if _GPU_KINDS[gpu.type] == DISCRETE]
+    return [gpu.name.decode() for gpu in (*remote, *(cards or own))]
 
 
 def _gpus() -> Iterator[_DeviceProps]:
@@ -425,6 +431,34 @@ def _gpus() -> Iterator[_DeviceProps]:
         _device_props(_device_get(index), props)
         if props.type in _GPU_KINDS:
             yield props
+
+
+# other boxes
+
+_RPC = b"RPC"
+_reg_by_name = _bind("ggml_backend_reg_by_name", "", [ctypes.c_char_p], _p)
+_reg_address = _bind("ggml_backend_reg_get_proc_address", "", [_p, ctypes.c_char_p], _p)
+_register = _bind("ggml_backend_register", "", [_p], None)
+_added: set[str] = set()
+
+
+def add_rpc_server(endpoint: str) -> None:
+    """Makes a running rpc-server's devices ours; raises NativeError if this llama.cpp can't."""
+    _start_backend()
+    registry = _reg_by_name(_RPC)
+    address = _reg_address(registry, b"ggml_backend_rpc_add_server") if registry else None
+    if not address:
+        raise NativeError(
+            f"can't use {endpoint}: this llama.cpp expected to be built with RPC, got no RPC backend; reinstall it with "
+            "CMAKE_ARGS=-DGGML_RPC=on pip install --force-reinstall --no-cache-dir "
+            f"llama-cpp-python=={PINNED_VERSION}"
+        )
+    if endpoint not in _added:
+        server = ctypes.CFUNCTYPE(_p, ctypes.c_char_p)(address)(endpoint.encode())
+        if not server:
+            raise NativeError(f"can't use {endpoint}: its rpc-server refused; see its output")
+        _register(server)
+        _added.add(endpoint)
 
 
 # a context

@@ -23,6 +23,8 @@ class ModelOptions:
     """(Pattern of tensor names, buffer type): tensors that don't lie where their layer does."""
     tensor_split: tuple[float, ...] = ()
     """Shares of the layers of several GPUs; () splits by free memory."""
+    rpc: tuple[str, ...] = ()
+    """HOST:PORT of rpc-servers, whose GPUs come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class EngineOptions:
     op_offload: bool = True
     overrides: tuple[tuple[str, str], ...] = ()
     tensor_split: tuple[float, ...] = ()
+    rpc: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_range("n_ctx", self.n_ctx, 8, 1 << 30)
@@ -80,7 +83,7 @@ class EngineOptions:
 
     def load(self, path: Path, *, with_heads: bool) -> ModelOptions:
         """Returns the options of loading one of the engine's files."""
-        return ModelOptions(path, with_heads, self.n_gpu_layers, self.load_mode, self.overrides, self.tensor_split)
+        return ModelOptions(path, with_heads, self.n_gpu_layers, self.load_mode, self.overrides, self.tensor_split, self.rpc)
 
     def context(self, *, n_batch: int | None = None, n_outputs: int = 0) -> ContextOptions:
         """Returns the options of one of the engine's contexts."""

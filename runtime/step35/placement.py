@@ -17,7 +17,7 @@ from step35.memory import Run, weight_bytes
 from step35.sizes import format_size
 from step35.usage import HOST, Layout, Loading, Pool, Usage, fits, gpu_name, matrix_of, pools, taken, usage
 
-POLICIES = ("auto", "unified", "split", "gpu", "cpu")
+POLICIES = ("auto", "unified", "split", "gpu", "cpu", "rpc")
 CTX_STEP = 1024
 SHORT = 2048
 """Tokens in the context at which speeds are stated besides the full one."""
@@ -26,6 +26,7 @@ SHORT = 2048
 _LADDERS = {
     "unified": ((2048, "f16"), (1024, "f16"), (1024, "q8_0"), (512, "q8_0")),
     "gpu": ((2048, "f16"), (1024, "f16"), (1024, "q8_0"), (512, "q8_0")),
+    "rpc": ((2048, "f16"), (1024, "f16"), (1024, "q8_0"), (512, "q8_0")),
     "split": ((4096, "f16"), (2048, "f16"), (2048, "q8_0"), (1024, "q8_0"), (512, "q8_0")),
     "cpu": ((512, "f16"), (512, "q8_0")),
 }
@@ -45,6 +46,8 @@ class Wishes:
     with_heads: bool = True
     distinct: tuple[float, ...] = ()
     """Experts that adjacent tokens use, from a trace."""
+    rpc: tuple[str, ...] = ()
+    """Hosts whose GPUs the machine has in front of its own."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -70,6 +73,8 @@ class Placement:
     reasons: tuple[str, ...] = ()
     measured: tuple[str, ...] = ()
     """What tuning measured, a line each."""
+    rpc: tuple[str, ...] = ()
+    """HOST:PORT of the rpc-servers that have the first GPUs."""
 
     @property
     def loading(self) -> Loading:
@@ -129,6 +134,10 @@ def _check(header: Header, machine: Machine, wishes: Wishes) -> None:
 
 
 def _policies(machine: Machine, wishes: Wishes) -> list[str]:
+    if machine.has_remotes and wishes.policy in ("auto", "rpc"):
+        return ["rpc"]
+    if wishes.policy == "rpc":
+        raise SettingsError("policy doesn't suit: rpc expected a second box, got none; name it with --rpc HOST:PORT")
     possible = ["unified"] if machine.is_unified else ["gpu", "split"] if machine.gpus else []
     if wishes.policy == "auto" and machine.is_unified:
         return possible  # the CPU reads the same memory, and computes more slowly
@@ -221,6 +230,7 @@ def _lay_out(header: Header, machine: Machine, wishes: Wishes, policy: str, run:
         n_threads=machine.n_cores,
         op_offload_from=threshold,
         gpu_budget=wishes.gpu_budget,
+        rpc=wishes.rpc,
         reasons=(*reasons, *_offload_reason(layout, threshold, run)),
     )
 
@@ -252,6 +262,13 @@ def _gpu(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[La
         (device,) * 3 if shape.is_moe else () for device, shape in zip(layers, header.shape.layers, strict=True)
     )
     return Layout(layers, experts, layers[-1]), ("everything on the GPU",)
+
+
+def _rpc(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
+    """Whole layers: the first on the remote boxes, the last and the output here, where the logits are wanted."""
+    layout, _ = _gpu(header, machine, wishes, run)
+    counts = [f"{layout.layers.count(gpu_name(i))} layers on {gpu.name}" for i, gpu in enumerate(machine.gpus)]
+    return layout, (", ".join(counts) + ": whole layers, so that a step crosses the network once each way",)
 
 
 def _split(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
@@ -298,7 +315,8 @@ def _rooms(header: Header, machine: Machine, wishes: Wishes, run: Run, bare: Lay
 
 def _spread(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[str, ...]:
     """Returns each layer's GPU: consecutive layers, in proportion to the memory that each GPU may take."""
-    budgets = [pool.budget for pool in pools(machine, wishes.gpu_budget) if pool.devices[0] != HOST]
+    *on_gpu, ram = pools(machine, wishes.gpu_budget)
+    budgets = [min(pool.budget, ram.budget) if pool.devices[0] in ram.devices else pool.budget for pool in on_gpu]
     sizes = [0] * len(header.shape.layers)
     for tensor in header.tensors:
         sizes[-1 if tensor.layer is None else tensor.layer] += tensor.n_bytes
@@ -309,4 +327,4 @@ def _spread(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple
     )
 
 
-_LAYOUTS = {"unified": _unified, "cpu": _cpu, "gpu": _gpu, "split": _split}
+_LAYOUTS = {"unified": _unified, "cpu": _cpu, "gpu": _gpu, "split": _split, "rpc": _rpc}

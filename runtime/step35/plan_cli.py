@@ -61,7 +61,7 @@ def options_of(
     "--machine", "machine_name", metavar="NAME", help="A box of models.yaml, or a .yaml file; default this one."
 )
 @click.option("-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default the longest that fits.")
-@click.option("--policy", default="auto", show_default=True, help="auto, unified, split, gpu or cpu.")
+@click.option("--policy", default="auto", show_default=True, help="auto, unified, split, gpu, cpu or rpc.")
 @click.option("--gpu-budget", type=Size(), help="What to take of each GPU at most, such as 22GiB.")
 @click.option(
     "-b", "--batch", "n_batch", type=click.IntRange(8, 1 << 16), help="Prompt tokens per decode; default the plan's."
@@ -69,6 +69,12 @@ def options_of(
 @click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache; default the plan's.")
 @click.option(
     "--sessions", "n_sessions", type=click.IntRange(1, 64), default=1, show_default=True, help="Sessions at a time."
+)
+@click.option(
+    "--rpc", multiple=True, metavar="HOST:PORT", help="A second box: its rpc-server, or its NAME; repeatable."
+)
+@click.option(
+    "--network-gbps", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Gbit/s to the second box."
 )
 @click.option("--no-heads", is_flag=True, help="Without the MTP heads.")
 @click.option(
@@ -79,7 +85,7 @@ def options_of(
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-def plan(model, mtp, machine_name, plan_path, trace, out, as_json, no_heads, **wishes) -> None:
+def plan(model, mtp, machine_name, plan_path, rpc, network_gbps, trace, out, as_json, no_heads, **wishes) -> None:
     """Plans where MODEL's tensors and buffers go; reads its header only. Exit code 1 if it doesn't fit."""
     from step35.advice import advice
     from step35.gguf_facts import read_header, with_side
@@ -87,10 +93,13 @@ def plan(model, mtp, machine_name, plan_path, trace, out, as_json, no_heads, **w
     from step35.machine import find_machine
     from step35.placement import Wishes, judge, place
     from step35.plan_file import from_text, to_text
+    from step35.rpc import with_remotes
 
     header = read_header(model) if mtp is None or no_heads else with_side(read_header(model), read_header(mtp))
     machine = find_machine(machine_name) if machine_name else probe(this_box())
-    asked = Wishes(**wishes, with_heads=not no_heads, distinct=_distinct(trace, header) if trace else ())
+    if rpc:
+        machine = with_remotes(machine, rpc, network_gbps * 1e9 / 8)
+    asked = Wishes(**wishes, rpc=rpc, with_heads=not no_heads, distinct=_distinct(trace, header) if trace else ())
     if plan_path is None:
         judged = place(header, machine, asked)
     else:

@@ -51,6 +51,11 @@ def to_text(placement: Placement, model_name: str) -> str:
             *(f"  {device}: [{', '.join(ranges)}]" for device, ranges in _by_device(_expert_ranges(layout))),
             "reasons:",
             *(f"  - {_quoted(reason)}" for reason in placement.reasons),
+            *(
+                [f"rpc: [{', '.join(map(_quoted, placement.rpc))}]  # rpc-servers of the first GPUs"]
+                if placement.rpc
+                else []
+            ),
             *(["measured:  # by step35 tune"] if placement.measured else []),
             *(f"  - {_quoted(line)}" for line in placement.measured),
             "",
@@ -114,6 +119,7 @@ def from_text(content: str, file: str, header: Header, machine: Machine | None =
         op_offload_from=plan.take("op_offload_from", _offload, f"a number of tokens, or {_NEVER}"),
         gpu_budget=plan.take("gpu_budget", _budget, f"a size such as 22GiB, or {_NO_BUDGET}", None),
         reasons=plan.take("reasons", _texts, "a list of texts", ()),
+        rpc=plan.take("rpc", _texts, "a list of HOST:PORT", ()),
         measured=plan.take("measured", _texts, "a list of texts", ()),
     )
     plan.end()
