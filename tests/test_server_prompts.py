@@ -61,7 +61,7 @@ def test_without_known_turns_a_prompt_is_what_the_template_says():
     assert len(prompt.turns) == 2 and prompt.n_known == 0 and prompt.opens_reasoning
     assert text_of(prompt.tokens[prompt.answer_start :]) == "<|im_start|>assistant\n<think>\n"
     assert text_of(prompt.tokens[prompt.last_start :]).startswith("<|im_start|>tool_response")
-    assert prompt.marks[0] == prompt.starts[1]
+    assert set(prompt.marks) == {prompt.starts[1], prompt.last_start, prompt.answer_start}
 
 
 @pytest.mark.parametrize("reasoning", [None, "", "why\n", " why"])

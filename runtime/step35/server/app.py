@@ -165,7 +165,8 @@ class Gate:
         self._service.metrics.requests.labels(path, status).inc()
         line = {"id": record.id, "method": record.method, "path": record.path[:200], "status": status}
         line |= {"ms": round((time.monotonic() - record.started) * 1000), **record.facts}
-        level = logging.DEBUG if record.method == "GET" and status < 400 else logging.INFO
+        is_quiet = record.method == "GET" and (status < 400 or record.path in OPEN_PATHS)
+        level = logging.DEBUG if is_quiet else logging.INFO
         log.log(level, "request %s", json.dumps(line))
 
 

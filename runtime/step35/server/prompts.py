@@ -19,6 +19,8 @@ from step35.server.turns import Digest, KnownTurn, TurnMap
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ASSISTANT = f"{TURN_START}assistant\n"
 THINK = "<think>"
+LEAST_MARK = 32
+"""A checkpoint of fewer tokens saves less than it costs."""
 BILLING = re.compile(r"^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 
 Render = Callable[[Conversation], str]
@@ -50,9 +52,8 @@ class Prompt:
     @property
     def marks(self) -> tuple[int, ...]:
         """Where checkpoints are worth their while: after the system's message, before the last, before the answer."""
-        if len(self.starts) < 2:
-            return self.starts
-        return tuple(sorted({self.starts[1], self.last_start, self.answer_start} - {0}))
+        wanted = {*self.starts[1:2], self.last_start, self.answer_start}
+        return tuple(sorted(n for n in wanted if LEAST_MARK <= n < len(self.tokens)))
 
 
 @dataclass(slots=True)
