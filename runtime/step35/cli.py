@@ -12,6 +12,7 @@ import click
 from step35 import __version__
 from step35.doctor_cli import doctor
 from step35.errors import Step35Error
+from step35.launch_cli import launch
 from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
 from step35.plan_cli import options_of, plan
 from step35.serve_cli import make_serve
@@ -192,6 +193,7 @@ cli.add_command(doctor)
 cli.add_command(tune)
 cli.add_command(trace)
 cli.add_command(make_serve(_MODEL_OPTIONS))
+cli.add_command(launch)
 
 
 def main() -> None:
