@@ -22,6 +22,7 @@ from convert_step35.chunks import CHUNK_WEIGHTS, chunk_at
 from convert_step35.errors import OptionError
 from convert_step35.ggml import block_size, load_ggml, row_bytes
 from convert_step35.mapping import Kind, map_tensors
+from convert_step35.measure import sums
 from convert_step35.quantizers import (
     SWITCH,
     Native,
@@ -159,6 +160,18 @@ def test_weights_of_the_trained_checkpoint_become_libggmls_bytes() -> None:
             for kind in KINDS:
                 if tensor.row_size % block_size(kind) == 0:
                     assert_equal(kind, rows, None, widths()[-1])
+
+
+@pytest.mark.parametrize("row_size", [1, 31, 64, 1280])
+def test_native_sums_are_numpys(row_size: int) -> None:
+    rng = np.random.default_rng(row_size)
+    rows = rng.standard_normal((9, row_size)).astype(np.float32)
+    restored = (rows + 0.01 * rng.standard_normal(rows.shape)).astype(np.float32)
+    restored[3, row_size // 2] = 7 * rows.max()
+    for lanes in widths():
+        got, want = Native(native_path(), lanes).measure(rows, restored), sums(rows, restored.copy())
+        assert got.max_error == want.max_error
+        assert (got.squared_error, got.squared_sum) == pytest.approx((want.squared_error, want.squared_sum), rel=1e-6)
 
 
 class Careless(Native):

@@ -22,7 +22,7 @@ from convert_step35.ggml import row_bytes
 from convert_step35.imatrix import Imatrix
 from convert_step35.journal import Done, Journal
 from convert_step35.mapping import MappedTensor
-from convert_step35.measure import Errors, error_sums, refuse_non_finite, squared_sum, tensor_errors
+from convert_step35.measure import Errors, refuse_non_finite, tensor_errors
 from convert_step35.output import Output, discard
 from convert_step35.plan import Plan, PlannedTensor
 from convert_step35.quantizers import Quantizers
@@ -200,9 +200,10 @@ class _Conversion:
         self._output.write(index, packed, _offset(planned, chunk))
         restored = buffers.restored[: rows.size].reshape(rows.shape)
         self._tools.quantizers.ggml.dequantize(planned.kind, packed, restored)
-        max_error, squared_error = error_sums(rows, restored)
+        sums = self._tools.quantizers.measure(rows, restored)
         self._tools.on_progress(planned, chunk)
-        return Done(index, chunk.index, zlib.crc32(packed), max_error, squared_error, squared_sum(rows))
+        crc = zlib.crc32(packed)
+        return Done(index, chunk.index, crc, sums.max_error, sums.squared_error, sums.squared_sum)
 
     def _quantize(self, planned: PlannedTensor, chunk: Chunk, rows: np.ndarray, buffer: np.ndarray) -> np.ndarray:
         n_bytes = self._tools.quantizers.quantize(planned.kind, rows, buffer, self._importance(planned.mapped, chunk))

@@ -32,15 +32,24 @@ def refuse_non_finite(rows: np.ndarray, tensor: MappedTensor) -> None:
         )
 
 
-def squared_sum(rows: np.ndarray) -> float:
-    """Sum of squares of float32 [n_rows, row_size]; float32 within a row, float64 over rows."""
-    return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Of a chunk: the largest absolute error, the sum of squared errors, and the sum of squared weights."""
+
+    max_error: float
+    squared_error: float
+    squared_sum: float
 
 
-def error_sums(rows: np.ndarray, restored: np.ndarray) -> tuple[float, float]:
-    """The largest absolute error and the sum of squared errors; `restored` is overwritten."""
+def sums(rows: np.ndarray, restored: np.ndarray) -> Sums:
+    """Compare float32 [n_rows, row_size] with what its quantized bytes give; `restored` is overwritten."""
     np.subtract(restored, rows, out=restored)
-    return float(max(restored.max(), -restored.min())), squared_sum(restored)
+    return Sums(float(max(restored.max(), -restored.min())), _squared_sum(restored), _squared_sum(rows))
+
+
+def _squared_sum(rows: np.ndarray) -> float:
+    """float32 within a row, float64 over rows."""
+    return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
 
 
 def tensor_errors(tensor: MappedTensor, records: Sequence[Done]) -> Errors:

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from convert_step35.errors import OptionError, quoted
 from convert_step35.ggml import QUANTIZABLE, Ggml, load_ggml, row_bytes
+from convert_step35.measure import Sums, sums
 
 # An environment variable: with "libggml" the native kernels are left alone.
 SWITCH = "CONVERT_STEP35_QUANTIZERS"
@@ -24,9 +25,11 @@ class Native:
 
     def __init__(self, path: Path, lanes: int | None = None) -> None:
         library = ctypes.CDLL(str(path))
-        self._quantize = library.step35_quantize
+        self._quantize, self._measure = library.step35_quantize, library.step35_measure
         pointer, count = ctypes.c_void_p, ctypes.c_int64
-        self._quantize.argtypes = [ctypes.c_int, pointer, count, count, pointer, pointer, ctypes.c_int]
+        self._quantize.argtypes = [ctypes.c_int, ctypes.c_int, pointer, count, count, pointer, pointer]
+        self._measure.argtypes = [ctypes.c_int, pointer, pointer, count, count, pointer]
+        self._measure.restype = None
         self.lanes = lanes or library.step35_lanes()
         self.kinds = frozenset(kind for kind in QUANTIZABLE if self._call(kind, None, (0, 256), None, None))
 
@@ -41,10 +44,18 @@ class Native:
         self._call(kind, rows.ctypes.data, rows.shape, weights, out.ctypes.data)
         return n_bytes
 
+    def measure(self, rows: np.ndarray, restored: np.ndarray) -> Sums:
+        """As measure.sums, but `restored` stays."""
+        assert rows.shape == restored.shape and rows.dtype == restored.dtype == np.float32
+        assert rows.flags.c_contiguous and restored.flags.c_contiguous
+        out = (ctypes.c_double * 3)()
+        self._measure(self.lanes, rows.ctypes.data, restored.ctypes.data, *rows.shape, out)
+        return Sums(*out)
+
     def _call(
         self, kind: GgmlType, rows: int | None, shape: tuple[int, ...], weights: int | None, out: int | None
     ) -> int:
-        return self._quantize(int(kind), rows, *shape, weights, out, self.lanes)
+        return self._quantize(self.lanes, int(kind), rows, *shape, weights, out)
 
 
 class Quantizers:
@@ -70,6 +81,10 @@ class Quantizers:
         """As Ggml.quantize, for a prepared type."""
         chosen = self._native if self._trusted[kind] else self.ggml
         return chosen.quantize(kind, rows, out, imatrix)
+
+    def measure(self, rows: np.ndarray, restored: np.ndarray) -> Sums:
+        """Compare float32 [n_rows, row_size] with what its quantized bytes give; `restored` is overwritten."""
+        return self._native.measure(rows, restored) if self._native is not None else sums(rows, restored)
 
     def _agrees(self, kind: GgmlType) -> bool:
         rows = trial_rows()

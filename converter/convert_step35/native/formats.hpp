@@ -45,18 +45,22 @@ struct AffineBlocks {
     F scales[COUNT], mins[COUNT], weight_sums[COUNT];
     I levels[256];
 
+    // Fits blocks j and j + 1.
     template <bool ABSOLUTE = false>
     void fit(int j, const F *x, const F *weight, Steps steps) {
-        fits[j] = fit_affine<SIZE, TOP, ABSOLUTE>(x + SIZE * j, weight, steps);
-        scales[j] = fits[j].scale;
-        mins[j] = -fits[j].min;
+        fit_affine<SIZE, TOP, ABSOLUTE>(x + SIZE * j, weight, steps, fits + j);
+        for (int k = j; k < j + 2; k++) {
+            scales[k] = fits[k].scale;
+            mins[k] = -fits[k].min;
+        }
     }
 
     void fit_important(const F *x, const F *importance, F sigma2) {
-        F weight[SIZE];
+        F weight[2 * SIZE];
         for (int j = 0; j < COUNT; j++) {
-            weight_sums[j] = importance_weights(x + SIZE * j, importance + SIZE * j, sigma2, SIZE, weight);
-            fit(j, x, weight, {-0.9f, 0.05f, 36});
+            weight_sums[j] =
+                importance_weights(x + SIZE * j, importance + SIZE * j, sigma2, SIZE, weight + j % 2 * SIZE);
+            if (j % 2) fit(j - 1, x, weight, {-0.9f, 0.05f, 36});
         }
     }
 
@@ -89,11 +93,11 @@ struct SixBitScales : AffineBlocks<32, TOP> {
     }
 
     void scale_plain(const F *x, Steps steps, I *bytes, I *scale_levels, I *min_levels) {
-        F weight[32];
+        F weight[64];
         for (int j = 0; j < 8; j++) {
             F mean = root(sum_of_squares(x + 32 * j, 32) / 32);
-            for (int i = 0; i < 32; i++) weight[i] = mean + absolute(x[32 * j + i]);
-            Blocks::fit(j, x, weight, steps);
+            for (int i = 0; i < 32; i++) weight[j % 2 * 32 + i] = mean + absolute(x[32 * j + i]);
+            if (j % 2) Blocks::fit(j - 1, x, weight, steps);
         }
         put_half(bytes, scale_by_largest(this->scales, scale_levels));
         put_half(bytes + 2, scale_by_largest(this->mins, min_levels));
@@ -183,9 +187,9 @@ struct Q2_K {
     }
 
     static void fit_plain(const F *x, AffineBlocks<16, 3> &blocks) {
-        F weight[16];
-        for (int j = 0; j < 16; j++) {
-            for (int i = 0; i < 16; i++) weight[i] = absolute(x[16 * j + i]);
+        F weight[32];
+        for (int j = 0; j < 16; j += 2) {
+            for (int i = 0; i < 32; i++) weight[i] = absolute(x[16 * j + i]);
             blocks.fit<true>(j, x, weight, {-0.5f, 0.1f, 15});
         }
     }

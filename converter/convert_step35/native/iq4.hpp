@@ -35,10 +35,10 @@ inline I nearest_value(F x) {
     static constexpr float second[8] = {middle(3), middle(11)};
     static constexpr float third[8] = {middle(1), middle(5), middle(9), middle(13)};
     static constexpr float fourth[8] = {middle(0), middle(2), middle(4), middle(6), middle(8), middle(10), middle(12), middle(14)};
-    I index = 1 + (x < middle(7));
-    index = 2 * index + 1 + (x < lookup(second, index));
-    index = 2 * index + 1 + (x < lookup(third, index));
-    return 2 * index + 1 + (x < lookup(fourth, index));
+    I index = x < middle(7) ? (I){} : (I){} + 1;
+    index = x < lookup(second, index) ? index + index : index + index + 1;
+    index = x < lookup(third, index) ? index + index : index + index + 1;
+    return x < lookup(fourth, index) ? index + index : index + index + 1;
 }
 
 // The scale of a block of 32, by the search of quantize_row_iq4_nl_impl.

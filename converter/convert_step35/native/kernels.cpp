@@ -1,6 +1,7 @@
 // Quantizes rows, LANES blocks at a time; compiled once for each instruction set.
 
 #include "iq4.hpp"
+#include "measure.hpp"
 
 namespace {
 
@@ -38,7 +39,7 @@ void quantize(const float *rows, int64_t n_rows, int64_t row_size, const float *
         for (int lane = 0; lane < LANES; lane++) {
             const int64_t block = first + (lane < n_lanes ? lane : 0);
             blocks[lane] = rows + block * Format::N;
-            columns[lane] = importance + block % n_per_row * Format::N;
+            columns[lane] = importance != nullptr ? importance + block % n_per_row * Format::N : nullptr;
         }
         gather<Format::N>(blocks, x);
         if (importance != nullptr) gather<Format::N>(columns, weights);
@@ -49,13 +50,13 @@ void quantize(const float *rows, int64_t n_rows, int64_t row_size, const float *
 
 }  // namespace
 
-// ggml_type, ggml.h.
-#define NAME_(lanes) quantize_##lanes##_lanes
-#define NAME(lanes) NAME_(lanes)
-extern "C" int NAME(LANES)(
+#define NAME_(function, lanes) function##_##lanes##_lanes
+#define NAME(function, lanes) NAME_(function, lanes)
+
+extern "C" int NAME(quantize, LANES)(
     int type, const float *rows, int64_t n_rows, int64_t row_size, const float *importance, uint8_t *out
 ) {
-    switch (type) {
+    switch (type) {  // ggml_type, ggml.h
         case 8: quantize<Q8_0>(rows, n_rows, row_size, importance, out); return 1;
         case 10: quantize<Q2_K>(rows, n_rows, row_size, importance, out); return 1;
         case 11: quantize<Q3_K>(rows, n_rows, row_size, importance, out); return 1;
@@ -66,4 +67,12 @@ extern "C" int NAME(LANES)(
         case 23: quantize<IQ4_XS>(rows, n_rows, row_size, importance, out); return 1;
     }
     return 0;
+}
+
+extern "C" void NAME(measure, LANES)(
+    const float *rows, const float *restored, int64_t n_rows, int64_t row_size, double *out
+) {
+    out[0] = out[1] = out[2] = 0;
+    for (int64_t row = 0; row < n_rows; row++)
+        measure_row(rows + row * row_size, restored + row * row_size, row_size, out);
 }

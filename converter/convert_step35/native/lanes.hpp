@@ -24,11 +24,17 @@ typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 inline F absolute(F x) { return (F)((I)x & 0x7fffffff); }
 inline F to_float(I x) { return __builtin_convertvector(x, F); }
 inline I clamp(I x, int low, int high) { x = x < high ? x : high; return x > low ? x : low; }
+inline F clamp(F x, float low, float high) { x = x < high ? x : high; return x > low ? x : low; }
 
 // Round to nearest, ties to even, by the bits of x + 1.5 * 2^23; wraps beyond 2^22 as libggml's does.
 inline I nearest(F x) { return ((I)(x + 12582912.f) & 0x007fffff) - 0x00400000; }
 
 inline bool any(I mask) {
+#if LANES == 16 && defined __AVX512F__
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif LANES == 8 && defined __AVX2__
+    return _mm256_movemask_epi8((__m256i)mask) != 0;
+#endif
     int found = 0;
     for (int lane = 0; lane < LANES; lane++) found |= mask[lane];
     return found != 0;

@@ -26,56 +26,125 @@ inline I level(F x, F inverse, F base) {
     return clamp(nearest(inverse * (x - base)), 0, TOP);
 }
 
-template <bool ABSOLUTE>
-inline F penalty(F difference) {
-    return ABSOLUTE ? absolute(difference) : difference * difference;
-}
+// One block's search in make_qkx2_quants and make_qkx3_quants, cut where two blocks can take turns.
+template <int TOP, bool ABSOLUTE>
+struct AffineSearch {
+    Affine best;
+    F low, max, sum_w, sum_x, error = {};
+    I flat;
+    F inverse, scale, min, sum_l, sum_l2, sum_xl, new_error;  // of the try under way
 
-// make_qkx2_quants and make_qkx3_quants.
-template <int N, int TOP, bool ABSOLUTE = false>
-inline Affine fit_affine(const F *x, const F *weight, Steps steps) {
-    F min = x[0], max = x[0], sum_w = weight[0], sum_x = sum_w * x[0];
-    for (int i = 1; i < N; i++) {
-        min = x[i] < min ? x[i] : min;
-        max = x[i] > max ? x[i] : max;
-        sum_w += weight[i];
-        sum_x += weight[i] * x[i];
-    }
-    min = min > 0 ? (F){} : min;
-    const I flat = max <= min;
-    F inverse = float(TOP) / (max - min), error = {};
-    Affine best = {1 / inverse, min, inverse, min};
-    for (int i = 0; i < N; i++) {
-        F difference = best.scale * to_float(level<TOP>(x[i], inverse, min)) + min - x[i];
-        error += weight[i] * penalty<ABSOLUTE>(difference);
-    }
-    for (int step = 0; step <= steps.n; step++) {
-        F levels[N], sum_l = {}, sum_l2 = {}, sum_xl = {}, new_error = {};
-        inverse = (steps.first + steps.step * step + TOP) / (max - best.min);
-        for (int i = 0; i < N; i++) {
-            levels[i] = to_float(level<TOP>(x[i], inverse, best.min));
-            F wl = weight[i] * levels[i];
-            sum_l += wl;
-            sum_l2 += wl * levels[i];
-            sum_xl += wl * x[i];
+    AffineSearch(const F *x, const F *weight, int n) {
+        low = max = x[0];
+        sum_w = weight[0];
+        sum_x = sum_w * x[0];
+        for (int i = 1; i < n; i++) {
+            low = x[i] < low ? x[i] : low;
+            max = x[i] > max ? x[i] : max;
+            sum_w += weight[i];
+            sum_x += weight[i] * x[i];
         }
+        min = low > 0 ? (F){} : low;
+        flat = max <= min;
+        begin_with(float(TOP) / (max - min), min);
+        scale = 1 / inverse;
+        best = {scale, min, inverse, min};
+    }
+
+    void begin_with(F new_inverse, F base) {
+        inverse = flat ? (F){} : new_inverse;
+        best.min = base;
+        sum_l = sum_l2 = sum_xl = new_error = (F){};
+    }
+
+    void begin(float factor) { begin_with(factor / (max - best.min), best.min); }
+
+    // Whether floats can round all levels of this try: none leaves 22 bits.
+    bool is_tame() const {
+        F bottom = absolute(inverse * (low - best.min)), top = absolute(inverse * (max - best.min));
+        return !any(~((bottom <= 4194303.f) & (top <= 4194303.f)));
+    }
+
+    template <bool TAME>
+    F level_of(F x) const {
+        if (!TAME) return to_float(level<TOP>(x, inverse, best.min));
+        return clamp((inverse * (x - best.min) + 12582912.f) - 12582912.f, 0.f, float(TOP));
+    }
+
+    void add(F x, F weight, F l) {
+        F wl = weight * l;
+        sum_l += wl;
+        sum_l2 += wl * l;
+        sum_xl += wl * x;
+    }
+
+    I solve() {
         F determinant = sum_w * sum_l2 - sum_l * sum_l;
-        F scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
-        F new_min = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
-        I above = new_min > 0;
-        new_min = above ? (F){} : new_min;
+        scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
+        min = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
+        I above = min > 0;
+        min = above ? (F){} : min;
         scale = above ? sum_xl / sum_l2 : scale;
-        for (int i = 0; i < N; i++)
-            new_error += weight[i] * penalty<ABSOLUTE>(scale * levels[i] + new_min - x[i]);
-        I better = (determinant > 0) & (new_error < error);
+        return determinant > 0;
+    }
+
+    void add_error(F x, F weight, F l) {
+        F difference = scale * l + min - x;
+        new_error += weight * (ABSOLUTE ? absolute(difference) : difference * difference);
+    }
+
+    void keep_if(I better) {
         error = better ? new_error : error;
         best.inverse = better ? inverse : best.inverse;
         best.base = better ? best.min : best.base;
         best.scale = better ? scale : best.scale;
-        best.min = better ? new_min : best.min;
+        best.min = better ? min : best.min;
     }
-    const F zero = {};
-    return {flat ? zero : best.scale, flat ? min : best.min, flat ? zero : best.inverse, flat ? zero : best.base};
+
+    Affine result() const {
+        const F zero = {};
+        return {flat ? zero : best.scale, flat ? (low > 0 ? zero : low) : best.min, flat ? zero : best.inverse, flat ? zero : best.base};
+    }
+};
+
+template <bool TAME, class Search>
+inline void take_levels(const Search &a, const Search &b, const F *x, int n, F *levels) {
+    for (int i = 0; i < n; i++) {
+        levels[i] = a.template level_of<TAME>(x[i]);
+        levels[n + i] = b.template level_of<TAME>(x[n + i]);
+    }
+}
+
+// Two blocks that follow each other at once: a try waits for the one before it, so one block leaves units idle.
+template <int N, int TOP, bool ABSOLUTE = false>
+inline void fit_affine(const F *x, const F *weight, Steps steps, Affine *fits) {
+    AffineSearch<TOP, ABSOLUTE> a(x, weight, N), b(x + N, weight + N, N);
+    F levels[2 * N];
+    for (int step = -1; step <= steps.n; step++) {
+        const bool plain = step < 0;
+        if (!plain) {
+            const float factor = steps.first + steps.step * step + TOP;
+            a.begin(factor);
+            b.begin(factor);
+        }
+        if (a.is_tame() && b.is_tame())
+            take_levels<true>(a, b, x, N, levels);
+        else
+            take_levels<false>(a, b, x, N, levels);
+        for (int i = 0; i < N; i++) {
+            a.add(x[i], weight[i], levels[i]);
+            b.add(x[N + i], weight[N + i], levels[N + i]);
+        }
+        const I solved_a = plain ? (I){} : a.solve(), solved_b = plain ? (I){} : b.solve();
+        for (int i = 0; i < N; i++) {
+            a.add_error(x[i], weight[i], levels[i]);
+            b.add_error(x[N + i], weight[N + i], levels[N + i]);
+        }
+        a.keep_if(plain ? ~(I){} : solved_a & (a.new_error < a.error));
+        b.keep_if(plain ? ~(I){} : solved_b & (b.new_error < b.error));
+    }
+    fits[0] = a.result();
+    fits[1] = b.result();
 }
 
 // x ~ scale * (level - TOP), levels 0 ... 2 * TOP - 1; all levels are 0 where the block is.
@@ -98,27 +167,37 @@ inline void farthest(const F *x, int n, F &value, F &distance) {
     }
 }
 
-// make_qx_quants with weights.
-template <int N, int TOP>
-inline Symmetric<TOP> fit_symmetric(const F *x, const F *weight) {
-    F max, distance, scale = {}, best = {};
-    farthest(x, N, max, distance);
-    const I flat = distance < SMALLEST;
-    F inverse = float(-TOP) / max;
+template <int N, int TOP, bool TAME>
+inline void search_symmetric(const F *x, const F *weight, F max, F &scale, F &inverse) {
+    F best = {};
     for (int step = -10; step <= 9; step++) {
         if (step == 0) continue;
-        // The first try is the plain one.
-        F new_inverse = step == -10 ? inverse : -(TOP + 0.1f * step) / max, sum_xl = {}, sum_l2 = {};
+        const bool plain = step == -10;
+        F new_inverse = plain ? float(-TOP) / max : -(TOP + 0.1f * step) / max, sum_xl = {}, sum_l2 = {};
         for (int i = 0; i < N; i++) {
-            F l = to_float(Symmetric<TOP>::signed_level(x[i], new_inverse));
+            F l = TAME ? clamp((new_inverse * x[i] + 12582912.f) - 12582912.f, float(-TOP), float(TOP - 1))
+                       : to_float(Symmetric<TOP>::signed_level(x[i], new_inverse));
+            F wl = weight[i] * l;
             sum_xl += weight[i] * x[i] * l;
-            sum_l2 += weight[i] * l * l;
+            sum_l2 += wl * l;
         }
-        I better = step == -10 ? sum_l2 != 0 : (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2);
-        inverse = better ? new_inverse : inverse;
+        I better = plain ? sum_l2 != 0 : (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2);
+        inverse = plain ? new_inverse : better ? new_inverse : inverse;
         scale = better ? sum_xl / sum_l2 : scale;
         best = better ? scale * sum_xl : best;
     }
+}
+
+// make_qx_quants with weights.
+template <int N, int TOP>
+inline Symmetric<TOP> fit_symmetric(const F *x, const F *weight) {
+    F max, distance, scale = {}, inverse = {};
+    farthest(x, N, max, distance);
+    const I flat = distance < SMALLEST;
+    if (any(~(distance < 1e37f)))
+        search_symmetric<N, TOP, false>(x, weight, max, scale, inverse);
+    else
+        search_symmetric<N, TOP, true>(x, weight, max, scale, inverse);
     return {flat ? (F){} : scale, inverse, flat};
 }
 
