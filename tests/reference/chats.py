@@ -323,3 +323,30 @@ TOOL_TOPICS = {
     "search": [_search],
     "send_message": [_message],
 }
+
+
+# What there is one right answer to, with the tools declared for it.
+EXERCISES = {
+    "capitals": (_capital, ()),
+    "sums": (_sum, ()),
+    "opposites": (_opposite, ()),
+    "functions": (_code, ()),
+    "words to repeat": (_repeat, ()),
+    "stated likings": (_likes, ()),
+    "invented capitals": (_invented_capital, ()),
+    "weather calls": (_weather, ("get_weather", "get_time")),
+    "two weather calls": (_two_weathers, ("get_weather", "get_time")),
+    "message calls": (_message, ("send_message", "search")),
+    "weather calls, all tools": (_weather, tuple(TOOLS)),
+}
+
+
+def generate_exercises(name: str, n: int, seed: int) -> Iterator[tuple[str, str]]:
+    """n prompts of a kind of EXERCISES, and all that the assistant should answer, with the end of its turn."""
+    rng, template = Random(seed), ChatTemplate(TEMPLATE_PATH.read_text(encoding="utf-8"))
+    topic, declared = EXERCISES[name]
+    tools = [TOOLS[tool] for tool in declared] or None
+    for _ in range(n):
+        question, answer, *_later = topic(rng)
+        prompt = template.render([question], tools, prompt=True)
+        yield prompt, template.render([question, answer], tools).removeprefix(prompt).removesuffix("\n")

@@ -107,10 +107,10 @@ def _packed(documents: Iterable[tuple[list[int], list[float]]], row_length: int)
     return Rows(np.array(rows, dtype=np.int64), np.array(row_weights, dtype=np.float32))
 
 
-def batches(sources: Rows, chats: Rows, drills: Rows, seed: int) -> Iterator[Rows]:
-    """Endless batches of two rows in either order: one of chats, one of code or a drill."""
+def batches(sources: Rows, chats: Rows, drills: Rows | None, seed: int) -> Iterator[Rows]:
+    """Endless batches of two rows in either order: one of chats, one of code or, if there are any, a drill."""
     rng = Random(seed)
-    code, talk, drill = (_shuffled_forever(rows, rng) for rows in (sources, chats, drills))
+    code, talk, drill = (_shuffled_forever(rows, rng) for rows in (sources, chats, drills or sources))
     for step in count():
         pair = [next(talk), next(code if step % DRILL_EVERY else drill)]
         tokens, weights = zip(*rng.sample(pair, 2), strict=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from reference.chats import TOOLS, ChatTemplate, user
+from reference.chats import EXERCISES, TOOLS, ChatTemplate, generate_exercises, user
 from reference.checkpoint import load_checkpoint
 from reference.corpus import chat_rows, source_rows, split_sources, standard_library
 from reference.decode import greedy, trunk_context_chain
@@ -19,6 +19,7 @@ from reference.tokenizer import EOS, IM_END
 ROW_LENGTH, N_ROWS, HELD_OUT_SEED = 1024, 8, 53
 STRIDE = 8  # rows between those where agreement is measured: trunk context costs a whole window for each
 N_PROMPTS, PROMPT_LENGTH, N_NEW = 8, 64, 192
+N_EXERCISES, ANSWER_LENGTH = 24, 120
 
 CODE_PROMPTS = [
     "import os\nimport sys\n\nclass Point:\n    def __init__(self,",
@@ -121,6 +122,15 @@ def samples(model: Step35, tokenizer: Tokenizer, template: ChatTemplate) -> Iter
         yield shown, tokenizer.decode(new, skip_special_tokens=False)
 
 
+def share_right(model: Step35, tokenizer: Tokenizer, name: str, n: int, seed: int) -> float:
+    """Of n exercises of a kind, those that greedy decoding answers to the letter, the thought included."""
+    prompts, wanted = zip(*generate_exercises(name, n, seed), strict=True)
+    stop = [tokenizer.token_to_id(IM_END)]
+    answers = greedy(model, [encoding.ids for encoding in tokenizer.encode_batch(prompts)], ANSWER_LENGTH, stop)
+    right = (tokenizer.decode(a, skip_special_tokens=False) == w for a, w in zip(answers, wanted, strict=True))
+    return sum(right) / n
+
+
 @torch.no_grad()
 def report(folder: Path) -> None:
     model, tokenizer = load_checkpoint(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -134,6 +144,10 @@ def report(folder: Path) -> None:
         print(f"greedy from {name}: heads agree with the trunk: {greedy_agreement(model, texts)}")
     for line in clamp_rates(model, torch.cat([code, chats])):
         print(line)
+    for name in EXERCISES:
+        print(
+            f"{name}: {100 * share_right(model, tokenizer, name, N_EXERCISES, HELD_OUT_SEED):.0f} % right", flush=True
+        )
     for prompt, text in samples(model, tokenizer, ChatTemplate((folder / "chat_template.jinja").read_text("utf-8"))):
         print(f"--- {prompt!r}\n{text}")
 
