@@ -6,6 +6,7 @@ import checkpoints
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from step35.long_runs import cut_long_runs
 from step35.server.conversation import Conversation, Message, Tool, ToolCall
 from step35.server.prompts import PromptBuilder
 from step35.server.slots import Choice, Slot, choose_slot, eviction_order, why_broken
@@ -140,6 +141,21 @@ def test_turns_survive_json_and_old_ones_go_first():
     turns.add(dataclasses.replace(old, message=Message("assistant", "x")))
     turns.add(known_turn([3], [4] * 6, Message("assistant", "z")))
     assert len(turns) == 1 and turns.find(known_turn([3], [], Message("assistant")).before, Message("assistant", "z"))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "é", " ", "=", "本", "\n"]), st.integers(1, 40)), max_size=8))
+def test_only_long_runs_are_cut_and_never_in_a_character(parts):
+    text = "".join(letter * n for letter, n in parts).encode()
+    pieces = cut_long_runs(text, 16)
+    assert b"".join(pieces) == text
+    assert all(piece.decode() is not None for piece in pieces)
+    if all(n * len(letter.encode()) <= 5 for letter, n in parts) and len(parts) < 3:
+        assert len(pieces) == 1
+
+
+def test_a_run_is_cut_at_its_longest():
+    assert [len(piece) for piece in cut_long_runs(b"ab " + b"x" * 40 + b" c", 16)] == [19, 16, 10]
+    assert cut_long_runs(b"ab " * 40, 16) == [b"ab " * 40]
 
 
 # slots

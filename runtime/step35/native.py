@@ -23,6 +23,7 @@ from llama_cpp import __version__ as binding_version
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
+from step35.long_runs import cut_long_runs
 from step35.machine import DISCRETE, INTEGRATED, Device
 from step35.options import ContextOptions, ModelOptions
 from step35.rows import Rows
@@ -264,6 +265,12 @@ class Model:
     # tokens and text
 
     def tokenize(self, text: bytes, *, add_bos: bool, parse_special: bool) -> list[int]:
+        tokens: list[int] = []
+        for i, piece in enumerate(cut_long_runs(text)):
+            tokens += self._tokenize(piece, add_bos and i == 0, parse_special)
+        return tokens
+
+    def _tokenize(self, text: bytes, add_bos: bool, parse_special: bool) -> list[int]:
         room = len(text) + 8
         tokens = (C.llama_token * room)()
         n = C.llama_tokenize(self._vocab, text, len(text), tokens, room, add_bos, parse_special)
