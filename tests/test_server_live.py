@@ -24,12 +24,12 @@ TOOLS = [
     }
 ]
 HELLO = [{"role": "user", "content": "Hello, how are you?"}]
-FLAGS = ("--ctx", "4096", "--batch", "64", "--threads", "1", "--parallel", "3", "--name", "tiny")
+FLAGS = ("--ctx", "4096", "--batch", "64", "--threads", "1", "--parallel", "3", "--name", "tiny", "--kv-type", "f32")
 
 
 @pytest.fixture(scope="module")
 def server():
-    with LiveServer(tiny_gguf(), *FLAGS, "--api-key", KEY) as live:
+    with LiveServer(tiny_gguf("F32"), *FLAGS, "--api-key", KEY) as live:
         yield live.ready()
 
 
@@ -153,11 +153,11 @@ def test_embeddings_say_that_they_arent_served(gpt):
 def test_messages_whole_streamed_and_counted(claude):
     asked = {"model": "tiny", "messages": HELLO, "max_tokens": 40, "system": "Be brief."}
     count = claude.messages.count_tokens(model="tiny", messages=HELLO, system="Be brief.")
-    whole = claude.messages.create(**asked, temperature=0)
+    whole = claude.messages.create(**asked, extra_body={"temperature": 0})
     usage = whole.usage
     assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == count.input_tokens
     assert whole.stop_reason in ("end_turn", "max_tokens")
-    with claude.messages.stream(**asked, temperature=0) as stream:
+    with claude.messages.stream(**asked, extra_body={"temperature": 0}) as stream:
         final = stream.get_final_message()
     assert [block.to_dict() for block in final.content] == [block.to_dict() for block in whole.content]
 
@@ -221,6 +221,13 @@ def test_tokens_go_there_and_back(server):
     _, back = server.post("/detokenize", {"tokens": body["tokens"]}, **bearer())
     assert back["content"] == "Hello <|im_end|> wörld"
     assert server.post("/detokenize", {"tokens": [-1]}, **bearer())[0] == 400
+
+
+def test_a_letter_repeated_for_pages_crashes_no_tokenizer(server):
+    for text in ("x" * 100_000, " " * 100_000, "=" * 100_000, "é" * 100_000):
+        status, body = server.post("/tokenize", {"content": text}, **bearer())
+        assert status == 200
+        assert server.post("/detokenize", {"tokens": body["tokens"]}, **bearer())[1]["content"] == text
 
 
 def test_status_metrics_and_description(server):

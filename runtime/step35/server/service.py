@@ -23,6 +23,7 @@ from step35.server.scheduler import Limits, Scheduler
 from step35.server.session_disk import SessionDisk, model_digest
 from step35.server.template import ChatTemplate
 from step35.server.turns import TurnMap
+from step35.usage import Pool, Usage
 
 BUILTIN_TEMPLATE_ERROR = "no chat template: the model file has none; convert it again, or use /v1/completions"
 
@@ -113,7 +114,8 @@ class Service:
                 f"prompt is too long: {len(prompt.tokens)} tokens > {self.engine.n_ctx} maximum; shorten it, or serve "
                 "with a larger --ctx"
             )
-        echo = self.text_of_tokens(prompt.tokens) if ask.echo else ""
+        text = ask.prompt if isinstance(ask.prompt, str) else self.text_of_tokens(prompt.tokens) if ask.echo else ""
+        echo = text if ask.echo else ""
         return Job(request_id, ask, prompt, feed, grammar_of(ask), self._n_reasoned(ask, prompt), echo)
 
     def _n_reasoned(self, ask: Ask, prompt: Prompt) -> int:
@@ -170,6 +172,7 @@ class Service:
         engine, conversations = scheduler.engine, scheduler.conversations
         options = engine.options
         return status | {
+            "memory": _memory_status(engine),
             "context": {"n_ctx": engine.n_ctx, "n_used": engine.n_ctx - engine.n_free_cells},
             "options": {
                 "draft": options.draft,
@@ -194,6 +197,28 @@ def _is_over(start: "asyncio.Future[Job]") -> bool:
     if start.cancelled() or start.exception():
         return True
     return start.result().feed.is_ended or start.result().feed.is_left
+
+
+def _memory_status(engine: Engine) -> dict[str, Any]:
+    """Returns what each memory was counted to hold, by purpose; no pools where the box doesn't tell its memory."""
+    need, budget = engine.need, engine.budget
+    return {
+        "resident_bytes": resident_bytes(),
+        "pressure": engine.pressure.name.lower(),
+        "caches": {"used": budget.used, "limit": budget.limit},
+        "pools": [{"name": pool.name, "budget": pool.budget, "parts": _parts(need.usage, pool)} for pool in need.pools]
+        if need
+        else [],
+    }
+
+
+def _parts(usage: Usage, pool: Pool) -> list[dict[str, Any]]:
+    """Returns the bytes of a memory by purpose, its devices together."""
+    sizes: dict[str, int] = {}
+    for device in pool.devices:
+        for purpose, n_bytes in usage.get(device, {}).items():
+            sizes[purpose.value] = sizes.get(purpose.value, 0) + n_bytes
+    return [{"what": what, "bytes": n_bytes} for what, n_bytes in sizes.items()]
 
 
 def _session_status(held) -> dict[str, Any]:

@@ -33,8 +33,9 @@ class Slot:
 
     @property
     def is_continued(self) -> bool:
-        """Whether the prompt goes on with this timeline, or changes its last message only."""
-        return not self.is_busy and 0 < self.last_start <= self.n_common
+        """Whether the prompt goes on with this timeline, changes its last message only, or costs it next to nothing."""
+        is_edit = 0 < self.last_start <= self.n_common
+        return not self.is_busy and (is_edit or 0 < self.n_here > self.n_tokens - LEAST_FORK)
 
     def is_long(self, n_short: int) -> bool:
         return self.n_tokens >= n_short
