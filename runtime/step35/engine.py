@@ -18,7 +18,7 @@ from step35.session import Session, n_cells
 from step35.sizes import format_size
 
 if TYPE_CHECKING:
-    from step35.guard import Guard
+    from step35.guard import Guard, Need
     from step35.native import Context, Model
 
 HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
@@ -62,6 +62,8 @@ class Engine:
         self.options = options
         self.clock = clock
         self.notes: list[str] = []
+        self.need: Need | None = None
+        """What everything takes, by device and purpose, as counted before loading; None if the box's memory is unknown."""
         self.budget = Budget()
         self.pressure, self._reading = Level.CALM, Reading(0)
         self.on_pressure: list[Callable[[Level], None]] = []
@@ -90,6 +92,7 @@ class Engine:
             self._calibrate()
 
     def _watch(self, guard: "Guard") -> None:
+        self.need = guard.need
         self.notes += guard.differences()
         self.budget.limit = guard.cache_bytes
         watchdog = guard.watchdog(shrink=self.budget.halve, on_change=self.obey)

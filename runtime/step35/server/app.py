@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -46,8 +46,8 @@ APIS: dict[str, ModuleType] = {
     "/v1/responses": responses,
     "/v1/messages": messages,
 }
-OPEN_PATHS = ("/health",)
-"""Served without a key: what watches a server shouldn't need one."""
+OPEN_PATHS = ("/health", "/")
+"""Served without a key: what watches a server shouldn't need one, and the page holds nothing; it asks for the key."""
 PAGE = Path(__file__).with_name("page.html")
 
 log = logging.getLogger("step35.server")
@@ -81,14 +81,14 @@ def make_app(service: Service, access: Access) -> ASGIApp:
         Route("/", routes.page),
     ]
     handlers = {ApiError: routes.on_api_error, HTTPException: routes.on_http_error}
-    return Gate(Starlette(routes=table, exception_handlers=handlers), service, access)
+    return Gate(Starlette(routes=table, exception_handlers=handlers), service, access, {route.path for route in table})
 
 
 class Gate:
     """Around every request: an id, the key, the origin, one line in the log, and no error without a form."""
 
-    def __init__(self, app: ASGIApp, service: Service, access: Access) -> None:
-        self._app, self._service, self._access = app, service, access
+    def __init__(self, app: ASGIApp, service: Service, access: Access, paths: Collection[str]) -> None:
+        self._app, self._service, self._access, self._paths = app, service, access, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,6 +107,8 @@ class Gate:
         try:
             response = self._refusal(scope)
             await (response or self._app)(scope, receive, send_on)
+        except ClientDisconnect:
+            record.facts["left"] = True
         except Exception as error:
             log.exception("request %s broke", record.id)
             if not status:
@@ -157,11 +159,7 @@ class Gate:
         return hmac.compare_digest(given, self._access.api_key.encode())
 
     def _log(self, record: Record, status: int) -> None:
-        path = (
-            record.path
-            if record.path in APIS or record.path.startswith(("/v1", "/health", "/status", "/metrics"))
-            else "other"
-        )
+        path = record.path if record.path in self._paths else "other"
         self._service.metrics.requests.labels(path, status).inc()
         line = {"id": record.id, "method": record.method, "path": record.path[:200], "status": status}
         line |= {"ms": round((time.monotonic() - record.started) * 1000), **record.facts}
