@@ -6,17 +6,20 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
-
 import planned_gguf
+import pytest
 from checkpoints import REAL
-from step35.doctor import CANARY, devices, disk, examine, examine_model, memory, self_test
-from step35.errors import NativeError
+from made_up_reference import reference_logits
+from step35 import made_up
+from step35.doctor import CANARY, Finding, arithmetic, devices, disk, examine, examine_model, memory, self_test
+from step35.errors import DoesNotFit, NativeError
 from step35.gguf_facts import read_header
 from step35.hardware import Sources, probe
 from step35.machine import GIB, Machine
 from step35.options import EngineOptions
 from tiny_model import tiny_gguf
+
+FIRST_WEIGHTS = [-0.32410097122192383, -0.08300900459289551, 0.8700135946273804]
 
 
 def a_box(files=None, *, available=60):
@@ -30,7 +33,9 @@ class FakeEngine:
 
     def __init__(self, n_vocab, answer):
         self.prompt = []
-        self.trunk = SimpleNamespace(truncate=lambda seq, n: self.prompt.clear(), decode=self.decode, logits=self.logits)
+        self.trunk = SimpleNamespace(
+            truncate=lambda seq, n: self.prompt.clear(), decode=self.decode, logits=self.logits
+        )
         self.n_vocab, self.answer = n_vocab, answer
 
     def decode(self, rows):
@@ -55,7 +60,8 @@ def real(tmp_path_factory):
 
 def test_a_healthy_installation_and_model_have_no_remedies():
     findings = list(examine(a_box(), tiny_gguf("Q4_K_M"), _engine))
-    assert {f.what for f in findings} == {"llama-cpp-python", "memory", "GPU", "MTP heads", "disk", "size", "self-test"}
+    whats = ["llama-cpp-python", "memory", "GPU", "load mode", "arithmetic", "MTP heads", "disk", "size", "self-test"]
+    assert [f.what for f in findings] == whats
     assert all(f.is_well for f in findings), findings
 
 
@@ -83,6 +89,38 @@ def test_a_model_that_decodes_differently_in_two_steps_is_found():
     shape = read_header(tiny_gguf()).shape
     finding = self_test(shape, EngineOptions(tiny_gguf()), lambda options: FakeEngine(shape.n_vocab, len))
     assert "another token" in finding.remedy
+
+
+def test_the_known_logits_are_the_torch_references():
+    """The golden comes from an implementation that shares nothing with llama.cpp; bench/known_logits.py writes it."""
+    known, logits = made_up.known_logits(), reference_logits()
+    assert known.best == logits.argmax()
+    assert known.spread == pytest.approx(logits.std(), rel=1e-3)
+    assert all(logits[token] == pytest.approx(value, abs=2e-4) for token, value in known.logits.items())
+    assert len(known.logits) >= 12
+
+
+def test_llama_cpp_that_computes_something_else_is_found():
+    """As a driver does that breaks one kernel: the token is right, the logits are not."""
+    known = made_up.known_logits()
+    finding = arithmetic(lambda options: FakeEngine(made_up.N_VOCAB, lambda prompt: known.best))
+    assert not finding.is_well
+    assert f"gives token {known.best} (known {known.best}), logits off by at most" in finding.found
+    assert "another driver" in finding.remedy
+
+
+def test_an_engine_that_cannot_be_loaded_is_a_finding():
+    def full(options):
+        raise DoesNotFit("doesn't fit: RAM expected less")
+
+    assert arithmetic(full) == Finding("arithmetic", "doesn't fit: RAM expected less", arithmetic(full).remedy)
+    assert not arithmetic(full).is_well
+
+
+def test_the_made_up_weights_are_the_same_everywhere():
+    values = made_up.tensors()
+    assert values["token_embd.weight"][0, :3].tolist() == pytest.approx(FIRST_WEIGHTS, abs=1e-7)
+    assert sum(v.size for v in values.values()) < 2_000_000
 
 
 def test_a_model_that_is_too_large_is_not_loaded(real):
@@ -136,7 +174,12 @@ def test_a_missing_symbol_ends_the_examination(monkeypatch):
 
 def test_the_command_exits_1_on_a_bad_file(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"nonsense")
-    done = subprocess.run([sys.executable, "-m", "step35.cli", "doctor", str(tmp_path / "x.gguf"), "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "step35.cli", "doctor", str(tmp_path / "x.gguf"), "--json"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1, done.stderr
     data = json.loads(done.stdout)
     assert data["ok"] is False

@@ -1,5 +1,6 @@
 """What may be wrong with an installation, a box or a file: each finding with its remedy."""
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from step35.errors import DoesNotFit, ModelError, NativeError
+from step35 import made_up
+from step35.errors import DoesNotFit, ModelError, NativeError, Step35Error
 from step35.gguf_facts import Header, ModelShape, read_header
 from step35.guard import drop_from_page_cache, need
 from step35.hardware import Sources, cgroup_limits, probe
@@ -21,6 +23,8 @@ REAL_TRUNK, REAL_VOCAB = 45, 128896
 SAMPLE_BYTES = 256 * 2**20
 SLOW_DISK = 300e6
 N_SELF_TEST = 64
+ARITHMETIC_ERROR = 0.05
+"""Of the logits' spread; a CPU comes to 0.1 %, and GPUs may round products to 10 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ def examine(sources: Sources, model: Path | None, load_engine: Callable[[EngineO
     machine = probe(replace(sources, bandwidth=lambda n_threads: 1.0))
     yield memory(sources, machine)
     yield devices(sources, machine)
+    yield load_mode(machine)
+    yield arithmetic(load_engine)
     if model is not None:
         yield from examine_model(model, machine, load_engine)
 
@@ -72,9 +78,47 @@ def devices(sources: Sources, machine: Machine) -> Finding:
     driver = (sources.read("/proc/driver/nvidia/version") or "").splitlines()
     if driver and not machine.gpus:
         build = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        return Finding("GPU", f"a driver ({driver[0]}), but no device that llama.cpp can use", f"build it for CUDA: {build}")
-    gpus = [f"{gpu.name}, {gpu.kind}, {format_size(gpu.free_bytes)} of {format_size(gpu.total_bytes)} free" for gpu in machine.gpus]
+        return Finding(
+            "GPU", f"a driver ({driver[0]}), but no device that llama.cpp can use", f"build it for CUDA: {build}"
+        )
+    gpus = [
+        f"{gpu.name}, {gpu.kind}, {format_size(gpu.free_bytes)} of {format_size(gpu.total_bytes)} free"
+        for gpu in machine.gpus
+    ]
     return Finding("GPU", "; ".join(gpus) or "none", "")
+
+
+def load_mode(machine: Machine) -> Finding:
+    """Tells how weights will be read here."""
+    why = "the GPU maps the file itself" if machine.load_mode == "mmap" else "weights are read into memory of their own"
+    return Finding("load mode", f"{machine.load_mode}: {why}; a plan may say otherwise")
+
+
+def arithmetic(load_engine: Callable[[EngineOptions], object]) -> Finding:
+    """Runs a made-up Step-3.5, whose logits are known from another implementation, on the devices of this box."""
+    try:
+        logits = _made_up_logits(load_engine)
+    except Step35Error as error:
+        return Finding("arithmetic", str(error), "mend what is said there, and ask the doctor again")
+    known = made_up.known_logits()
+    error = max(abs(float(logits[token]) - value) for token, value in known.logits.items()) / known.spread
+    found = (
+        f"a made-up model gives token {int(logits.argmax())} (known {known.best}), logits off by at most {error:.1%}"
+    )
+    is_right = int(logits.argmax()) == known.best and error < ARITHMETIC_ERROR
+    return Finding(
+        "arithmetic", found, "" if is_right else "try another driver or build of llama.cpp; on the CPU: --ngl 0"
+    )
+
+
+def _made_up_logits(load_engine: Callable[[EngineOptions], object]) -> np.ndarray:
+    with tempfile.TemporaryDirectory(prefix="step35-doctor-") as folder:
+        path = Path(folder) / "made-up.gguf"
+        made_up.write(path)
+        options = EngineOptions(path, draft="off", n_ctx=512, n_batch=N_SELF_TEST)
+        with load_engine(options) as engine:
+            parts = [list(made_up.PROMPT[i : i + N_SELF_TEST]) for i in range(0, len(made_up.PROMPT), N_SELF_TEST)]
+            return _last_logits(engine, parts)
 
 
 # the model
@@ -103,7 +147,9 @@ def heads(header: Header) -> Finding:
     """Looks for MTP heads."""
     if header.shape.n_heads:
         return Finding("MTP heads", f"{header.shape.n_heads}")
-    return Finding("MTP heads", "none: no drafting, unless --mtp gives a side file (convert-step35 run CHECKPOINT --mtp only)")
+    return Finding(
+        "MTP heads", "none: no drafting, unless --mtp gives a side file (convert-step35 run CHECKPOINT --mtp only)"
+    )
 
 
 def disk(path: Path, n_bytes: int, clock: Callable[[], float] = time.perf_counter) -> Finding:
@@ -129,12 +175,22 @@ def self_test(shape: ModelShape, options: EngineOptions, load_engine: Callable[[
         in_two = at_once if is_real else _last_logits(engine, [prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]])
     token = int(at_once.argmax())
     if not np.isfinite(at_once).all():
-        return Finding("self-test", "logits that are not numbers", "another driver or build; check the file with convert-step35 verify")
+        return Finding(
+            "self-test",
+            "logits that are not numbers",
+            "another driver or build; check the file with convert-step35 verify",
+        )
     if is_real:
-        remedy = "" if token == CANARY[1] else "check the file with convert-step35 verify; then try another driver or build"
+        remedy = (
+            "" if token == CANARY[1] else "check the file with convert-step35 verify; then try another driver or build"
+        )
         return Finding("canary", f"{CANARY[0]} gives {token}, published {CANARY[1]}", remedy)
     agrees = token == int(in_two.argmax())
-    return Finding("self-test", f"token {token} after {len(prompt)} tokens", "" if agrees else "decoding in two steps gives another token: try another driver or build")
+    return Finding(
+        "self-test",
+        f"token {token} after {len(prompt)} tokens",
+        "" if agrees else "decoding in two steps gives another token: try another driver or build",
+    )
 
 
 def _last_logits(engine, parts: list[list[int]]) -> np.ndarray:

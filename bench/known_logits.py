@@ -1,0 +1,33 @@
+"""Writes runtime/step35/known_logits.json: what the made-up model of `step35 doctor` gives, by the torch reference.
+
+python bench/known_logits.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # the torch reference
+
+from made_up_reference import reference_logits
+
+N_KEPT = 12
+
+
+def main() -> None:
+    """Keeps the greatest logits and some evenly spread ones."""
+    logits = reference_logits()
+    order = (-logits).argsort()
+    tokens = sorted({*map(int, order[: N_KEPT // 2]), *range(0, len(logits), 2 * len(logits) // N_KEPT)})
+    data = {
+        "best": int(order[0]),
+        "spread": round(float(logits.std()), 4),
+        "logits": {str(token): round(float(logits[token]), 4) for token in tokens},
+    }
+    path = ROOT / "runtime" / "step35" / "known_logits.json"
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
