@@ -16,10 +16,15 @@ from step35.server.conversation import (
     ToolCall,
     ToolCallArguments,
     ToolCallBegin,
+    ToolCallEnd,
     Usage,
 )
 from step35.server.parser import Parser
 from step35.text import TextStream
+
+CALL_END = "</tool_call>"
+MOST_AFTER_CALL = 4
+"""Tokens that the end of a call's wrapper may take."""
 
 Piece = Callable[[int], bytes]
 
@@ -41,6 +46,7 @@ class Answer:
     piece: Piece
     parser: Parser | None
     stop: Sequence[str] = ()
+    may_call_twice: bool = True
     n_tokens: int = 0
     n_reasoning: int = 0
     content: list[str] = field(default_factory=list)
@@ -50,6 +56,7 @@ class Answer:
     _text: TextStream = field(init=False)
     _stops: TextStream = field(init=False)
     _fed: list[str] = field(default_factory=list)
+    _n_after_call: int | None = None
 
     def __post_init__(self) -> None:
         self._text = TextStream(self.piece)
@@ -61,6 +68,11 @@ class Answer:
         return self._stops.stopped
 
     @property
+    def is_over(self) -> bool:
+        """Whether no more tokens are wanted: after a stop string, or after the one call that was asked for."""
+        return self.is_stopped or (self._n_after_call is not None and self._n_after_call >= MOST_AFTER_CALL)
+
+    @property
     def in_reasoning(self) -> bool:
         return self.parser is not None and self.parser.in_reasoning
 
@@ -69,7 +81,10 @@ class Answer:
         self.n_tokens += 1
         self.n_reasoning += self.in_reasoning
         events: list[Event] = [] if logprobs is None else [self._logprobs(logprobs)]
-        return events + self._take(self._text.add(token))
+        text = self._text.add(token)
+        if self._n_after_call is not None:
+            self._n_after_call += MOST_AFTER_CALL if CALL_END in text else 1
+        return events + self._take(text)
 
     def finish(self, reason: str, n_prompt: int, n_cached: int) -> list[Event]:
         """Returns the last events; `reason` is stop or length."""
@@ -112,6 +127,8 @@ class Answer:
             case ToolCallBegin(_, id_, name):
                 self.calls.append(Call(id_, name))
                 return [*self._content(self._stops.finish()), event]  # half a stop string before it was none
+            case ToolCallEnd() if not self.may_call_twice:
+                self._n_after_call = 0
             case ToolCallArguments(index, fragment):
                 self.calls[index].arguments += fragment
         return [event]

@@ -76,6 +76,8 @@ class Scheduler:
         self._drain_until = float("inf")
         self._ids: tuple[int | None, frozenset[int]] = (None, frozenset())
         self._speed: deque[tuple[float, int]] = deque()
+        self.decode_tps = 0.0
+        """Tokens a second of all answers, in the last seconds."""
 
     # called from other threads
 
@@ -235,7 +237,7 @@ class Scheduler:
         is_chat = isinstance(ask.prompt, Conversation)
         tools = ask.prompt.tools if is_chat and ask.tool_choice != "none" else ()
         parser = Parser(tools, job.prompt.opens_reasoning, lambda: f"call_{uuid.uuid4().hex[:24]}") if is_chat else None
-        job.answer = Answer(self._piece if is_chat else model.piece, parser, ask.stop)
+        job.answer = Answer(self._piece if is_chat else model.piece, parser, ask.stop, ask.parallel_tool_calls)
         sampling = ask.sampling if ask.has_seed else replace(ask.sampling, seed=random.getrandbits(64))
         grammar = None
         if job.grammar is not None:
@@ -332,28 +334,22 @@ class Scheduler:
             self._break(job, "the model's output isn't a number: the sequence was stopped and its cache dropped")
             return
         tokens = turn.session.tokens
-        n_end = len(tokens) - (turn.finish == "stop")
+        n_end, n_before = len(tokens) - (turn.finish == "stop"), job.n_seen
         events: list[Event] = []
         if job.is_prefilling:
             events.append(Progress(turn.session.n_kv, turn.n_prompt))
-        for i in range(job.n_seen, n_end):
-            if job.answer.is_stopped:
-                break
-            at = i - turn.n_prompt
-            events += job.answer.feed(tokens[i], guide.logprobs[at] if at < len(guide.logprobs) else None)
-        self._count(job, n_end - job.n_seen)
-        job.n_seen = n_end
+        while job.n_seen < n_end and not job.answer.is_over:
+            at = job.n_seen - turn.n_prompt
+            events += job.answer.feed(tokens[job.n_seen], guide.logprobs[at] if at < len(guide.logprobs) else None)
+            job.n_seen += 1
+        self._count(job, job.n_seen - n_before)
         if events:
             job.feed.publish(events)
-        if job.answer.is_stopped or turn.finish:
-            self._complete(job, "stop" if job.answer.is_stopped else turn.finish)
-        elif turn.n_generated // CHECK_REPEAT_EVERY != (turn.n_generated - 1) // CHECK_REPEAT_EVERY and is_endless(
-            turn.generated
-        ):
-            self._break(
-                job,
-                f"the output repeats itself without end, after {turn.n_generated} tokens: stopped, and its cache dropped",
-            )
+        if job.answer.is_over or turn.finish:
+            self._complete(job, "stop" if job.answer.is_over else turn.finish)
+        elif self._is_endless(job):
+            told = f"the output repeats itself without end, after {turn.n_generated} tokens: stopped, and its cache dropped"
+            self._break(job, told)
 
     def _is_endless(self, job: Job) -> bool:
         if job.turn.n_generated < job.next_check:
@@ -367,12 +363,6 @@ class Scheduler:
             self.metrics.first_token.observe(job.first_token - job.arrived)
         self.metrics.generated_tokens.inc(n_new)
         self._speed.append((self._clock(), n_new))
-
-    @property
-    def decode_tps(self) -> float:
-        """Tokens a second of all answers, in the last seconds."""
-        since = self._clock() - SPEED_WINDOW_S
-        return sum(n for at, n in list(self._speed) if at > since) / SPEED_WINDOW_S
 
     # ending
 
@@ -432,6 +422,7 @@ class Scheduler:
         self.metrics.cells_used.set(self.engine.n_ctx - self.engine.n_free_cells)
         while self._speed and self._speed[0][0] < self._clock() - SPEED_WINDOW_S:
             self._speed.popleft()
+        self.decode_tps = sum(n for _, n in self._speed) / SPEED_WINDOW_S
         self.metrics.decode_tps.set(self.decode_tps)
 
 
