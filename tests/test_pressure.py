@@ -12,6 +12,7 @@ import pytest
 from fake_native import Script, loader
 from hypothesis import given
 from hypothesis import strategies as st
+from server_fakes import answer, ask, events_of, fake_service, serve
 from step35.budget import Budget
 from step35.chooser import Chooser
 from step35.engine import Engine
@@ -21,6 +22,7 @@ from step35.hardware import Sources, stalls
 from step35.options import EngineOptions
 from step35.pressure import Level, Reading, Thresholds, next_level
 from step35.sampling import Sampling
+from step35.server.errors import ApiError
 from step35.watchdog import Watchdog
 from tiny_model import tiny_gguf
 
@@ -208,6 +210,23 @@ def test_work_is_taken_again_when_the_memory_is_back():
         engine.obey(Level.REJECT, Reading(1))
         engine.obey(Level.CALM, Reading(2**40))
         assert len(run(session, [1, 2])) == 4
+
+
+def test_a_server_ends_when_the_memory_runs_out():
+    async def talk(service):
+        job, _ = await service.submit(ask([1, 2, 3], 300), "r", None)
+        service.scheduler.engine.obey(Level.STOP, Reading(2**30))
+        events = await events_of(job)
+        with pytest.raises(ApiError) as refused:
+            await answer(service, ask([1]))
+        return events, refused.value.status
+
+    service = fake_service()
+    events, status = serve(service, talk)
+    assert "memory is short" in str(events[-1])
+    assert status == 503
+    assert service.scheduler.state == "stopped"
+    assert "memory ran out" in str(service.scheduler.failure)
 
 
 # a real limit

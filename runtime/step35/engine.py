@@ -183,6 +183,7 @@ class Engine:
         """Takes the watchdog's word on the memory: at STOP the running step ends. Callable from any thread."""
         self.pressure, self._reading = level, reading
         if level is Level.STOP:
+            self.budget.limit = 0  # a last snapshot would be the last straw
             self.cancel()
         for tell in self.on_pressure:
             tell(level)

@@ -21,6 +21,7 @@ from functools import partial
 from step35.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
 from step35.generation import Turn, begin, step
+from step35.pressure import Level
 from step35.server.answer import Answer
 from step35.server.choosing import ArmedGrammar, Guide, ReasoningEnd, is_endless
 from step35.server.conversation import ContentDelta, Conversation, Event, Failed, Progress
@@ -134,6 +135,7 @@ class Scheduler:
             self._become("failed")
             return
         self.engine = self.conversations.engine
+        self.engine.on_pressure.append(self._feel)
         self.metrics.cells.set(self.engine.n_ctx)
         if self.state == "loading":
             self._become("ready")
@@ -148,6 +150,12 @@ class Scheduler:
             self._become("failed")
         else:
             self._become("stopped")
+
+    def _feel(self, level: Level) -> None:
+        """Ends the server when the memory can't carry it any longer. Called by the watchdog's thread."""
+        if level is Level.STOP:
+            self.failure = DoesNotFit("memory ran out: the server has ended; load with a smaller context or a smaller recipe")
+            self.drain(0)
 
     def _become(self, state: str) -> None:
         self.state = state
