@@ -4,18 +4,17 @@ import ast
 from dataclasses import replace
 from pathlib import Path
 
+import planned_gguf
 import pytest
+from checkpoints import REAL, TINY
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
-import planned_gguf
-from checkpoints import REAL, TINY
 from step35 import placement as placement_module
 from step35.advice import advice, with_recipe
 from step35.errors import SettingsError
 from step35.estimate import ACCEPTANCE, Box, speed, step_seconds, touched
 from step35.gguf_facts import Group, read_header
-from step35.machine import DISCRETE, INTEGRATED, Gpu, Machine, known_machines, models_path
+from step35.machine import DISCRETE, INTEGRATED, REMOTE, Gpu, Machine, known_machines, models_path
 from step35.memory import Run, loaded_tensors
 from step35.placement import Wishes, judge, longest_context, place
 from step35.plan_file import from_text, to_text
@@ -45,10 +44,14 @@ def box(ram: int, *gpus: Gpu) -> Machine:
 
 RAM = st.integers(0, 200 * MIB)
 GPU_BYTES = st.integers(1 * MIB, 60 * MIB)
+KINDS = st.sampled_from([DISCRETE, INTEGRATED])
 MACHINES = st.one_of(
     RAM.map(box),
     st.builds(lambda ram, sizes: box(ram, *map(gpu, sizes)), RAM, st.lists(GPU_BYTES, min_size=1, max_size=3)),
     st.builds(lambda ram, n: box(ram, gpu(n, INTEGRATED)), RAM, GPU_BYTES),
+    st.builds(
+        lambda ram, far, near, kind: box(ram, gpu(far, REMOTE), gpu(near, kind)), RAM, GPU_BYTES, GPU_BYTES, KINDS
+    ),
 )
 WISHES = st.builds(
     Wishes,
@@ -59,7 +62,9 @@ WISHES = st.builds(
     n_sessions=st.integers(1, 4),
     with_heads=st.booleans(),
 )
-ASKED = st.tuples(MACHINES, WISHES).map(lambda pair: (pair[0], pair[1] if pair[0].gpus else replace(pair[1], gpu_budget=None)))
+ASKED = st.tuples(MACHINES, WISHES).map(
+    lambda pair: (pair[0], pair[1] if pair[0].gpus else replace(pair[1], gpu_budget=None))
+)
 LAWS = settings(deadline=None, max_examples=60)
 
 
@@ -106,7 +111,9 @@ def test_more_gpu_memory_never_places_fewer_weights_on_the_gpus(tiny, ram, sizes
 def test_more_ram_never_breaks_a_plan(tiny, asked, more):
     machine, wishes = asked
     if place(tiny, machine, wishes).fits:
-        larger = replace(machine, total_bytes=machine.total_bytes + more, available_bytes=machine.available_bytes + more)
+        larger = replace(
+            machine, total_bytes=machine.total_bytes + more, available_bytes=machine.available_bytes + more
+        )
         assert place(tiny, larger, wishes).fits
 
 
@@ -183,7 +190,15 @@ def test_planning_is_pure():
         tree = ast.parse((Path(placement_module.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-        assert not imported & {"os", "time", "subprocess", "pathlib", "step35.native", "step35.hardware", "step35.yaml_file"}
+        assert not imported & {
+            "os",
+            "time",
+            "subprocess",
+            "pathlib",
+            "step35.native",
+            "step35.hardware",
+            "step35.yaml_file",
+        }
 
 
 # estimates
@@ -204,7 +219,11 @@ def test_a_token_reads_the_active_weights_and_its_context(real):
     layout = place(real, box(200 * GIB), Wishes(n_ctx=32768)).placement.layout
     slow = replace(box(200 * GIB), bandwidth=1.0, decode_share=1.0)
     seconds = [step_seconds(Box(real, slow, Run(), layout), n_past, 1) for n_past in (0, 1000)]
-    active = sum(t.n_bytes * (8 / 288 if t.group is Group.EXPERTS else 1) for t in real.tensors if t.group not in (Group.EMBEDDING, Group.HEADS))
+    active = sum(
+        t.n_bytes * (8 / 288 if t.group is Group.EXPERTS else 1)
+        for t in real.tensors
+        if t.group not in (Group.EMBEDDING, Group.HEADS)
+    )
     assert seconds[0] == pytest.approx(active)
     assert seconds[1] - seconds[0] == pytest.approx(1000 * 12 * 4096 + 512 * 33 * 4096)
 
@@ -221,10 +240,13 @@ def test_the_draft_depth_is_at_most_the_heads(real):
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
-        (dict(policy="fast"), "bad policy: expected one of auto, unified, split, gpu, cpu, rpc, got 'fast'"),
-        (dict(n_ctx=300000), "context too long: expected at most 262144 .*, got 300000"),
-        (dict(gpu_budget=30 * GIB), r"GPU budget too large: expected at most 24.00 GiB \(rtx4090-24\+128\), got 30.00 GiB"),
-        (dict(policy="unified", n_ctx=4096), "policy doesn't suit: .* expected one of gpu, split, cpu, got 'unified'"),
+        ({"policy": "fast"}, "bad policy: expected one of auto, unified, split, gpu, cpu, rpc, got 'fast'"),
+        ({"n_ctx": 300000}, "context too long: expected at most 262144 .*, got 300000"),
+        (
+            {"gpu_budget": 30 * GIB},
+            r"GPU budget too large: expected at most 24.00 GiB \(rtx4090-24\+128\), got 30.00 GiB",
+        ),
+        ({"policy": "unified", "n_ctx": 4096}, "policy doesn't suit: .* expected one of gpu, split, cpu, got 'unified'"),
     ],
 )
 def test_a_bad_wish_is_one_line(tiny, wishes, message):
