@@ -1,7 +1,7 @@
-"""Writes docs/plans.md: what step35 plan says for every known machine, and how far its estimates are from
+"""Writes the tables of docs/plans.md: what step35 plan says for every known machine, and how far its estimates are from
 published measurements. Needs no machine but this one: all of it is arithmetic on headers.
 
-    python bench/plans.py            writes docs/plans.md
+    python bench/plans.py            writes them after their mark in docs/plans.md
     python bench/plans.py --stdout   prints it
 """
 
@@ -16,15 +16,14 @@ import click
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the tests' generator of sparse GGUFs
 
-import planned_gguf  # noqa: E402
-from checkpoints import REAL  # noqa: E402
-
-from step35.estimate import Box, prefill, speed, step_seconds  # noqa: E402
-from step35.gguf_facts import Header, read_header  # noqa: E402
-from step35.machine import Machine, known_machines  # noqa: E402
-from step35.memory import Run  # noqa: E402
-from step35.placement import Judged, Wishes, place  # noqa: E402
-from step35.usage import HOST, Layout, gpu_name  # noqa: E402
+import planned_gguf
+from checkpoints import REAL
+from step35.estimate import Box, prefill, speed, step_seconds
+from step35.gguf_facts import Header, read_header
+from step35.machine import Machine, known_machines
+from step35.memory import Run
+from step35.placement import Judged, Wishes, place
+from step35.usage import HOST, Layout, gpu_name
 
 RECIPES = ("MOE_IQ3_S_IQ4_XS", "MOE_IQ4_XS", "MOE_IQ4_XS_Q4_K", "MOE_Q4_K_Q5_K")
 CONTEXTS = (32768, 131072, 262144)
@@ -51,36 +50,29 @@ PUBLISHED = {
     },
 }
 
-HEAD = """\
-# Plans for known machines
-
-What `step35 plan MODEL --machine NAME --ctx N` says, for every machine of models.yaml and four recipes.
-Written by `python bench/plans.py`; nothing here was measured on these machines.
-
-- Bytes are arithmetic on the file's header. Weights, KV cells and compute buffers are what llama.cpp's dry run gives,
-  to the byte, on a CPU build (tests/test_memory.py). On GPUs the same graphs are counted on every device
-  that may run a part of them; the driver's share is a round number.
-- Speeds are **estimates** from bytes and bandwidth. Decode is for one session: plain, and at the draft depth that the
-  estimate finds best, with posted acceptance (.85, .75, .65 head by head) and independent routing.
-- "fits" leaves the machine's reserve free. A plan that doesn't fit shows its most frugal settings.
-"""
+MARK = "<!-- From here on written by python bench/plans.py -->"
 
 
 def headers() -> dict[str, Header]:
     """Returns the real model's header in every recipe of the tables, and in Q4_K_S."""
     with tempfile.TemporaryDirectory() as folder:
-        return {name: read_header(planned_gguf.write(Path(folder) / f"{name}.gguf", REAL, name)) for name in (*RECIPES, "Q4_K_S")}
+        return {
+            name: read_header(planned_gguf.write(Path(folder) / f"{name}.gguf", REAL, name))
+            for name in (*RECIPES, "Q4_K_S")
+        }
 
 
 def document(found: dict[str, Header]) -> str:
-    """Returns docs/plans.md."""
+    """Returns the tables."""
     sections = [machine_section(machine, found) for machine in known_machines().values()]
-    return "\n".join([HEAD, *published_section(found["Q4_K_S"]), *sections])
+    return "\n".join([*published_section(found["Q4_K_S"]), *sections])
 
 
 def machine_section(machine: Machine, found: dict[str, Header]) -> str:
     """Returns one machine's table."""
-    rows = ["| recipe | context | | policy | batch, KV | GPU GiB | RAM GiB | prefill | decode at 2k | decode, full | drafting at 2k |"]
+    rows = [
+        "| recipe | context | | policy | batch, KV | GPU GiB | RAM GiB | prefill | decode at 2k | decode, full | drafting at 2k |"
+    ]
     rows.append("|---|---|---|---|---|---|---|---|---|---|---|")
     for recipe in RECIPES:
         for n_ctx in CONTEXTS:
@@ -151,12 +143,16 @@ def unified_box(header: Header, machine: Machine, kv_type: str) -> Box:
 @click.command()
 @click.option("--stdout", is_flag=True, help="Print the document instead of writing it.")
 def main(stdout: bool) -> None:
-    """Writes docs/plans.md."""
+    """Writes the tables of docs/plans.md; the text before them stays."""
     text = document(headers())
     if stdout:
         click.echo(text, nl=False)
-    else:
-        (ROOT / "docs" / "plans.md").write_text(text, encoding="utf-8")
+        return
+    path = ROOT / "docs" / "plans.md"
+    before, mark, _ = path.read_text(encoding="utf-8").partition(MARK)
+    if not mark:
+        raise click.ClickException(f"no place for the tables: {path} expected the line {MARK}")
+    path.write_text(f"{before}{MARK}\n\n{text}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_a_cgroup_v2_limit_binds_and_page_cache_does_not_count():
         "/proc/self/cgroup": "0::/user/job\n",
         "/sys/fs/cgroup/user/job/memory.max": f"{20 * GIB}\n",
         "/sys/fs/cgroup/user/job/memory.current": f"{9 * GIB}\n",
-        "/sys/fs/cgroup/user/job/memory.stat": f"anon 1\ninactive_file {4 * GIB}\n",
+        "/sys/fs/cgroup/user/job/memory.stat": f"anon 1\ninactive_file {3 * GIB}\nactive_file {GIB}\n",
         "/sys/fs/cgroup/user/memory.max": "max\n",
         "/sys/fs/cgroup/user/memory.current": "0\n",
     }

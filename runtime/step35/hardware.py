@@ -139,10 +139,11 @@ def _cgroup_folders(sources: Sources) -> list[tuple[str, str, str]]:
 
 
 def _droppable(sources: Sources, folder: str) -> int:
-    """Returns the page cache that counts against a cgroup's limit but yields to programs."""
+    """Returns the page cache that counts against a cgroup's limit but yields to programs, as in MemAvailable."""
     lines = (line.split() for line in (sources.read(f"{folder}/memory.stat") or "").splitlines())
     values = {line[0]: int(line[1]) for line in lines if len(line) == 2}
-    return values.get("total_inactive_file", values.get("inactive_file", 0))
+    total = "total_" if "total_inactive_file" in values else ""  # version 1 counts those below apart
+    return values.get(f"{total}inactive_file", 0) + values.get(f"{total}active_file", 0)
 
 
 # processors
