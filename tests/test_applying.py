@@ -7,12 +7,11 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import planned_gguf
 import pytest
+from checkpoints import REAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import planned_gguf
-from checkpoints import REAL
 from step35 import native
 from step35.applying import engine_options, environment, overrides, tensor_split
 from step35.errors import DoesNotFit, SettingsError
@@ -103,7 +102,11 @@ def test_overrides_land_on_exactly_the_tensors_they_name(caplog):
     with caplog.at_level(logging.DEBUG, logger="step35.llama_cpp"):
         model = native.Model(ModelOptions(path, True, 0, "none", overrides(half)))
     try:
-        moved = {m[1] for r in caplog.records if (m := re.search(r"tensor (\S+) .*buffer type overridden to CPU", r.getMessage()))}
+        moved = {
+            m[1]
+            for r in caplog.records
+            if (m := re.search(r"tensor (\S+) .*buffer type overridden to CPU", r.getMessage()))
+        }
         assert moved == {t.name for t in header.tensors if "ffn_gate_exps" in t.name or "ffn_down_exps" in t.name}
         buffers = buffers_of(model)
         assert set(buffers) == {t.name for t in header.tensors}
@@ -115,6 +118,21 @@ def test_overrides_land_on_exactly_the_tensors_they_name(caplog):
 def test_an_unknown_buffer_type_is_refused():
     with pytest.raises(SettingsError, match="buffer type expected CPU, got 'TPU'"):
         native.Model(ModelOptions(tiny_gguf(), overrides=(("x", "TPU"),)))
+
+
+def test_a_box_with_several_nodes_spreads_a_cpus_work(real, tmp_path):
+    placement = place(real, known_machines()["cpu-192"], Wishes(n_ctx=32768)).placement
+    options = engine_options(placement, Path("m.gguf"))
+    assert (options.spreads_numa, options.load_mode) == (True, "mmap")
+    assert options.load(Path("m.gguf"), with_heads=True).spreads_numa
+    assert "numa: distribute" in to_text(placement, "m.gguf")
+    assert not place(real, box(200 * GIB), Wishes(n_ctx=32768)).placement.spreads_numa
+
+
+def test_numa_is_set_up_once_and_a_model_runs(capfd):
+    for _ in range(2):
+        native.Model(ModelOptions(tiny_gguf(), spreads_numa=True)).close()
+    assert "already initialized" not in capfd.readouterr().err
 
 
 def test_a_script_can_run_a_plan(tmp_path):
@@ -135,7 +153,9 @@ def test_a_script_can_run_a_plan(tmp_path):
 def test_what_fits_is_let_through_and_what_does_not_is_refused_with_the_numbers(real):
     options = EngineOptions(real.path, n_ctx=32768)
     need(options, box(120 * GIB)).check()
-    with pytest.raises(DoesNotFit, match=r"doesn't fit: RAM expected to need at most 100.00 GiB .*, needs 105\.\d\d GiB"):
+    with pytest.raises(
+        DoesNotFit, match=r"doesn't fit: RAM expected to need at most 100.00 GiB .*, needs 105\.\d\d GiB"
+    ):
         need(options, box(100 * GIB)).check()
     with pytest.raises(DoesNotFit, match=r"doesn't fit: a GPU expected .* 24.00 GiB"):
         need(options, box(120 * GIB, 24 * GIB)).check()

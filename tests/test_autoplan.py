@@ -92,6 +92,19 @@ def test_drafting_off_plans_without_heads(real):
     assert auto_options(real, Box().sources, draft="off").options.draft == "off"
 
 
+def test_a_script_gets_a_plan_and_its_own_settings_win(tiny, monkeypatch):
+    from step35 import llama
+
+    monkeypatch.setattr(llama, "before_loading", lambda: Box(CARD).sources)
+    given = {"n_threads": 3, "use_mmap": True, "type_k": 8, "type_v": 8, "verbose": False}
+    options = llama._auto_options(str(tiny), "auto", None, llama._settings(given), given).options
+    assert (options.n_threads, options.load_mode, options.kv_type) == (3, "auto", "q8_0")
+    assert options.n_ctx == DEFAULT_CTX
+    by_hand = {"n_gpu_layers": 2, "n_ctx": 0}
+    options = llama._auto_options(str(tiny), "off", None, llama._settings(by_hand), by_hand).options
+    assert (options.n_gpu_layers, options.n_ctx) == (2, 262144)
+
+
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(ModelError, match="no model file: .*none.gguf doesn't exist or isn't a file"):
         auto_options(tmp_path / "none.gguf", Box().sources)

@@ -48,6 +48,7 @@ def engine_options(placement: Placement, model: Path, *, mtp: Path | None = None
         overrides=overrides(layout),
         tensor_split=tensor_split(layout),
         rpc=placement.rpc,
+        spreads_numa=placement.spreads_numa,
     )
 
 

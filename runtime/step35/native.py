@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import llama_cpp.llama_cpp as C
@@ -355,6 +356,8 @@ def _start_backend() -> None:
 def _load(options: ModelOptions) -> object:
     for endpoint in options.rpc:
         add_rpc_server(endpoint)
+    if options.spreads_numa:
+        _spread_numa()
     params = C.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     params.load_mode = LOAD_MODES[options.load_mode]
@@ -367,6 +370,14 @@ def _load(options: ModelOptions) -> object:
     if not handle:
         raise ModelError(f"can't load {options.path}: {_reason()}; if a download was cut short, fetch the file again")
     return handle
+
+
+@cache
+def _spread_numa() -> None:
+    C.llama_numa_init(_NUMA_DISTRIBUTE)
+
+
+_NUMA_DISTRIBUTE = 1
 
 
 class _Override(ctypes.Structure):

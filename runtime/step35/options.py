@@ -25,6 +25,8 @@ class ModelOptions:
     """Shares of the layers of several GPUs; () splits by free memory."""
     rpc: tuple[str, ...] = ()
     """HOST:PORT of rpc-servers, whose GPUs come first."""
+    spreads_numa: bool = False
+    """For the whole process, from the first such load on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class EngineOptions:
     overrides: tuple[tuple[str, str], ...] = ()
     tensor_split: tuple[float, ...] = ()
     rpc: tuple[str, ...] = ()
+    spreads_numa: bool = False
 
     def __post_init__(self) -> None:
         _check_range("n_ctx", self.n_ctx, 8, 1 << 30)
@@ -83,7 +86,16 @@ class EngineOptions:
 
     def load(self, path: Path, *, with_heads: bool) -> ModelOptions:
         """Returns the options of loading one of the engine's files."""
-        return ModelOptions(path, with_heads, self.n_gpu_layers, self.load_mode, self.overrides, self.tensor_split, self.rpc)
+        return ModelOptions(
+            path,
+            with_heads,
+            self.n_gpu_layers,
+            self.load_mode,
+            self.overrides,
+            self.tensor_split,
+            self.rpc,
+            self.spreads_numa,
+        )
 
     def context(self, *, n_batch: int | None = None, n_outputs: int = 0) -> ContextOptions:
         """Returns the options of one of the engine's contexts."""

@@ -75,6 +75,8 @@ class Placement:
     """What tuning measured, a line each."""
     rpc: tuple[str, ...] = ()
     """HOST:PORT of the rpc-servers that have the first GPUs."""
+    spreads_numa: bool = False
+    """Whether threads and pages are spread over the NUMA nodes."""
 
     @property
     def loading(self) -> Loading:
@@ -220,19 +222,28 @@ def _lay_out(header: Header, machine: Machine, wishes: Wishes, policy: str, run:
     layout, reasons = _LAYOUTS[policy](header, machine, wishes, run)
     box = Box(header, machine, run, layout)
     threshold = op_offload_threshold(box)
+    spreads_numa = policy == "cpu" and machine.n_numa > 1
     return Placement(
         machine=machine.name,
         policy=policy,
         digest=header.digest,
         run=run,
         layout=layout,
-        load_mode="none" if policy == "cpu" or layout.host_experts else machine.load_mode,
+        load_mode=_load_mode(machine, policy, layout, spreads_numa),
         n_threads=machine.n_cores,
         op_offload_from=threshold,
         gpu_budget=wishes.gpu_budget,
         rpc=wishes.rpc,
+        spreads_numa=spreads_numa,
         reasons=(*reasons, *_offload_reason(layout, threshold, run)),
     )
+
+
+def _load_mode(machine: Machine, policy: str, layout: Layout, spreads_numa: bool) -> str:
+    """Returns mmap for NUMA, where each page then lies near the thread that first used it."""
+    if spreads_numa:
+        return "mmap"
+    return "none" if policy == "cpu" or layout.host_experts else machine.load_mode
 
 
 def _offload_reason(layout: Layout, threshold: int | None, run: Run) -> Iterator[str]:
@@ -253,7 +264,8 @@ def _unified(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tupl
 
 
 def _cpu(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
-    return _all_on(header, HOST, f"everything on the CPU, {machine.n_cores} threads")
+    nodes = f" spread over {machine.n_numa} NUMA nodes" if machine.n_numa > 1 else ""
+    return _all_on(header, HOST, f"everything on the CPU, {machine.n_cores} threads{nodes}")
 
 
 def _gpu(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:

@@ -43,6 +43,7 @@ def to_text(placement: Placement, model_name: str) -> str:
             f"heads: {run.n_heads}  # MTP heads that draft",
             f"threads: {placement.n_threads}",
             f"load_mode: {placement.load_mode}",
+            *(["numa: distribute  # threads and pages over all nodes"] if placement.spreads_numa else []),
             f"op_offload_from: {offload}  # the batch from which the GPU computes host weights, or never",
             "layers:  # attention, shared experts, dense layers, norms and KV cells; the MTP heads are the last layers",
             *(f"  {device}: [{', '.join(ranges)}]" for device, ranges in _by_device(_layer_ranges(layout))),
@@ -119,6 +120,7 @@ def from_text(content: str, file: str, header: Header, machine: Machine | None =
         op_offload_from=plan.take("op_offload_from", _offload, f"a number of tokens, or {_NEVER}"),
         gpu_budget=plan.take("gpu_budget", _budget, f"a size such as 22GiB, or {_NO_BUDGET}", None),
         reasons=plan.take("reasons", _texts, "a list of texts", ()),
+        spreads_numa=plan.take("numa", one_of("distribute", "none"), "distribute or none", "none") == "distribute",
         rpc=plan.take("rpc", _texts, "a list of HOST:PORT", ()),
         measured=plan.take("measured", _texts, "a list of texts", ()),
     )
