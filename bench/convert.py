@@ -2,7 +2,8 @@
 
 The checkpoint is random, with one dense and one MoE layer of the real model's shapes: 9.9 GB of
 bfloat16. Each contender starts with the checkpoint out of the page cache. Both use all cores.
-The converter's time includes its fsync; upstream does none.
+The converter's time includes its fsync; upstream does none. With --libggml the converter runs once more
+with libggml's quantizers, as where no compiler was at hand.
 """
 
 import csv
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the tests' checkpoint generator and u
 
 import upstream  # noqa: E402
 from checkpoints import REAL, Shape, random_tensors, tensor_shapes, write_checkpoint  # noqa: E402
+from convert_step35.quantizers import SWITCH  # noqa: E402
 from measure import Usage, measure  # noqa: E402
 
 QUANTIZE = """
@@ -37,7 +39,7 @@ upstream.quantize(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], n_threads=i
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One measured command of a contender: `upstream` in two steps, or `step35` in one."""
+    """One measured command of a contender: `upstream` in two steps, or `step35` or `step35-libggml` in one."""
 
     round: int
     contender: str
@@ -94,11 +96,20 @@ class Bench:
     checkpoint: Path
     work: Path
     preset: str
+    with_libggml: bool
 
     def step35(self, number: int) -> Iterator[Step]:
-        out = self.work / "step35.gguf"
+        yield self._one_pass(number, "step35", "native")
+
+    def step35_libggml(self, number: int) -> Iterator[Step]:
+        yield self._one_pass(number, "step35-libggml", "libggml")
+
+    def _one_pass(self, number: int, contender: str, quantizers: str) -> Step:
+        out = self.work / f"{contender}.gguf"
         command = ["-m", "convert_step35", "run", str(self.checkpoint), str(out), "--type", self.preset]
-        yield self._step(number, "step35", "run", command, out)
+        # The switch is inherited by the measured process.
+        os.environ[SWITCH] = quantizers
+        return self._step(number, contender, "run", command, out)
 
     def upstream(self, number: int) -> Iterator[Step]:
         middle, out = self.work / "upstream-bf16.gguf", self.work / "upstream.gguf"
@@ -115,8 +126,10 @@ class Bench:
         return Step(number, contender, name, usage, out.stat().st_size, digest)
 
     def run_round(self, number: int) -> Iterator[Step]:
-        """Runs both contenders, the other one first in every second round."""
+        """Runs all contenders, in the other order in every second round."""
         contenders: list[Callable[[int], Iterator[Step]]] = [self.step35, self.upstream]
+        if self.with_libggml:
+            contenders.append(self.step35_libggml)
         for contender in contenders[:: 1 if number % 2 else -1]:
             evict(self.checkpoint)
             yield from contender(number)
@@ -143,14 +156,17 @@ def _sum(usages: list[Usage]) -> Usage:
 
 
 def show(steps: list[Step], source_bytes: int) -> None:
-    """Prints every step, then the ratio of the contenders' best rounds."""
+    """Prints every step, then each contender's best round, and what upstream's takes more."""
     table = Table("round, step", "wall s", "CPU s", "GB/s in", "own GB", "RSS GB", "out GB")
     for step in steps:
         table.add_row(f"{step.round} {step.contender} {step.step}", *_cells(step.usage, source_bytes))
-    theirs, ours = best(steps, "upstream"), best(steps, "step35")
-    table.add_row("best upstream", *_cells(theirs, source_bytes))
-    table.add_row("best step35", *_cells(ours, source_bytes))
-    table.add_row("upstream / step35", *_ratios(theirs, ours))
+    contenders = list(dict.fromkeys(step.contender for step in steps))
+    bests = {contender: best(steps, contender) for contender in contenders}
+    for contender, usage in bests.items():
+        table.add_row(f"best {contender}", *_cells(usage, source_bytes))
+    for contender in contenders:
+        if contender != "upstream":
+            table.add_row(f"upstream / {contender}", *_ratios(bests["upstream"], bests[contender]))
     Console().print(table)
     digests = {step.tensors_sha256 for step in steps if step.tensors_sha256}
     click.echo(f"tensor data: {'identical' if len(digests) == 1 else 'DIFFERENT'}, sha256 {', '.join(sorted(digests))}")
@@ -199,15 +215,16 @@ def require_space(folder: Path, source_bytes: int) -> None:
 
 @click.command(help=__doc__)
 @click.option("--type", "preset", default="Q4_K_S", show_default=True, help="Preset of llama-quantize.")
+@click.option("--libggml", "with_libggml", is_flag=True, help="Run the converter with libggml's quantizers too.")
 @click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Rounds, each in the other order.")
 @click.option("--experts", default=REAL.moe_num_experts, show_default=True, help="Fewer make a smaller checkpoint.")
 @click.option("--work", default=ROOT / "build" / "bench", type=click.Path(path_type=Path), show_default="build/bench", help="Folder for 27 GB; the checkpoint stays there.")
 @click.option("--csv", "csv_path", default=ROOT / "bench" / "results" / "convert.csv", type=click.Path(path_type=Path), show_default="bench/results/convert.csv", help="Where the numbers go.")
-def main(preset: str, rounds: int, experts: int, work: Path, csv_path: Path) -> None:
+def main(preset: str, with_libggml: bool, rounds: int, experts: int, work: Path, csv_path: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     source_bytes = sum(t.n_bytes for t in random_tensors(tensor_shapes(bench_shape(experts))).values())
     require_space(work, source_bytes)
-    bench = Bench(make_checkpoint(work, experts), work, preset)
+    bench = Bench(make_checkpoint(work, experts), work, preset, with_libggml)
     steps = [step for number in range(1, rounds + 1) for step in bench.run_round(number)]
     show(steps, source_bytes)
     write_csv(

@@ -174,6 +174,29 @@ def test_native_sums_are_numpys(row_size: int) -> None:
         assert (got.squared_error, got.squared_sum) == pytest.approx((want.squared_error, want.squared_sum), rel=1e-6)
 
 
+def test_native_kernels_see_every_weight_that_is_not_finite() -> None:
+    for n in (1, 5, 8, 40, 256, 300):
+        for at in {0, n // 2, n - 1}:
+            for bad in (np.nan, -np.nan, np.inf, -np.inf):
+                rows = np.full((1, n), 3e38, np.float32)
+                for lanes in widths():
+                    assert Native(native_path(), lanes).all_finite(rows)
+                rows[0, at] = bad
+                for lanes in widths():
+                    assert not Native(native_path(), lanes).all_finite(rows)
+
+
+@pytest.mark.parametrize("kind", [GgmlType.IQ4_NL, GgmlType.IQ4_XS], ids=lambda kind: kind.name)
+def test_native_dequantization_of_any_bytes_gives_libggmls_numbers(kind: GgmlType) -> None:
+    data = np.random.default_rng(4).integers(0, 256, 64 * row_bytes(kind, 512), dtype=np.uint8)
+    GGML.prepare({kind})
+    expected, got = np.zeros((2, 64 * 512), np.float32)
+    GGML.dequantize(kind, data, expected)
+    for lanes in widths():
+        assert Native(native_path(), lanes).dequantize(kind, data, got)
+        np.testing.assert_array_equal(got, expected)
+
+
 class Careless(Native):
     """Native kernels that get the last byte of Q4_K wrong where there is an imatrix."""
 

@@ -195,11 +195,12 @@ class _Conversion:
     def _convert(self, index: int, chunk: Chunk, buffers: _Buffers) -> Done:
         planned, tensor = self._tensors[index], self._tensors[index].mapped
         rows = self._reader.read(tensor, chunk, buffers.rows, buffers.raw)
-        refuse_non_finite(rows, tensor)
+        if not self._tools.quantizers.all_finite(rows):
+            refuse_non_finite(rows, tensor)
         packed = self._quantize(planned, chunk, rows, buffers.packed)
         self._output.write(index, packed, _offset(planned, chunk))
         restored = buffers.restored[: rows.size].reshape(rows.shape)
-        self._tools.quantizers.ggml.dequantize(planned.kind, packed, restored)
+        self._tools.quantizers.dequantize(planned.kind, packed, restored)
         sums = self._tools.quantizers.measure(rows, restored)
         self._tools.on_progress(planned, chunk)
         crc = zlib.crc32(packed)

@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
 from convert_step35.errors import OptionError, quoted
-from convert_step35.ggml import QUANTIZABLE, Ggml, load_ggml, row_bytes
+from convert_step35.ggml import QUANTIZABLE, Ggml, block_size, load_ggml, row_bytes
 from convert_step35.measure import Sums, sums
 
 # An environment variable: with "libggml" the native kernels are left alone.
@@ -21,41 +21,56 @@ _TRIAL_COLUMNS = 512
 
 
 class Native:
-    """The kernels of one library, `lanes` blocks at a time. Every call releases the GIL."""
+    """The kernels of one library, for `lanes` blocks at a time. Every call releases the GIL."""
 
     def __init__(self, path: Path, lanes: int | None = None) -> None:
-        library = ctypes.CDLL(str(path))
-        self._quantize, self._measure = library.step35_quantize, library.step35_measure
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        self._quantize.argtypes = [ctypes.c_int, ctypes.c_int, pointer, count, count, pointer, pointer]
-        self._measure.argtypes = [ctypes.c_int, pointer, pointer, count, count, pointer]
-        self._measure.restype = None
-        self.lanes = lanes or library.step35_lanes()
-        self.kinds = frozenset(kind for kind in QUANTIZABLE if self._call(kind, None, (0, 256), None, None))
+        self._library = ctypes.CDLL(str(path))
+        number, pointer, count = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+        self._declare("quantize", number, number, pointer, count, count, pointer, pointer)
+        self._declare("dequantize", number, number, pointer, count, pointer)
+        self._declare("all_finite", number, pointer, count)
+        self._declare("measure", None, pointer, pointer, count, count, pointer)
+        self.lanes = lanes or self._library.step35_lanes()
+        self.kinds = frozenset(kind for kind in QUANTIZABLE if self._call("quantize", kind, None, 0, 256, None, None))
+        self._restorable = frozenset(kind for kind in self.kinds if self._call("dequantize", kind, None, 0, None))
 
     def quantize(self, kind: GgmlType, rows: np.ndarray, out: np.ndarray, imatrix: np.ndarray | None) -> int:
         """As Ggml.quantize, for one of `kinds`."""
         n_bytes = rows.shape[0] * row_bytes(kind, rows.shape[1])
-        assert rows.dtype == np.float32 and rows.flags.c_contiguous and out.nbytes >= n_bytes and kind in self.kinds
-        weights = None
-        if imatrix is not None:
-            assert imatrix.dtype == np.float32 and imatrix.shape == rows.shape[1:] and imatrix.flags.c_contiguous
-            weights = imatrix.ctypes.data
-        self._call(kind, rows.ctypes.data, rows.shape, weights, out.ctypes.data)
+        assert _is_plain(rows) and out.nbytes >= n_bytes and rows.shape[1] % block_size(kind) == 0
+        assert kind in self.kinds and (imatrix is None or (_is_plain(imatrix) and imatrix.shape == rows.shape[1:]))
+        weights = imatrix.ctypes.data if imatrix is not None else None
+        self._call("quantize", kind, rows.ctypes.data, *rows.shape, weights, out.ctypes.data)
         return n_bytes
+
+    def dequantize(self, kind: GgmlType, data: np.ndarray, out: np.ndarray) -> bool:
+        """As Ggml.dequantize; False where there is no kernel for it."""
+        assert _is_plain(out) and data.nbytes >= row_bytes(kind, out.size)
+        return kind in self._restorable and bool(
+            self._call("dequantize", kind, data.ctypes.data, out.size, out.ctypes.data)
+        )
+
+    def all_finite(self, rows: np.ndarray) -> bool:
+        assert _is_plain(rows)
+        return bool(self._library.step35_all_finite(self.lanes, rows.ctypes.data, rows.size))
 
     def measure(self, rows: np.ndarray, restored: np.ndarray) -> Sums:
         """As measure.sums, but `restored` stays."""
-        assert rows.shape == restored.shape and rows.dtype == restored.dtype == np.float32
-        assert rows.flags.c_contiguous and restored.flags.c_contiguous
+        assert _is_plain(rows) and _is_plain(restored) and rows.shape == restored.shape
         out = (ctypes.c_double * 3)()
-        self._measure(self.lanes, rows.ctypes.data, restored.ctypes.data, *rows.shape, out)
+        self._library.step35_measure(self.lanes, rows.ctypes.data, restored.ctypes.data, *rows.shape, out)
         return Sums(*out)
 
-    def _call(
-        self, kind: GgmlType, rows: int | None, shape: tuple[int, ...], weights: int | None, out: int | None
-    ) -> int:
-        return self._quantize(self.lanes, int(kind), rows, *shape, weights, out)
+    def _declare(self, name: str, result: type | None, *arguments: type) -> None:
+        function = getattr(self._library, f"step35_{name}")
+        function.restype, function.argtypes = result, [ctypes.c_int, *arguments]
+
+    def _call(self, name: str, kind: GgmlType, *arguments: int | None) -> int:
+        return getattr(self._library, f"step35_{name}")(self.lanes, int(kind), *arguments)
+
+
+def _is_plain(values: np.ndarray) -> bool:
+    return values.dtype == np.float32 and values.flags.c_contiguous
 
 
 class Quantizers:
@@ -82,27 +97,37 @@ class Quantizers:
         chosen = self._native if self._trusted[kind] else self.ggml
         return chosen.quantize(kind, rows, out, imatrix)
 
+    def dequantize(self, kind: GgmlType, data: np.ndarray, out: np.ndarray) -> None:
+        """As Ggml.dequantize, for a prepared type."""
+        if not (self._trusted[kind] and self._native.dequantize(kind, data, out)):
+            self.ggml.dequantize(kind, data, out)
+
+    def all_finite(self, rows: np.ndarray) -> bool:
+        """False where a float32 weight is NaN or infinite."""
+        return self._native.all_finite(rows) if self._native is not None else bool(np.isfinite(rows).all())
+
     def measure(self, rows: np.ndarray, restored: np.ndarray) -> Sums:
         """Compare float32 [n_rows, row_size] with what its quantized bytes give; `restored` is overwritten."""
         return self._native.measure(rows, restored) if self._native is not None else sums(rows, restored)
 
     def _agrees(self, kind: GgmlType) -> bool:
-        rows = trial_rows()
-        if all(
-            np.array_equal(self._bytes(self.ggml, kind, rows, w), self._bytes(self._native, kind, rows, w))
-            for w in trial_weights()
-        ):
+        if all(self._agrees_on(kind, weights) for weights in trial_weights()):
             return True
         self.notes.append(
             f"the native {kind.name} makes other bytes than libggml here; libggml is used, which is slower"
         )
         return False
 
-    @staticmethod
-    def _bytes(maker: Ggml | Native, kind: GgmlType, rows: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-        out = np.zeros(rows.shape[0] * row_bytes(kind, rows.shape[1]), np.uint8)
-        maker.quantize(kind, rows, out, weights)
-        return out
+    def _agrees_on(self, kind: GgmlType, weights: np.ndarray | None) -> bool:
+        """Both make the same bytes of the trial rows, and the same numbers of those bytes."""
+        rows = trial_rows()
+        ours, theirs = np.zeros((2, rows.nbytes), np.uint8)
+        self._native.quantize(kind, rows, ours, weights)
+        self.ggml.quantize(kind, rows, theirs, weights)
+        restored, expected = np.zeros((2, *rows.shape), np.float32)
+        self.ggml.dequantize(kind, theirs, expected)
+        same = not self._native.dequantize(kind, theirs, restored) or restored.tobytes() == expected.tobytes()
+        return same and np.array_equal(ours, theirs)
 
 
 def trial_rows() -> np.ndarray:

@@ -15,8 +15,10 @@ from convert_step35.mapping import Kind, MappedTensor
 from convert_step35.metadata import rope_freqs
 from convert_step35.safetensors_header import StoredTensor
 
-# Each read asks the kernel for as many bytes this far ahead, so the disk works while the threads compute.
+# Each read asks the kernel for as many bytes this far ahead, so the disk works while the threads compute. What was
+# read is dropped, with the page it shares with the chunk before: a checkpoint must not push all else out of memory.
 _READ_AHEAD_BYTES = 64 * 1024**2
+_PAGE_BYTES = 4096
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8_DTYPE: 1}
 
 
@@ -72,6 +74,9 @@ class RowReader:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file, offset + _READ_AHEAD_BYTES, data.nbytes, os.POSIX_FADV_WILLNEED)
         read_into(file, data, offset, stored.path)
+        if hasattr(os, "posix_fadvise"):
+            before = min(offset, _PAGE_BYTES)
+            os.posix_fadvise(file, offset - before, before + data.nbytes, os.POSIX_FADV_DONTNEED)
         return data
 
     def _convert(self, source: Source, chunk: Chunk, rows: np.ndarray, data: np.ndarray) -> None:

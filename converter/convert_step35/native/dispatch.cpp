@@ -1,17 +1,21 @@
-// The library's entry points: each call goes to the kernels for as many lanes as it asks for.
+// The library's entry points. A call says for how many lanes; `step35_lanes` says how many this processor runs.
 
 #include <cstdint>
 
-typedef int Quantize(int type, const float *rows, int64_t n_rows, int64_t row_size, const float *importance, uint8_t *out);
-typedef void Measure(const float *rows, const float *restored, int64_t n_rows, int64_t row_size, double *out);
+#if defined __x86_64__
+#define EACH_WIDTH(DO) DO(4) DO(8) DO(16)
+#else
+#define EACH_WIDTH(DO) DO(4)
+#endif
+
+#define DECLARE(LANES)                                                                                              \
+    int quantize_##LANES##_lanes(int, const float *, int64_t, int64_t, const float *, uint8_t *);                   \
+    int dequantize_##LANES##_lanes(int, const uint8_t *, int64_t, float *);                                         \
+    int all_finite_##LANES##_lanes(const float *, int64_t);                                                         \
+    void measure_##LANES##_lanes(const float *, const float *, int64_t, int64_t, double *);
 
 extern "C" {
-Quantize quantize_4_lanes;
-Measure measure_4_lanes;
-#if defined __x86_64__
-Quantize quantize_8_lanes, quantize_16_lanes;
-Measure measure_8_lanes, measure_16_lanes;
-#endif
+EACH_WIDTH(DECLARE)
 }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -32,20 +36,33 @@ EXPORT int step35_lanes() {
 EXPORT int step35_quantize(
     int lanes, int type, const float *rows, int64_t n_rows, int64_t row_size, const float *importance, uint8_t *out
 ) {
-#if defined __x86_64__
-    if (lanes == 16) return quantize_16_lanes(type, rows, n_rows, row_size, importance, out);
-    if (lanes == 8) return quantize_8_lanes(type, rows, n_rows, row_size, importance, out);
-#endif
-    return lanes == 4 && quantize_4_lanes(type, rows, n_rows, row_size, importance, out);
+#define QUANTIZE(LANES) \
+    if (lanes == LANES) return quantize_##LANES##_lanes(type, rows, n_rows, row_size, importance, out);
+    EACH_WIDTH(QUANTIZE)
+    return 0;
+}
+
+// Writes out[n_weights]. Returns 0, and writes nothing, for a type that has no kernel.
+EXPORT int step35_dequantize(int lanes, int type, const uint8_t *bytes, int64_t n_weights, float *out) {
+#define DEQUANTIZE(LANES) \
+    if (lanes == LANES) return dequantize_##LANES##_lanes(type, bytes, n_weights, out);
+    EACH_WIDTH(DEQUANTIZE)
+    return 0;
+}
+
+// Whether none of x[n] is NaN or infinite.
+EXPORT int step35_all_finite(int lanes, const float *x, int64_t n) {
+#define ALL_FINITE(LANES) \
+    if (lanes == LANES) return all_finite_##LANES##_lanes(x, n);
+    EACH_WIDTH(ALL_FINITE)
+    return 0;
 }
 
 // Writes out[3]: the largest |restored - rows|, the sum of their squared differences, the sum of squared rows.
 EXPORT void step35_measure(
     int lanes, const float *rows, const float *restored, int64_t n_rows, int64_t row_size, double *out
 ) {
-#if defined __x86_64__
-    if (lanes == 16) return measure_16_lanes(rows, restored, n_rows, row_size, out);
-    if (lanes == 8) return measure_8_lanes(rows, restored, n_rows, row_size, out);
-#endif
-    measure_4_lanes(rows, restored, n_rows, row_size, out);
+#define MEASURE(LANES) \
+    if (lanes == LANES) measure_##LANES##_lanes(rows, restored, n_rows, row_size, out);
+    EACH_WIDTH(MEASURE)
 }

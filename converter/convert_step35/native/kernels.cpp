@@ -27,6 +27,12 @@ void scatter(const I *bytes, uint8_t *out, int64_t n) {
     }
 }
 
+template <class Format>
+void restore(const uint8_t *bytes, int64_t n_weights, float *out) {
+    for (int64_t i = 0; i < n_weights / Format::N; i++)
+        Format::restore(bytes + i * Format::BYTES, out + i * Format::N);
+}
+
 // Rows of one length follow each other, so a group may span rows; the last lanes of the last group repeat its first.
 template <class Format>
 void quantize(const float *rows, int64_t n_rows, int64_t row_size, const float *importance, uint8_t *out) {
@@ -68,6 +74,16 @@ extern "C" int NAME(quantize, LANES)(
     }
     return 0;
 }
+
+extern "C" int NAME(dequantize, LANES)(int type, const uint8_t *bytes, int64_t n_weights, float *out) {
+    switch (type) {
+        case 20: restore<IQ4_NL>(bytes, n_weights, out); return 1;
+        case 23: restore<IQ4_XS>(bytes, n_weights, out); return 1;
+    }
+    return 0;
+}
+
+extern "C" int NAME(all_finite, LANES)(const float *x, int64_t n) { return all_finite(x, n); }
 
 extern "C" void NAME(measure, LANES)(
     const float *rows, const float *restored, int64_t n_rows, int64_t row_size, double *out

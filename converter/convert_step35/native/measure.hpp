@@ -25,6 +25,19 @@ struct Sums {
     }
 };
 
+inline bool all_finite(const float *x, int64_t n) {
+    I largest[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        for (int k = 0; k < 2; k++) {
+            const I magnitude = (I)absolute(load(x + i + k * LANES));
+            largest[k] = magnitude > largest[k] ? magnitude : largest[k];
+        }
+    bool finite = !any((largest[0] >= 0x7f800000) | (largest[1] >= 0x7f800000));
+    for (; i < n; i++) finite = finite && __builtin_isfinite(x[i]);
+    return finite;
+}
+
 inline double total(F values) {
     double sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += values[lane];
