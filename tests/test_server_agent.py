@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,28 +13,40 @@ from step35.options import EngineOptions
 from step35.server.collected import collect
 from step35.server.conversation import Ask, Conversation, Message, Tool, ToolCall
 from step35.server.job import Feed, Job
+from step35.server.prompts import Prompt
 from step35.server.scheduler import Limits
 from step35.server.service import Service, Serving
 from tiny_model import tiny_gguf
 
 TOOLS = (
-    Tool(
-        "read",
-        "Reads a file.",
-        {"type": "object", "properties": {"path": {"type": "string"}, "line": {"type": "integer"}}},
-    ),
-    Tool("run", "Runs a command.", {"type": "object", "properties": {"command": {"type": "string"}}}),
+    Tool("ls", "Lists.", {"type": "object", "properties": {"p": {"type": "string"}, "n": {"type": "integer"}}}),
+    Tool("sh", "Runs.", {"type": "object", "properties": {"c": {"type": "string"}}}),
 )
 # The bundled model seldom calls tools by itself: a grammar over the whole turn makes it, and leaves it the words.
 TURN = r"""
-root ::= [a-z ]{2,6} "\n</think>\n" [A-Za-z]{0,3} (read | run)
-read ::= "<tool_call>\n<function=read>\n<parameter=path>\n" [a-z]{1,4} "\n</parameter>\n<parameter=line>\n" [1-9] "\n</parameter>\n" end
-run ::= "<tool_call>\n<function=run>\n<parameter=command>\n" [a-z]{1,4} "\n</parameter>\n" end
+root ::= [a-z ]{1,5} "\n</think>\n" [A-Za-z]{0,3} (ls | sh)
+ls ::= "<tool_call>\n<function=ls>\n<parameter=p>\n" [a-z]{1,4} "\n</parameter>\n<parameter=n>\n" [1-9] "\n</parameter>\n" end
+sh ::= "<tool_call>\n<function=sh>\n<parameter=c>\n" [a-z]{1,4} "\n</parameter>\n" end
 end ::= "</function>\n</tool_call>"
 """
-SYSTEM = "You are an agent. " + " ".join(
-    f"Rule {i}: keep the file number {i} as it is, and say so." for i in range(120)
-)
+SYSTEM = "You are an agent. " + " ".join(f"Rule {i}: keep the file number {i} as it is, and say so." for i in range(60))
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A turn that was played: its job, and the tokens that were sampled."""
+
+    job: Job
+    events: list
+    tokens: list[int]
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.job.prompt
+
+    @property
+    def n_cached(self) -> int:
+        return self.job.n_cached
 
 
 def tiny_service(session_dir: Path | None = None, **options) -> Service:
@@ -45,13 +57,14 @@ def tiny_service(session_dir: Path | None = None, **options) -> Service:
     return service
 
 
-async def ask_model(service: Service, prompt, n_predict: int = 120, name: str = "r") -> tuple[Job, list]:
-    request = Ask(prompt, GREEDY, n_predict)
+async def ask_model(service: Service, prompt, name: str = "r") -> Played:
+    request = Ask(prompt, GREEDY, 120)
     feed = Feed(asyncio.get_running_loop())
     job = await asyncio.to_thread(service._prepare, request, name, feed)
     job.grammar = TURN
     service.scheduler.submit(job)
-    return job, await events_of(job)
+    events = await events_of(job)
+    return Played(job, events, job.turn.session.tokens[len(job.prompt.tokens) : job.n_seen])
 
 
 def kept(message: Message) -> Message:
@@ -80,19 +93,22 @@ def tool_result(call: ToolCall, turn: int) -> Message:
     return Message("tool", f"done {turn}", tool_call_id=call.id)
 
 
-async def talk(service: Service, variant, n_turns: int, messages: list[Message] | None = None) -> list[Job]:
+async def talk(service: Service, variant, n_turns: int, messages: list[Message] | None = None) -> list[Played]:
     """Plays an agent: a user's wish every ten turns, a tool's result in all the others."""
-    jobs = []
-    messages = messages if messages is not None else [Message("system", SYSTEM), Message("user", "Begin.")]
+    turns = []
+    messages = messages if messages is not None else beginning()
     for turn in range(n_turns):
-        job, events = await ask_model(service, Conversation(tuple(messages), TOOLS), name=f"turn {turn}")
-        jobs.append(job)
-        message = sent_back(events, variant)
+        turns.append(await ask_model(service, Conversation(tuple(messages), TOOLS), name=f"turn {turn}"))
+        message = sent_back(turns[-1].events, variant)
         messages.append(message)
         messages += [tool_result(call, turn) for call in message.tool_calls]
         if turn % 10 == 9:
             messages.append(Message("user", f"Now {turn}."))
-    return jobs
+    return turns
+
+
+def beginning() -> list[Message]:
+    return [Message("system", SYSTEM), Message("user", "Begin.")]
 
 
 def cold_tokens(prompts: list[list[int]]) -> list[list[int]]:
@@ -103,9 +119,9 @@ def cold_tokens(prompts: list[list[int]]) -> list[list[int]]:
         for prompt in prompts:
             for held in service.scheduler.conversations.held:
                 held.begin_anew(keeps_cells=False)
-            job, _ = await ask_model(service, tuple(prompt))
-            assert job.n_cached == 0
-            answers.append(job.turn.generated)
+            turn = await ask_model(service, tuple(prompt))
+            assert turn.n_cached == 0
+            answers.append(turn.tokens)
         return answers
 
     return serve(tiny_service(), run)
@@ -113,76 +129,73 @@ def cold_tokens(prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("variant", [kept, dropped, respelt])
 def test_forty_turns_come_from_the_cache_and_go_on_as_from_a_cold_start(variant):
-    async def run(service: Service) -> list[Job]:
-        return await talk(service, variant, 40)
-
-    jobs = serve(tiny_service(), run)
-    n_prompt = sum(job.turn.n_prompt for job in jobs[1:])
-    n_cached = sum(job.n_cached for job in jobs[1:])
+    turns = serve(tiny_service(), lambda service: talk(service, variant, 40))
+    n_prompt = sum(len(turn.prompt.tokens) for turn in turns[1:])
+    n_cached = sum(turn.n_cached for turn in turns[1:])
     assert n_cached >= 0.99 * n_prompt, f"{n_cached} of {n_prompt}"
-    for before, job in pairwise(jobs):
-        whole = [*before.prompt.tokens, *before.turn.generated]
-        assert job.n_cached >= len(whole) - 1 - (before.turn.finish == "stop"), (
-            "only the end token may be decoded again"
+    for before, turn in pairwise(turns):
+        assert turn.n_cached >= len(before.prompt.tokens) + len(before.tokens) - 1, (
+            "only the last token is decoded again"
         )
-        assert job.prompt.n_known == len(job.prompt.turns)
-
-    chosen = [jobs[i] for i in (1, 11, 39)]
-    assert cold_tokens([job.prompt.tokens for job in chosen]) == [job.turn.generated for job in chosen]
+        assert turn.prompt.n_known == len(turn.prompt.turns)
+    chosen = [turns[i] for i in (1, 11, 39)]
+    assert cold_tokens([turn.prompt.tokens for turn in chosen]) == [turn.tokens for turn in chosen]
 
 
 def test_a_new_conversation_shares_the_systems_text_and_tools():
-    async def run(service: Service) -> None:
+    async def run(service: Service) -> Played:
         await talk(service, kept, 3)
         other = [Message("system", SYSTEM), Message("user", "Something else entirely.")]
-        job, _ = await ask_model(service, Conversation(tuple(other), TOOLS))
-        assert job.n_cached >= 0.9 * job.turn.n_prompt
+        turn = await ask_model(service, Conversation(tuple(other), TOOLS))
+        assert turn.n_cached >= 0.9 * len(turn.prompt.tokens)
         assert sum(held.session.n_shared > 0 for held in service.scheduler.conversations.held) == 2
-        small, _ = await ask_model(service, Conversation((Message("user", "A title, please."),)))
-        again, _ = await ask_model(service, Conversation(tuple(other), TOOLS))
-        assert small.n_cached == 0 and again.n_cached >= again.turn.n_prompt - 5, "the side request took another place"
+        small = await ask_model(service, Conversation((Message("user", "A title, please."),)))
+        again = await ask_model(service, Conversation(tuple(other), TOOLS))
+        assert small.n_cached < 20
+        assert again.n_cached >= len(again.prompt.tokens) - 10, "the side request took another place"
+        return turn
 
-    serve(tiny_service(), run)
+    shared = serve(tiny_service(), run)
+    assert cold_tokens([shared.prompt.tokens]) == [shared.tokens]
 
 
 def test_another_answer_to_the_last_message_costs_that_message_only():
     async def run(service: Service) -> None:
-        messages = [Message("system", SYSTEM), Message("user", "Begin.")]
-        jobs = await talk(service, kept, 4, messages)
+        messages = beginning()
+        turns = await talk(service, kept, 4, messages)
         while messages[-1].role != "assistant":
             messages.pop()
         messages[-1] = Message("user", "No, stop.")
-        job, _ = await ask_model(service, Conversation(tuple(messages), TOOLS))
-        assert job.n_cached >= jobs[-1].prompt.last_start - 5
+        turn = await ask_model(service, Conversation(tuple(messages), TOOLS))
+        assert turn.n_cached >= turns[-1].prompt.last_start - 5
 
     serve(tiny_service(), run)
 
 
-def test_a_session_comes_back_from_disk_and_goes_on_alike(tmp_path):
-    messages = [Message("system", SYSTEM), Message("user", "Begin.")]
-
-    async def first(service: Service) -> list[Job]:
-        return await talk(service, dropped, 5, messages)
-
-    async def second(service: Service) -> Job:
-        job, _ = await ask_model(service, Conversation(tuple(messages), TOOLS))
-        return job
-
-    jobs = serve(tiny_service(tmp_path), first)
+def test_a_session_comes_back_from_disk_and_a_damaged_one_is_set_aside(tmp_path):
+    messages = beginning()
+    turns = serve(tiny_service(tmp_path), lambda service: talk(service, dropped, 5, messages))
     (path,) = tmp_path.glob("*.session")
     assert path.stat().st_mode & 0o077 == 0
-    back = serve(tiny_service(tmp_path), second)
-    assert back.n_cached >= len(jobs[-1].prompt.tokens), "the whole last turn"
-    assert back.prompt.n_known == 5, "reasoning that the client dropped came back with it"
+    whole = path.read_bytes()
 
-    assert cold_tokens([back.prompt.tokens]) == [back.turn.generated]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    for extra in tmp_path.glob("*.session"):
-        extra.write_bytes(bytes(data)) if extra == path else extra.unlink()
-    damaged = serve(tiny_service(tmp_path), second)
-    assert damaged.n_cached == 0
+    async def go_on(service: Service) -> Played:
+        return await ask_model(service, Conversation(tuple(messages), TOOLS))
+
+    back = serve(tiny_service(tmp_path), go_on)
+    assert back.n_cached >= len(turns[-1].prompt.tokens), "the whole last turn"
+    assert back.prompt.n_known == 5, "reasoning that the client dropped came back with it"
+    assert cold_tokens([back.prompt.tokens]) == [back.tokens]
+
+    for file in tmp_path.iterdir():
+        file.unlink()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    path.write_bytes(damaged)
+    assert serve(tiny_service(tmp_path), go_on).n_cached == 0
     assert list(tmp_path.glob("*.damaged")), "set aside, never trusted"
-    other_kv = serve(tiny_service(tmp_path, kv_type="f16"), second)
-    assert other_kv.n_cached == 0, "cells of another type are no use"
+    for file in tmp_path.iterdir():
+        file.unlink()
+    path.write_bytes(whole)
+    assert serve(tiny_service(tmp_path, kv_type="f16"), go_on).n_cached == 0, "cells of another type are no use"
+    assert path.exists()
