@@ -186,7 +186,8 @@ def test_without_a_context_the_longest_is_planned_and_said(real):
 
 def test_planning_is_pure():
     """No module of a plan opens a file, asks a clock, a device or llama.cpp; `advice` alone reads models.yaml."""
-    for name in ("memory", "graph_memory", "step_graphs", "usage", "estimate", "placement"):
+    core = ("memory", "graph_memory", "step_graphs", "usage", "estimate", "placement")
+    for name in (*core, "buffers", "pressure", "routing", "tune"):
         tree = ast.parse((Path(placement_module.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}

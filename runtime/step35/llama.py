@@ -2,8 +2,9 @@
 
 The same constructor and methods. What differs: drafting (`draft`, `mtp_path`); logprobs need no
 logits_all; no (n_ctx, n_vocab) array exists; the sliding window stays a ring; a prompt's common
-prefix is reused only as far as its cells still exist. What this model or engine can't do raises
-SettingsError instead of being ignored.
+prefix is reused only as far as its cells still exist. What isn't given is planned for the box: GPUs are used, and
+the context is 32768 tokens or what fits. What this model or engine can't do raises SettingsError instead of being
+ignored.
 """
 
 import inspect
