@@ -73,7 +73,7 @@ class Conversations:
         held, slot = self.held[choice.index], slots[choice.index]
         self._tell_why(slots, choice, prompt)
         if not slot.is_continued:
-            held.begin_anew(keeps_cells=slot.n_here > 0)
+            self._leave(held, keeps_cells=slot.n_here > 0 and choice.source is None)
         if choice.source is not None:
             self._fork(held, choice)
         self._load_better(held, prompt.tokens, max(slot.n_here, choice.n_fork))
@@ -132,14 +132,14 @@ class Conversations:
 
     def _load_better(self, held: Held, prompt: Sequence[int], in_memory: int) -> None:
         """Replaces a session by one on disk that has much more of the prompt."""
-        name, n_saved = self._best_saved(prompt)
-        if name is None or n_saved < in_memory + min(LEAST_LOAD, len(prompt) // 2):
+        name = self._best_saved(prompt, in_memory + min(LEAST_LOAD, len(prompt) // 2)) if self.disk else None
+        if name is None:
             return
         saved = self.disk.saved[name]
         snapshot = self.disk.load(name)
         if snapshot is None:
             return
-        held.begin_anew(keeps_cells=False)
+        self._leave(held)
         if not self.free_cells(saved.n_kv, keep=held):
             return
         try:
@@ -152,25 +152,24 @@ class Conversations:
             held.name = name
         log.info("session %s came back from disk: %d tokens", name[:8], saved.n_kv)
 
-    def _best_saved(self, prompt: Sequence[int]) -> tuple[str | None, int]:
-        if self.disk is None:
-            return None, 0
-        live = {held.name for held in self.held}
-        window, best = self.engine.window, (None, 0)
+    def _best_saved(self, prompt: Sequence[int], n_least: int) -> str | None:
+        """Returns the session on disk that has most of a prompt, if it is worth its while."""
+        live, wanted = {held.name for held in self.held}, tuple(prompt)
+        found = {}
         for name, saved in list(self.disk.saved.items()):
-            if name in live:
-                continue
-            tokens = list(saved.tokens[: saved.n_kv])
-            cached = Cached(tokens, max(0, saved.n_kv - window + 1), saved.checkpoints)
-            n_keep = plan_sync(cached, list(prompt), window).n_keep
-            if n_keep > best[1]:
-                best = (name, n_keep)
-        return best
+            tokens = saved.tokens[: saved.n_kv]
+            if name not in live and common_prefix(tokens, wanted) >= n_least:
+                held_from = max(0, saved.n_kv - self.engine.window + 1)
+                found[name] = plan_sync(Cached(tokens, held_from, saved.checkpoints), wanted, self.engine.window).n_keep
+        best = max(found, key=found.__getitem__, default=None)
+        return best if best is not None and found[best] >= n_least else None
 
     # room
 
     def free_cells(self, n_cells: int, keep: Held | None = None) -> bool:
         """Empties idle sessions, the least useful first, until so many cells are free; returns whether they are."""
+        if self.engine.n_free_cells >= n_cells:
+            return True
         slots = [
             Slot(i, h.session.n_kv, is_busy=h.is_taken or h is keep, last_used=h.last_used)
             for i, h in enumerate(self.held)
@@ -181,8 +180,15 @@ class Conversations:
             log.info(
                 "session emptied for room: %d tokens, unused for %.0f s", slot.n_tokens, self._clock() - slot.last_used
             )
-            self.held[slot.index].begin_anew(keeps_cells=False)
+            self._leave(self.held[slot.index])
         return self.engine.n_free_cells >= n_cells
+
+    def _leave(self, held: Held, *, keeps_cells: bool = False) -> None:
+        """Gives a session to another conversation; what of this one is not on disk goes there first, if it is long."""
+        is_lost = held.is_unsaved and held.session.n_kv >= self.n_short
+        if is_lost and self.disk is not None and self.disk.can_save:
+            self._save(held)
+        held.begin_anew(keeps_cells=keeps_cells)
 
     # after a turn
 
@@ -198,7 +204,7 @@ class Conversations:
             return
         idle = [other for other in self.held if not other.is_taken and other is not held]
         if idle:
-            min(idle, key=lambda other: other.last_used).begin_anew(keeps_cells=False)
+            self._leave(min(idle, key=lambda other: other.last_used))
 
     def drop(self, held: Held) -> None:
         """Forgets a session whose cells can't be trusted."""
