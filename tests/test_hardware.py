@@ -4,10 +4,19 @@ import json
 import os
 
 import pytest
-
 from step35 import hardware
 from step35.errors import SettingsError
-from step35.hardware import Sources, cached_bandwidth, cgroup_limits, link_bandwidth, measure_bandwidth, numa_nodes, physical_cores, probe, ram
+from step35.hardware import (
+    Sources,
+    cached_bandwidth,
+    cgroup_limits,
+    link_bandwidth,
+    measure_bandwidth,
+    numa_nodes,
+    physical_cores,
+    probe,
+    ram,
+)
 from step35.machine import DISCRETE, GIB, INTEGRATED, Device, find_machine, known_machines
 
 MEMINFO = """MemTotal:       {total} kB
@@ -96,7 +105,13 @@ def test_a_discrete_gpu_has_what_its_driver_says_and_its_links_bandwidth():
 
 
 def test_an_unknown_gpu_and_an_unknown_system_still_make_a_machine():
-    machine = probe(a_box({"/proc/meminfo": "", "sysctl:hw.memsize": str(32 * GIB)}, devices=[Device("X", DISCRETE, GIB, GIB, None)], system="Darwin"))
+    machine = probe(
+        a_box(
+            {"/proc/meminfo": "", "sysctl:hw.memsize": str(32 * GIB)},
+            devices=[Device("X", DISCRETE, GIB, GIB, None)],
+            system="Darwin",
+        )
+    )
     assert machine.total_bytes == 32 * GIB
     assert machine.load_mode == "mmap"
     assert machine.gpus[0].bandwidth > 0

@@ -247,7 +247,10 @@ def test_the_draft_depth_is_at_most_the_heads(real):
             {"gpu_budget": 30 * GIB},
             r"GPU budget too large: expected at most 24.00 GiB \(rtx4090-24\+128\), got 30.00 GiB",
         ),
-        ({"policy": "unified", "n_ctx": 4096}, "policy doesn't suit: .* expected one of gpu, split, cpu, got 'unified'"),
+        (
+            {"policy": "unified", "n_ctx": 4096},
+            "policy doesn't suit: .* expected one of gpu, split, cpu, got 'unified'",
+        ),
     ],
 )
 def test_a_bad_wish_is_one_line(tiny, wishes, message):

@@ -45,13 +45,17 @@ _MODEL_OPTIONS = (
     click.argument("model", type=click.Path(path_type=Path)),
     click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none."),
     click.option("--draft", type=click.Choice(DRAFT_MODES), default="auto", show_default=True, help="How to draft."),
-    click.option("-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default 32768, or less if that is what fits."),
+    click.option(
+        "-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default 32768, or less if that is what fits."
+    ),
     click.option("-b", "--batch", "n_batch", type=int, help="Prompt tokens per decode; default planned."),
     click.option("-t", "--threads", "n_threads", type=int, help="CPU threads; default the cores."),
     click.option("--ngl", "n_gpu_layers", type=int, help="Layers on the GPU, -1 is all; default planned."),
     click.option("--load-mode", type=click.Choice(LOAD_MODES), help="How weights are read; default planned."),
     click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache; default planned."),
-    click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Run what this plan file says; see step35 plan."),
+    click.option(
+        "--plan", "plan_path", type=click.Path(path_type=Path), help="Run what this plan file says; see step35 plan."
+    ),
 )
 _SAMPLING_OPTIONS = (
     click.option("--temp", default=0.6, show_default=True, help="Temperature; 0 is greedy."),
@@ -74,7 +78,9 @@ def _with(options: tuple):
 @cli.command()
 @_with(_MODEL_OPTIONS)
 @click.option("-p", "--prompt", help="The text to continue.")
-@click.option("-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="Read the text from a file; - is stdin.")
+@click.option(
+    "-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="Read the text from a file; - is stdin."
+)
 @click.option("-n", "--n-predict", default=256, show_default=True, help="Tokens to generate; -1 fills the context.")
 @_with(_SAMPLING_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")

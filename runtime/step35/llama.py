@@ -133,7 +133,9 @@ class Llama(StockLlama):
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return self.engine.model.tokenize(text, add_bos=add_bos, parse_special=special)
 
-    def detokenize(self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False) -> bytes:
+    def detokenize(
+        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
+    ) -> bytes:
         return b"".join(self.engine.model.piece(token, special=special) for token in tokens)
 
     # the timeline

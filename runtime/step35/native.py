@@ -216,7 +216,9 @@ def _number(gguf: int, key: str, default: int | None = None) -> int:
         return _gguf_u32(gguf, index)
     if kind == _GGUF_U16:
         return _gguf_u16(gguf, index)
-    raise ModelError(f"bad metadata: {key} expected an unsigned integer, got {'nothing' if kind is None else f'type {kind}'}")
+    raise ModelError(
+        f"bad metadata: {key} expected an unsigned integer, got {'nothing' if kind is None else f'type {kind}'}"
+    )
 
 
 def _text(gguf: int, key: str) -> str:
@@ -640,7 +642,9 @@ class Context:
     def _fill(self, rows: Sequence[Rows]) -> int:
         batch, at, self._n_outputs = self._batch, 0, 0
         if sum(len(r.tokens) for r in rows) > self.n_batch:
-            raise NativeError(f"batch too long: expected at most {self.n_batch} rows, got {sum(len(r.tokens) for r in rows)}")
+            raise NativeError(
+                f"batch too long: expected at most {self.n_batch} rows, got {sum(len(r.tokens) for r in rows)}"
+            )
         for r in rows:
             end = at + len(r.tokens)
             batch.token[at:end] = r.tokens
@@ -712,7 +716,9 @@ class Context:
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         n_read = C.llama_state_seq_set_data_ext(self._ctx, buffer, len(state), seq, flags)
         if n_read != len(state):
-            raise NativeError(f"restoring sequence {seq} failed: {_reason()}; expected {len(state)} bytes, got {n_read}")
+            raise NativeError(
+                f"restoring sequence {seq} failed: {_reason()}; expected {len(state)} bytes, got {n_read}"
+            )
 
 
 def _view(pointer: object, n_rows: int, width: int) -> np.ndarray:
