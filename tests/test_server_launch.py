@@ -5,8 +5,10 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,22 @@ def test_a_server_that_refuses_or_isnt_there_is_one_clear_line(server: LiveServe
             done.stderr
         )
         assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_it_waits_for_a_server_that_is_still_loading(tmp_path: Path) -> None:
+    entries = iter([{"id": "m"}, {"id": "m"}, {"id": "m", "context_length": 4096}])
+
+    class Loading(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [next(entries)]}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Loading) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        done = launch(tmp_path, "opencode", "--url", f"http://127.0.0.1:{http.server_port}", "--no-check", "--print")
+        http.shutdown()
+    assert json.loads(done.stdout)["model"] == "step35/m" and "is loading its model; waiting for it" in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -20,6 +21,7 @@ Examples:
   step35 launch opencode --print > step35.json
 """
 TIMEOUT_S = 600.0
+POLL_S = 0.5
 
 
 @click.command(epilog=EXAMPLES)
@@ -50,11 +52,13 @@ def launch(client: str, url: str, api_key: str | None, prints: bool, check: bool
 
 
 def _find_server(url: str, api_key: str | None) -> Server:
+    """Returns what a client needs to know, once the server has loaded its model."""
     model = _ask(f"{url}/v1/models", api_key)["data"][0]
     if "context_length" not in model:
-        raise Step35Error(
-            f"the server isn't ready: {url} is still loading its model; try again when /health says ready"
-        )
+        click.echo(f"step35: {url} is loading its model; waiting for it", err=True)
+    while "context_length" not in model:
+        time.sleep(POLL_S)
+        model = _ask(f"{url}/v1/models", api_key)["data"][0]
     return Server(url, model["id"], model["context_length"], api_key)
 
 
