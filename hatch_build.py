@@ -28,11 +28,10 @@ class NativeQuantizers(BuildHookInterface):
         library = Path(self.root) / _SOURCES / _LIBRARY
         try:
             compile_library(Path(self.root) / _SOURCES, library)
-        except (OSError, subprocess.CalledProcessError) as exc:
+        except OSError as exc:
             library.unlink(missing_ok=True)
-            detail = f": {exc.stderr.strip().splitlines()[-1]}" if getattr(exc, "stderr", None) else ""
             self.app.display_warning(
-                f"step35: native quantizers were not built ({exc}{detail}); libggml's are used, about 10 times slower"
+                f"step35: native quantizers were not built: {exc}; libggml's are used, about 10 times slower"
             )
             return
         build_data["pure_python"] = False
@@ -41,7 +40,7 @@ class NativeQuantizers(BuildHookInterface):
 
 
 def compile_library(sources: Path, library: Path) -> None:
-    """Compile the kernels once for each instruction set, and link them; OSError without a compiler."""
+    """Compile the kernels once for each instruction set, and link them; OSError where that fails."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: neither c++, g++ nor clang++ is in PATH, and CXX is not set")
@@ -63,4 +62,6 @@ def _widths() -> dict[int, list[str]]:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()[-300:]}")

@@ -198,7 +198,7 @@ def run(
 @click.option(
     "--against", type=_PATH, metavar="CKPT", help="Also convert parts of this checkpoint again and compare bytes."
 )
-@click.option("--full", is_flag=True, help="With --against: compare every byte, which takes as long as converting.")
+@click.option("--full", is_flag=True, help="With --against: compare every byte with libggml's, which takes long.")
 @click.option("--imatrix", type=_PATH, help="With --against: the imatrix that the file was made with.")
 @_threads_option
 @_json_option
