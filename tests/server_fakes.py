@@ -40,7 +40,7 @@ def serve(service: Service, talk: Callable[[Service], Coroutine]) -> Any:
         await changed.wait()
         assert service.scheduler.failure is None, service.scheduler.failure
         try:
-            return await asyncio.wait_for(talk(service), 300)
+            return await asyncio.wait_for(talk(service), 1200)
         finally:
             service.scheduler.drain(10)
             await asyncio.to_thread(service.scheduler.close)

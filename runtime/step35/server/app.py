@@ -210,20 +210,24 @@ class _Routes:
         data = await read_body(request, self._access.max_body)
         ask = api.read(parse_json(data))
         ask = replace(ask, model=ask.model or self._service.serving.name)
-        join_key = self._join_key(request, data, ask)
-        job, joined = await self._service.submit(ask, record.id, join_key)
         self._trace(record, "request.json", data)
+        job, joined = await self._service.submit(ask, record.id, self._join_key(request, data, ask))
+
+        def on_end(is_left: bool) -> None:
+            job.feed.leave()
+            self._note(record, job, joined, is_left)
+
         created = int(time.time())
         if ask.stream:
-            return EventStream(
-                job, api.Writer(ask, record.id, created), lambda is_left: self._note(record, job, joined, is_left)
-            )
-        events, is_left = await unless_left(collect(job), request.receive)
-        self._note(record, job, joined, is_left)
+            return EventStream(job, api.Writer(ask, record.id, created), on_end)
+        events, is_left = None, True
+        try:
+            events, is_left = await unless_left(collect(job), request.receive)
+        finally:
+            on_end(is_left)
         if is_left:
             return Response(status_code=499)
-        error = failure(events)
-        if error:
+        if error := failure(events):
             raise error
         return JSONResponse(api.whole(ask, record.id, created, events))
 

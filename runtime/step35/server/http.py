@@ -127,15 +127,15 @@ class EventStream(Response):
     """A job's answer as server-sent events: headers at once, a sign of life every few seconds."""
 
     def __init__(self, job: Job, writer: Any, on_end: Callable[[bool], None]) -> None:
-        """`on_end` hears at the end whether the client had gone."""
+        """`on_end` hears at the end whether the client had gone before it."""
         super().__init__(headers=SSE_HEADERS)
         del self.headers["content-length"]
         self._job, self._writer, self._on_end = job, writer, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         is_left = True
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             _, is_left = await unless_left(self._write(send), receive)
         finally:
             self._on_end(is_left)

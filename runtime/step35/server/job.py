@@ -20,9 +20,20 @@ class Feed:
         self._loop = loop
         self._events: list[Event] = []
         self._changed: set[asyncio.Event] = set()
+        self._n_clients = 0
         self.is_ended = False
         self.is_left = False
         """Whether clients were there and all have gone: nobody wants the rest."""
+
+    def enter(self) -> None:
+        """Counts a client in; it may begin to follow later."""
+        self._n_clients += 1
+        self.is_left = False
+
+    def leave(self) -> None:
+        """Counts a client out, whether it has heard everything or not."""
+        self._n_clients -= 1
+        self.is_left = self._n_clients == 0
 
     def publish(self, events: Sequence[Event]) -> None:
         """Adds events; callable from any thread."""
@@ -54,7 +65,6 @@ class Feed:
                     yield None
         finally:
             self._changed.discard(changed)
-            self.is_left = not self._changed
 
 
 @dataclass(slots=True, eq=False)
