@@ -252,7 +252,7 @@ class _Routes:
             facts["first_token_ms"] = round((job.first_token - job.arrived) * 1000)
         record.facts |= facts | ({"left": True} if is_left else {}) | ({"joined": job.id} if joined else {})
         if job.answer is not None:
-            self._trace(record, "answer.txt", repr(job.answer.message()).encode())
+            self._trace(record, "answer.txt", repr(job.answer.message()).encode(errors="replace"))
 
     def _trace(self, record: Record, name: str, data: bytes) -> None:
         if self._access.trace:

@@ -84,18 +84,22 @@ class Service:
     # requests
 
     async def submit(self, ask: Ask, request_id: str, join_key: str | None) -> tuple[Job, bool]:
-        """Returns the job that answers a request, and whether it ran already for an earlier try of the same."""
+        """Returns the job that answers a request, and whether it ran already for an earlier try of the same.
+
+        The client is counted in; it must leave the job's feed at its end.
+        """
         self.scheduler.check_ready()
-        running = self._starts.get(join_key) if join_key else None
-        if running and not _is_over(running):
-            self.metrics.joined.inc()
-            return await asyncio.shield(running), True
-        start = asyncio.ensure_future(self._start(ask, request_id))
-        if join_key:
-            self._starts = {key: start for key, start in self._starts.items() if not _is_over(start)} | {
-                join_key: start
-            }
-        return await asyncio.shield(start), False
+        start = self._starts.get(join_key) if join_key else None
+        joined = start is not None and not _is_over(start)
+        if not joined:
+            start = asyncio.ensure_future(self._start(ask, request_id))
+            if join_key:
+                others = {key: other for key, other in self._starts.items() if not _is_over(other)}
+                self._starts = others | {join_key: start}
+        job = await asyncio.shield(start)
+        job.feed.enter()
+        self.metrics.joined.inc(joined)
+        return job, joined
 
     async def _start(self, ask: Ask, request_id: str) -> Job:
         job = await asyncio.to_thread(self._prepare, ask, request_id, Feed(asyncio.get_running_loop()))
