@@ -40,6 +40,8 @@ CHECK_REPEAT_EVERY = 64
 QUIET_BEFORE_SAVE_S = 0.5
 LONGEST_UNSAVED_S = 60.0
 """Sessions are written when nothing runs; a server that never rests writes one this often."""
+LAST_WORDS_S = 5.0
+"""For answers to end and say why, when the memory ran out."""
 SPEED_WINDOW_S = 10.0
 
 log = logging.getLogger("step35.server")
@@ -155,7 +157,7 @@ class Scheduler:
         """Ends the server when the memory can't carry it any longer. Called by the watchdog's thread."""
         if level is Level.STOP:
             self.failure = DoesNotFit("memory ran out: the server has ended; load with a smaller context or a smaller recipe")
-            self.drain(0)
+            self.drain(LAST_WORDS_S)
 
     def _become(self, state: str) -> None:
         self.state = state
