@@ -185,6 +185,11 @@ def test_effort_is_read_wherever_a_client_puts_it() -> None:
     assert ask(reasoning={"max_tokens": 99}).reasoning_budget == ask(reasoning_budget=99).reasoning_budget == 99
 
 
+def test_an_image_that_a_tool_returned_is_named_and_not_refused() -> None:
+    [result] = ask(messages=[{"role": "tool", "content": [{"type": "image_url", "image_url": {}}]}]).prompt.messages
+    assert result.content == "[image_url omitted: this model reads text only]"
+
+
 def test_structured_output_is_read() -> None:
     assert (
         ask(response_format={"type": "text"}).output is None

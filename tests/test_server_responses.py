@@ -218,6 +218,13 @@ def test_answers_one_after_the_other_stay_turns_of_their_own() -> None:
     )
 
 
+def test_an_image_that_a_tool_returned_is_named_and_not_refused() -> None:
+    """It stays in the history: refusing it would end the conversation for good."""
+    output = [{"type": "input_image", "image_url": "data:"}, {"type": "input_text", "text": "a cat"}]
+    [result] = ask(input=[{"type": "function_call_output", "call_id": "c", "output": output}]).prompt.messages
+    assert result.content == "[input_image omitted: this model reads text only]\na cat"
+
+
 def test_choices_and_formats_are_read() -> None:
     choices: list[Any] = ["auto", "none", "required", {"type": "function", "name": "now"}, {"type": "web_search"}]
     assert [ask(tools=TOOLS, tool_choice=c).tool_choice for c in choices] == [

@@ -29,7 +29,7 @@ from step35.server.conversation import (
 )
 from step35.server.errors import bad_request
 from step35.server.openai_errors import error_body
-from step35.server.reading import Body, Count, SamplingBody, dumps
+from step35.server.reading import OMITTED, Body, Count, SamplingBody, dumps
 
 __all__ = ["Writer", "error_body", "read", "whole"]
 
@@ -173,7 +173,7 @@ def _message(body: MessageBody, where: str) -> Message:
     reasoning = body.reasoning_content if body.reasoning_content is not None else body.reasoning
     return Message(
         role,
-        text_of(body.content, f"{where}.content"),
+        text_of(body.content, f"{where}.content", omits=role == "tool"),
         reasoning if role == "assistant" else None,
         tuple(
             ToolCall(call.id or f"call_{i}", call.function.name, reading.arguments_text(call.function.arguments))
@@ -184,14 +184,21 @@ def _message(body: MessageBody, where: str) -> Message:
     )
 
 
-def text_of(content: str | list[PartBody] | None, where: str) -> str:
-    """Returns a message's text; its parts are joined by newlines."""
+def text_of(content: str | list[PartBody] | None, where: str, omits: bool = False) -> str:
+    """Returns a message's text; its parts are joined by newlines.
+
+    `omits` says in words that a part is left out: what a tool once returned stays in the history, and refusing it
+    would end the conversation for good.
+    """
     if content is None or isinstance(content, str):
         return content or ""
+    texts = []
     for i, part in enumerate(content):
-        if part.type not in TEXT_PARTS:
+        is_text = part.type in TEXT_PARTS
+        if not (is_text or omits):
             raise bad_request(f"only text is served: {where}[{i}].type expected text, got {part.type[:40]!r}", where)
-    return "\n".join(part.text or part.refusal or "" for part in content)
+        texts.append(part.text or part.refusal or "" if is_text else OMITTED.format(part.type[:40]))
+    return "\n".join(texts)
 
 
 def _tool(body: ToolBody, i: int) -> Tool:

@@ -28,11 +28,10 @@ from step35.server.conversation import (
     Usage,
 )
 from step35.server.errors import ApiError, bad_request
-from step35.server.reading import Body, Count, SamplingBody, dumps
+from step35.server.reading import OMITTED, Body, Count, SamplingBody, dumps
 
 SIGNATURE = "step35"
 """Thinking needs one to be sent back; nobody checks it here."""
-OMITTED = "[{} omitted: this model reads text only]"
 
 
 class BlockBody(Body):

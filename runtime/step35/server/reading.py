@@ -20,6 +20,7 @@ _NAME = re.compile(rf"[^\s<>\"'={{}}]{{1,{limits.MAX_NAME}}}")
 EFFORTS = {
     "none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high",
 }  # fmt: skip
+OMITTED = "[{} omitted: this model reads text only]"
 _SHOWN = 80
 
 Count = Annotated[int, Field(ge=1, le=2**31)]

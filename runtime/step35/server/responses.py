@@ -225,7 +225,7 @@ def _take(item: ItemBody, turn: _Turn, where: str) -> list[Message]:
             call_id, name = item.call_id or f"call_{len(turn.calls)}", item.name or ""
             turn.calls.append(ToolCall(call_id, name, reading.arguments_text(item.arguments)))
         case "function_call_output":
-            return [Message("tool", text_of(item.output, f"{where}.output"), tool_call_id=item.call_id)]
+            return [Message("tool", text_of(item.output, f"{where}.output", omits=True), tool_call_id=item.call_id)]
         case "item_reference":
             raise bad_request(
                 f"item_reference is not served: {where} refers to what isn't stored; send the item", where
