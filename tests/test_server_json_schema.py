@@ -1,17 +1,21 @@
 """Structured output: the grammar of a schema or of calls, as llama.cpp itself follows it, and what is refused."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from step35.native import Model
 from step35.options import ModelOptions
 from step35.sampling import Sampling
 from step35.server.conversation import Ask, Conversation, JsonOutput, Message, Tool
 from step35.server.errors import ApiError
 from step35.server.grammar import grammar_of
+from step35.server.number_range import between
 from step35.server.parser import Parser
 from tiny_model import tiny_gguf
 
@@ -91,6 +95,9 @@ SCHEMAS: dict[str, tuple[Any, list[str], list[str]]] = {
     "a date and time": ({"type": "string", "format": "date-time"}, ['"2026-11-24T12:00:00Z"'], ['"2026-11-24"']),
     "an annotation": ({"type": "string", "format": "email", "title": "t", "description": "d", "default": "x"}, ['"x"'], ["1"]),
     "anything": ({}, ["1", "{}", '"x"'], ["x"]),
+    "bounds": ({"type": "integer", "minimum": -5, "exclusiveMaximum": 12}, ["-5", "-1", "0", "11"], ["-6", "12", "-0", "1.0", "05"]),
+    "a lower bound": ({"type": "integer", "minimum": 3}, ["3", "10", "999"], ["2", "0", "-3"]),
+    "a share": ({"type": "number", "minimum": 0, "maximum": 1}, ["0", "0.25", "1", "1.0"], ["-0.1", "1.5", "2", "1e1"]),
     "one schema for all": ({"allOf": [{"type": "integer"}]}, ["1"], ['"x"']),
 }  # fmt: skip
 
@@ -103,7 +110,7 @@ def test_llama_cpp_follows_the_grammar_of_a_schema(name: str, follows: Follows) 
 
 
 UNSUPPORTED = {
-    "minimum": {"type": "integer", "minimum": 3}, "pattern": {"type": "string", "pattern": "a+"}, "not": {"not": {"type": "null"}},
+    "minimum": {"type": "number", "minimum": 0.5}, "exclusiveMinimum": {"type": "number", "exclusiveMinimum": 0}, "pattern": {"type": "string", "pattern": "a+"}, "not": {"not": {"type": "null"}},
     "multipleOf": {"type": "number", "multipleOf": 2}, "uniqueItems": {"type": "array", "uniqueItems": True}, "if": {"if": {}, "then": {}},
     "patternProperties": {"type": "object", "patternProperties": {}}, "minProperties": {"type": "object", "minProperties": 1},
     "prefixItems": {"type": "array", "prefixItems": [{}]}, "allOf": {"allOf": [{}, {}]}, "contains": {"type": "array", "contains": {}},
@@ -128,6 +135,7 @@ BROKEN = [
     ({"type": "array", "maxItems": 2001}, "maxItems at # expected 0 to 2000, got 2001"), ({"type": "array", "minItems": 3, "maxItems": 2}, "at least minItems, 3, got 2"),
     ({"type": "object", "required": ["a"], "additionalProperties": False}, "expected a declared property, got 'a'"), ({"type": "object", "required": 1}, "list of required names"),
     ({"type": "array", "items": 5}, "#/items expected an object, got 5"), ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "expected an object, got False"),
+    ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum at # expected at most 2, got 3"), ({"type": "integer", "minimum": 1e999}, "expected a whole number of at most 16 digits, got inf"),
     ({"type": "string", "enum": [1]}, "expected a value of type string, got none"),
     ({"type": "object", "properties": {f"k{i}": {"type": "object", "properties": {f"l{j}": {} for j in range(60)}} for i in range(60)}}, "at most 5000 rules"),
 ]  # fmt: skip
@@ -138,6 +146,23 @@ def test_a_broken_schema_is_400(schema: Any, message: str) -> None:
     with pytest.raises(ApiError, match=message) as caught:
         grammar(schema)
     assert caught.value.status == 400 and "\n" not in caught.value.message
+
+
+def matches(rule: str, text: str) -> bool:
+    """Whether a text follows a rule without references, which is a regular expression but for its quotes."""
+    pattern = re.sub(r'"([^"]*)"', lambda literal: re.escape(literal[1]), rule).replace(" ", "")
+    return re.fullmatch(pattern, text) is not None
+
+
+@given(
+    st.tuples(st.integers(-2000, 2000), st.integers(-2000, 2000)),
+    st.integers(-2500, 2500),
+    st.sampled_from(["", ".0", ".5", ".00", ".999"]),
+)
+def test_a_range_holds_its_numbers_and_no_others(bounds: tuple[int, int], whole: int, fraction: str) -> None:
+    low, high = sorted(bounds)
+    assert matches(between(low, high, False), str(whole)) == (low <= whole <= high)
+    assert matches(between(low, high, True), f"{whole}{fraction}") == (low <= float(f"{whole}{fraction}") <= high)
 
 
 # calls

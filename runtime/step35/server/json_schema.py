@@ -10,6 +10,7 @@ from typing import Any
 from step35.server.arguments import json_type, resolved
 from step35.server.errors import ApiError, bad_request
 from step35.server.gbnf import Rules, either, json_literal, repeated
+from step35.server.number_range import MAX_DIGITS, MOST, between
 
 MAX_RULES = 5000
 MAX_REPEATS = 2000
@@ -23,8 +24,8 @@ KEYWORDS = {
     "string": {"minLength", "maxLength"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties"},
-    "number": set(),
-    "integer": set(),
+    "number": {"minimum", "maximum"},
+    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
     "boolean": set(),
     "null": set(),
 }
@@ -134,7 +135,24 @@ class _Translation:
                 return self._array(schema, path)
             case "object":
                 return self._object(schema, path)
+            case "integer" | "number" if KEYWORDS["integer"] & schema.keys():
+                return self._number(kind, schema, path)
         return kind
+
+    def _number(self, kind: str, schema: dict[str, Any], path: str) -> str:
+        """Bounds of integers, and whole bounds of numbers."""
+        for key in KEYWORDS[kind] & schema.keys():
+            bound = schema[key]
+            if type(bound) not in (int, float) or not abs(bound) <= MOST or bound != int(bound):
+                want = f"a whole number of at most {MAX_DIGITS} digits"
+                raise self._refused(
+                    f"unsupported JSON schema keyword: {key} at {path} expected {want}, got {str(bound)[:40]}"
+                )
+        low = max(int(schema.get("minimum", -MOST)), int(schema.get("exclusiveMinimum", -MOST - 1)) + 1)
+        high = min(int(schema.get("maximum", MOST)), int(schema.get("exclusiveMaximum", MOST + 1)) - 1)
+        if low > high:
+            raise self._refused(f"bad JSON schema: minimum at {path} expected at most {high}, got {low}")
+        return self._rules.add(kind, between(low, high, has_fraction=kind == "number"))
 
     def _string(self, schema: dict[str, Any], path: str) -> str:
         least, most = self._bounds(schema, "minLength", "maxLength", path)
