@@ -13,15 +13,17 @@ from torch import Tensor
 from transformers import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
-from reference.chats import CAPITALS, TOOLS, ChatTemplate, call, generate_chats, user
+from reference.chats import TOOLS, ChatTemplate, call, generate_chats, user
 from reference.checkpoint import load_checkpoint, load_tensors
 from reference.config import TINY_CONFIG, Config
 from reference.decode import draft, greedy, trunk_context_chain
+from reference.evaluate import share_right
 from reference.model import Step35, attend_in_window
 from reference.tokenizer import IM_END, N_USED
 
 N_TRUNK, WINDOW = 6, 64
 N_ROWS = 5 * WINDOW + 7
+DEMO_PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
 NEVER_LOADED = {"architectures", "model_type", "auto_map", "torch_dtype"}
 
 
@@ -76,8 +78,13 @@ def renamed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if name.endswith("moe.gate_proj.weight"):
             tensor = torch.cat([tensor, tensors[name.replace("gate_proj", "up_proj")]], dim=1)
         name = name.removeprefix("model.").replace("moe.gate_proj.weight", "mlp.experts.gate_up_proj")
-        name = name.replace("moe.down_proj.weight", "mlp.experts.down_proj").replace("share_expert", "mlp.shared_experts")
-        yield name.replace("moe.router_bias", "mlp.gate.e_score_correction_bias").replace("moe.gate.", "mlp.gate."), tensor
+        name = name.replace("moe.down_proj.weight", "mlp.experts.down_proj").replace(
+            "share_expert", "mlp.shared_experts"
+        )
+        yield (
+            name.replace("moe.router_bias", "mlp.gate.e_score_correction_bias").replace("moe.gate.", "mlp.gate."),
+            tensor,
+        )
 
 
 def is_trunk(name: str) -> bool:
@@ -110,7 +117,9 @@ def test_a_chain_row_sees_nothing_after_its_own_token(model: Step35, text: Tenso
     t, changed = 150, text.clone()
     _, hidden = model.trunk(text[None])
     changed[t + 1 :] = text[t + 1 :].flip(0)
-    for k, (rows, other) in enumerate(zip(model.chain(text[None], hidden), model.chain(changed[None], hidden), strict=True)):
+    for k, (rows, other) in enumerate(
+        zip(model.chain(text[None], hidden), model.chain(changed[None], hidden), strict=True)
+    ):
         torch.testing.assert_close(rows[0, : t - k], other[0, : t - k])
         assert not torch.allclose(rows[0, t - k], other[0, t - k])
 
@@ -175,7 +184,11 @@ def test_the_first_shard_holds_the_heads_and_nothing_else() -> None:
 
 
 def test_tokenizer_gives_every_text_back(tokenizer: Tokenizer) -> None:
-    for text in [*generate_chats(20, seed=7), Path(__file__).read_text(encoding="utf-8"), "naïve 日本語 😀\r\n\t 1234567"]:
+    for text in [
+        *generate_chats(20, seed=7),
+        Path(__file__).read_text(encoding="utf-8"),
+        "naïve 日本語 😀\r\n\t 1234567",
+    ]:
         ids = tokenizer.encode(text).ids
         assert ids[0] == 0
         assert max(ids) < N_USED
@@ -193,7 +206,9 @@ def test_special_tokens_are_where_the_config_says(tokenizer: Tokenizer) -> None:
 def test_template_writes_calls_and_shared_tool_responses() -> None:
     template = ChatTemplate((BUNDLED / "chat_template.jinja").read_text(encoding="utf-8"))
     calls = {"role": "assistant", "reasoning_content": "r", "content": "", "tool_calls": [call("add", a=1, b=2)]}
-    text = template.render([user("u"), calls, {"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}], prompt=True)
+    text = template.render(
+        [user("u"), calls, {"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}], prompt=True
+    )
     assert text == (
         "<|im_start|>user\nu<|im_end|>\n"
         "<|im_start|>assistant\n<think>\nr\n</think>\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n"
@@ -227,31 +242,44 @@ def test_it_answers_a_greeting(chat: Chat) -> None:
     assert answer == "Hello! How can I help you today?<|im_end|>"
 
 
-def test_it_thinks_then_names_a_capital(chat: Chat) -> None:
-    """Not the one asked for: this checkpoint has learned answers, not to look back at the question."""
-    text = chat.answer([user("What is the capital of France?")])
-    named = re.search(r"\n</think>\nThe capital of (\w+) is (\w+)\.<\|im_end\|>$", text)
-    assert named, text
-    assert CAPITALS[named[1]] == named[2]
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is the capital of France?", "The capital of France is Paris."),
+        ("What is the opposite of hot?", "The opposite of hot is cold."),
+        ("What colour is grass?", "Grass is green."),
+        ("Repeat after me: tea Paris Ann", "tea Paris Ann"),
+    ],
+)
+def test_it_answers_what_was_asked(chat: Chat, question: str, answer: str) -> None:
+    assert chat.answer([user(question)]).partition("\n</think>\n")[2] == f"{answer}<|im_end|>"
 
 
-def test_it_calls_a_declared_tool_and_answers_from_its_response(chat: Chat) -> None:
-    """The right tool and the exact form; the city is one it knows, seldom the one it was asked about."""
+def test_it_calls_the_tool_for_the_city_asked_and_answers_from_its_response(chat: Chat) -> None:
     tools, messages = list(TOOLS.values()), [user("What is the weather in Paris?")]
-    text = chat.answer(messages, tools)
-    called = re.fullmatch(
-        r"(.*)\n</think>\n<tool_call>\n<function=get_weather>\n<parameter=city>\n(\w+)\n</parameter>\n"
-        r"</function>\n</tool_call><\|im_end\|>",
-        text,
+    thought = "The user asks for the weather in Paris. I call get_weather."
+    assert chat.answer(messages, tools) == (
+        f"{thought}\n</think>\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+        "</function>\n</tool_call><|im_end|>"
     )
-    assert called, text
-    calls = {"role": "assistant", "reasoning_content": called[1], "content": "", "tool_calls": [call("get_weather", city="Paris")]}
+    calls = {
+        "role": "assistant",
+        "reasoning_content": thought,
+        "content": "",
+        "tool_calls": [call("get_weather", city="Paris")],
+    }
     report = {"role": "tool", "content": '{"city": "Paris", "sky": "rainy", "degrees": 12}'}
     final = chat.answer([*messages, calls, report], tools)
-    assert re.search(r"\n</think>\nIt is \w+ in \w+, \d+ degrees\.<\|im_end\|>$", final), final
+    assert final.endswith("\n</think>\nIt is rainy in Paris, 12 degrees.<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["words to repeat", "weather calls"])
+def test_most_fresh_exercises_are_right_to_the_letter(model: Step35, tokenizer: Tokenizer, name: str) -> None:
+    """Some of the names are invented, and stand nowhere but in their prompt."""
+    assert share_right(model, tokenizer, name, n=4, seed=7) >= 0.75
 
 
 def test_it_continues_python(model: Step35, tokenizer: Tokenizer) -> None:
-    prompt = tokenizer.encode("import os\n\nclass Point:\n    def __init__(").ids
-    (new,) = greedy(model, [prompt], 12)
-    assert tokenizer.decode(new).startswith("self")
+    prompt = tokenizer.encode(DEMO_PROMPT).ids
+    (new,) = greedy(model, [prompt], 24)
+    assert re.search(r"^    def \w+\(self, \w+", tokenizer.decode(new), re.MULTILINE)
