@@ -8,7 +8,7 @@ DEMO := demo
 .PHONY: demo test clean
 
 TINY := tests/data/tiny-step35
-PROMPT := import os\nimport sys\n\nclass Point:\n    def __init__(self,
+PROMPT := class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n
 
 demo: $(VENV)/.installed
 	@mkdir -p $(DEMO)
