@@ -24,7 +24,9 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 # The build of llama-cpp-python takes minutes; pip keeps the wheel it builds, so it happens once a machine.
-$(VENV)/.installed: pyproject.toml | $(VENV)/.created
+NATIVE := hatch_build.py $(wildcard converter/convert_step35/native/*.[ch]pp)
+
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/.created
 	@echo "Installing step35; the first build of llama-cpp-python takes a few minutes ..."
 	$(PIP) install --editable .
 	@touch $@

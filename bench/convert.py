@@ -106,7 +106,7 @@ class Bench:
 
     def _one_pass(self, number: int, contender: str, quantizers: str) -> Step:
         out = self.work / f"{contender}.gguf"
-        command = ["-m", "convert_step35", "run", str(self.checkpoint), str(out), "--type", self.preset]
+        command = ["-m", "convert_step35", "run", str(self.checkpoint), str(out), "--type", self.preset, "--restart"]
         # The switch is inherited by the measured process.
         os.environ[SWITCH] = quantizers
         return self._step(number, contender, "run", command, out)
