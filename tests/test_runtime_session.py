@@ -13,7 +13,7 @@ from step35.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 # Batches of another shape add up in another order: above that, far below any real difference.
-FLOAT_NOISE = 5e-3
+FLOAT_NOISE = 2e-2
 
 
 def engine(**options) -> Engine:
