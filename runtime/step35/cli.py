@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from step35 import __version__
+from step35.backend.cli import backend
 from step35.doctor_cli import doctor
 from step35.errors import Step35Error
 from step35.launch_cli import launch
@@ -200,6 +201,7 @@ cli.add_command(tune)
 cli.add_command(trace)
 cli.add_command(make_serve(_MODEL_OPTIONS))
 cli.add_command(launch)
+cli.add_command(backend)
 
 
 def main() -> None:

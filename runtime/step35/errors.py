@@ -3,6 +3,7 @@
     Step35Error            one clear line; the command prints `step35: error: ...` and exits 1
     ├── ModelError         a GGUF file is not a usable Step-3.5 model
     ├── NativeError        llama.cpp refused, failed, or lacks a symbol
+    ├── BackendError       a build of llama.cpp can't be made, found or used
     ├── ContextFull        a timeline doesn't fit into its context
     ├── DoesNotFit         the memory can't hold what was asked for
     ├── SettingsError      a setting has an unknown or impossible value
@@ -20,6 +21,10 @@ class ModelError(Step35Error):
 
 class NativeError(Step35Error):
     """llama.cpp refused, failed, or lacks a symbol."""
+
+
+class BackendError(Step35Error):
+    """A build of llama.cpp can't be made, found or used."""
 
 
 class ContextFull(Step35Error):
