@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ class LiveServer:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self._wait(
+        self.url = self.wait(
             lambda: next(filter(None, (re.search(r"http://\S+:\d+", line) for line in self.lines)), None)
         )[0]
 
@@ -32,7 +33,8 @@ class LiveServer:
         for line in self.process.stderr:
             self.lines.append(line.rstrip())
 
-    def _wait(self, found):
+    def wait(self, found: Callable[[], Any]) -> Any:
+        """Returns what `found` returns as soon as it is something; fails with what the server said."""
         end = time.monotonic() + READY_WITHIN_S
         while time.monotonic() < end:
             if result := found():
@@ -45,7 +47,7 @@ class LiveServer:
 
     def ready(self) -> Self:
         """Waits until the model is loaded."""
-        self._wait(lambda: self.get("/health")[0] == 200)
+        self.wait(lambda: self.get("/health")[0] == 200)
         return self
 
     def get(self, path: str, **headers: str) -> tuple[int, Any]:

@@ -1,12 +1,13 @@
 """A service over the fake llama.cpp, for tests of what the server does with its jobs."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from fake_native import Script, loader
+from fake_native import FakeContext, Script, loader
 from step35.engine import Engine
 from step35.options import EngineOptions
 from step35.sampling import Sampling
@@ -16,6 +17,27 @@ from step35.server.scheduler import Limits
 from step35.server.service import Service, Serving
 
 GREEDY = Sampling(temperature=0)
+LONGEST_HOLD_S = 60
+
+
+class Gate:
+    """Lets the fake trunk decode so many times, then holds it until it is opened: a Script's `on_decode`."""
+
+    def __init__(self, n_decodes: int = 0) -> None:
+        self._n_decodes = n_decodes
+        self._is_held, self._is_open = threading.Event(), threading.Event()
+
+    def __call__(self, context: FakeContext) -> None:
+        if context.head is None and len(context.decodes) >= self._n_decodes:
+            self._is_held.set()
+            assert self._is_open.wait(LONGEST_HOLD_S), "nobody opened the gate"
+
+    async def held(self) -> None:
+        """Waits until the trunk stands before the gate."""
+        assert await asyncio.to_thread(self._is_held.wait, LONGEST_HOLD_S), "the trunk never came to the gate"
+
+    def open(self) -> None:
+        self._is_open.set()
 
 
 def fake_service(script: Script | None = None, *, n_parallel: int = 3, n_waiting: int = 8, **options: Any) -> Service:

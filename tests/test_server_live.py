@@ -5,7 +5,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 
 import anthropic
 import openai
@@ -251,11 +250,8 @@ def test_a_client_that_leaves_ends_its_request_and_nobody_elses(server):
     response.read(200)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
-    end = time.monotonic() + 20
-    while server.get("/status", **bearer())[1]["requests"] and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not server.get("/status", **bearer())[1]["requests"]
-    assert any(line.get("left") for line in conversation_log(server.lines))
+    server.wait(lambda: not server.get("/status", **bearer())[1]["requests"])
+    server.wait(lambda: any(line.get("left") for line in conversation_log(server.lines)))
 
 
 def test_identical_retries_get_one_answer(server):
@@ -273,8 +269,9 @@ def test_identical_retries_get_one_answer(server):
 
 
 def test_the_log_has_one_line_a_request_and_no_text(server):
+    n_before = len(conversation_log(server.lines))
     server.post("/v1/completions", {"prompt": "swordfish", "max_tokens": 3}, **bearer())
-    time.sleep(0.2)
+    server.wait(lambda: len(conversation_log(server.lines)) > n_before)
     line = conversation_log(server.lines)[-1]
     assert (line["path"], line["status"], line["n_generated"]) == ("/v1/completions", 200, 3)
     assert "swordfish" not in "\n".join(server.lines)

@@ -1,12 +1,12 @@
 """The scheduler on a fake llama.cpp: who runs when, what a leaving client stops, and what a broken sequence loses."""
 
 import asyncio
-import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from fake_native import FakeContext, Script, next_token
-from server_fakes import answer, ask, events_of, fake_service, serve
+from server_fakes import Gate, answer, ask, events_of, fake_service, serve
 from step35.server.choosing import ArmedGrammar, is_endless
 from step35.server.conversation import ContentDelta, Failed, Finished, Progress
 from step35.server.errors import ApiError
@@ -53,58 +53,54 @@ def test_the_next_turn_is_cached_and_a_side_request_takes_another_place():
 
 
 def test_a_full_queue_is_refused_and_a_drained_server_too():
+    gate = Gate()
+
     async def talk(service):
         jobs = [(await service.submit(ask(p, 40), f"r{i}", None))[0] for i, p in enumerate(prompts(3))]
         with pytest.raises(ApiError, match="too many requests: expected at most 1 running and 2 waiting") as caught:
             await service.submit(ask(prompts(1)[0]), "late", None)
         assert caught.value.status == 429
-        service.scheduler.drain(10)
+        service.scheduler.drain(1000)
         with pytest.raises(ApiError, match="the server is draining") as caught:
             await service.submit(ask(prompts(1)[0]), "late", None)
         assert caught.value.status == 503
+        gate.open()
         for job in jobs:
             assert isinstance((await events_of(job))[-1], Finished), "what was taken is finished"
 
-    serve(fake_service(n_parallel=1, n_waiting=2), talk)
+    serve(fake_service(Script(on_decode=gate), n_parallel=1, n_waiting=2), talk)
 
 
 def test_a_drain_ends_long_answers_at_its_limit_with_what_they_have():
-    def slow(context: FakeContext) -> None:
-        time.sleep(0.01)
+    gate = Gate(20)
 
     async def talk(service):
         job, _ = await service.submit(ask(prompts(1)[0], 300), "r", None)
-        await asyncio.sleep(0.3)
-        service.scheduler.drain(0.1)
+        await gate.held()
+        service.scheduler.drain(0)
+        gate.open()
         events = await events_of(job)
         assert events[-1].reason == "length" and 0 < events[-1].usage.n_generated < 300
 
-    serve(fake_service(Script(on_decode=slow)), talk)
+    serve(fake_service(Script(on_decode=gate)), talk)
 
 
 def test_a_client_that_leaves_stops_the_work_and_the_cells_stay():
-    def slow(context: FakeContext) -> None:
-        time.sleep(0.03)
+    gate = Gate(6)
 
     async def talk(service):
         prompt = prompts(1, 200)[0]
         job, _ = await service.submit(ask(prompt, 150), "r", None)
-        follow = job.feed.follow(1.0)
-        async for event in follow:
-            if isinstance(event, Progress) and event.n_done >= 64:
-                break
-        await follow.aclose()
+        await gate.held()
         job.feed.leave()
-        for _ in range(1000):
-            await asyncio.sleep(0.01)
-            if job.finish:
-                break
-        assert job.finish == "cancelled" and job.turn.n_generated < 100
+        gate.open()
+        await events_of(job)
+        assert job.finish == "cancelled" and job.turn.n_generated == 0
         _, events = await answer(service, ask(prompt, 4))
-        assert events[-1].usage.n_cached >= 64
+        assert 64 <= events[-1].usage.n_cached < 200
         assert text_of(events) == greedy(prompt, 4)
 
-    serve(fake_service(Script(on_decode=slow)), talk)
+    serve(fake_service(Script(on_decode=gate)), talk)
 
 
 def test_a_retry_joins_the_running_job_and_hears_it_from_the_start():
@@ -162,20 +158,26 @@ def test_a_context_full_of_answers_ends_the_youngest_and_a_waiting_prompt_gets_i
 
 
 def test_a_long_prompt_takes_at_most_half_of_the_time_of_a_running_answer():
-    def watch(context: FakeContext) -> None:
-        time.sleep(0.002)
+    gate = Gate(30)
+    script = Script(on_decode=gate)
 
     async def talk(service):
+        service.scheduler._clock = lambda: float(sum(len(context.decodes) for context in script.contexts))
         running, _ = await service.submit(ask(prompts(1)[0], 200), "answer", None)
-        await asyncio.sleep(0.05)
+        await gate.held()
         job, _ = await service.submit(ask(prompts(2, 250)[1], 2), "prompt", None)
-        before = running.turn.n_generated
-        await events_of(job)
-        n_steps = 250 // 14
-        assert running.turn.n_generated - before >= n_steps, "an answer goes on beside every piece of the prompt"
-        await events_of(running)
+        gate.open()
+        await asyncio.gather(events_of(job), events_of(running))
 
-    serve(fake_service(Script(on_decode=watch), n_ctx=1000, draft="off"), talk)
+    serve(fake_service(script, n_ctx=1000, draft="off"), talk)
+    [trunk] = [context for context in script.contexts if context.head is None]
+    beside = [{r.seq: len(r.tokens) for r in rows} for rows in trunk.decodes[30:]]
+    prompt_seq = max(beside[1].keys() | beside[2].keys(), key=lambda seq: max(sizes.get(seq, 0) for sizes in beside))
+    has_prompt = [sizes.get(prompt_seq, 0) > 1 for sizes in beside]
+    n_steps = max(i for i, has in enumerate(has_prompt) if has) + 1
+    assert sum(has_prompt) >= 250 // 16
+    assert not any(a and b for a, b in pairwise(has_prompt)), "after each piece of the prompt, the answer goes on alone"
+    assert all(len(sizes) == 1 + has for sizes, has in zip(beside, has_prompt[:n_steps], strict=False)), "never without it"
 
 
 def test_a_prompt_over_the_context_and_a_bias_out_of_range_are_refused_in_time():
