@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 import threading
+import urllib.request
 
 import anthropic
 import openai
@@ -188,11 +189,40 @@ def test_without_the_key_nothing_but_health_is_served(server):
             assert server.get(path, **headers)[0] == 401
     assert server.get("/health") == (200, {"status": "ready"})
     assert server.get("/v1/models", x_api_key=KEY)[0] == 200
+    assert server.get("/v1/models", authorization=f"bearer {KEY}")[0] == 200, "the scheme's case says nothing"
 
 
 def test_a_page_of_another_site_is_kept_out(server):
     assert server.get("/status", origin="http://evil.example", **bearer())[0] == 403
     assert server.get("/status", origin=server.url, **bearer())[0] == 200
+    assert server.send("OPTIONS", "/v1/messages", None, origin="http://evil.example")[0] == 403
+
+
+def test_a_named_origin_may_call_and_a_foreign_hosts_name_is_no_way_in():
+    origin = "http://localhost:3000"
+    with LiveServer(tiny_gguf("F32"), *FLAGS, "--cors", origin) as live:
+        live.ready()
+        with urllib.request.urlopen(urllib.request.Request(live.url + "/status", headers={"origin": origin})) as got:
+            assert got.headers["access-control-allow-origin"] == origin
+        assert live.send("OPTIONS", "/v1/messages", None, origin=origin)[0] == 204
+        assert live.get("/status", origin="http://localhost:3001")[0] == 403
+        status, body = live.get("/status", host="evil.example")
+        assert status == 403 and "unknown host: without --api-key expected an IP address" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"])
+def test_a_refusal_has_the_apis_own_form_and_an_id(server, path):
+    """413 and 415 come before the body is read, 404 and 405 before there is a handler."""
+    wrong = [
+        (404, ("POST", path + "/x", b"{}", {})), (405, ("GET", path, None, {})), (401, ("POST", path, b"{}", {"authorization": "no"})),
+        (413, ("POST", path, b"{}", {"content_length": str(1 << 40)})), (415, ("POST", path, b"{}", {"content_encoding": "gzip"})),
+    ]  # fmt: skip
+    for wanted, (method, where, data, headers) in wrong:
+        status, body = server.send(method, where, data, **bearer() | headers)
+        assert status == wanted, body
+        anthropic_form, openai_form = body.get("type") == "error", {"param", "code"} <= body["error"].keys()
+        assert (anthropic_form, openai_form) == ((True, False) if where.startswith("/v1/messages") else (False, True))
+        assert (body if anthropic_form else body["error"])["request_id"].startswith("req_")
 
 
 @pytest.mark.parametrize(

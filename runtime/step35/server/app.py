@@ -48,6 +48,7 @@ APIS: dict[str, ModuleType] = {
 }
 OPEN_PATHS = ("/health", "/")
 """Served without a key: what watches a server shouldn't need one, and the page holds nothing; it asks for the key."""
+PATH_HINT = "; a base URL ends with /v1 for OpenAI's clients, and without it for Anthropic's"
 PAGE = Path(__file__).with_name("page.html")
 
 log = logging.getLogger("step35.server")
@@ -125,6 +126,8 @@ class Gate:
                 (b"access-control-allow-origin", origin.encode()),
                 (b"access-control-allow-headers", b"*, authorization"),
                 (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+                (b"access-control-expose-headers", b"x-request-id, retry-after"),
+                (b"access-control-max-age", b"600"),
                 (b"vary", b"origin"),
             ]
         return headers
@@ -136,27 +139,25 @@ class Gate:
         if scope["path"] in OPEN_PATHS:
             return None
         record = scope["state"]["record"]
-        if not self._is_own_origin(headers):
-            told = "foreign origin: expected requests of this server's own page, or of the one that --cors names"
+        if told := self._is_foreign(headers):
             return _error(scope["path"], record, ApiError(403, FORBIDDEN, told))
         if not self._has_key(headers):
-            return _error(
-                scope["path"], record, ApiError(401, UNAUTHORIZED, "wrong API key: expected the one of --api-key")
-            )
+            told = f"{'wrong' if _given_key(headers) else 'no'} API key: expected the one of --api-key"
+            return _error(scope["path"], record, ApiError(401, UNAUTHORIZED, told))
         return None
 
-    def _is_own_origin(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Keeps the pages of other sites out, and names that a foreign DNS server lets point here."""
-        origin, host = headers.get(b"origin", b"").decode("latin-1"), headers.get(b"host", b"").decode("latin-1")
-        if origin and origin != self._access.cors_origin and origin.partition("://")[2] != host:
-            return False
-        return self._access.api_key is not None or _is_address(host)
+    def _is_foreign(self, headers: Mapping[bytes, bytes]) -> str | None:
+        """Says why a request isn't let in: a page of another site, or a name that a foreign DNS server points here."""
+        origin, host = (headers.get(name, b"").decode("latin-1")[:200] for name in (b"origin", b"host"))
+        if origin and self._access.cors_origin not in (origin, "*") and origin.partition("://")[2] != host:
+            return f"foreign origin: expected this server's own page, or the one that --cors names, got {origin!r}"
+        if self._access.api_key is None and not _is_address(host):
+            return f"unknown host: without --api-key expected an IP address or localhost, got {host!r}"
+        return None
 
     def _has_key(self, headers: Mapping[bytes, bytes]) -> bool:
-        if self._access.api_key is None:
-            return True
-        given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        return hmac.compare_digest(given, self._access.api_key.encode())
+        key = self._access.api_key
+        return key is None or hmac.compare_digest(_given_key(headers), key.encode())
 
     def _log(self, record: Record, status: int) -> None:
         path = record.path if record.path in self._paths else "other"
@@ -166,6 +167,12 @@ class Gate:
         is_quiet = record.method == "GET" and (status < 400 or record.path in OPEN_PATHS)
         level = logging.DEBUG if is_quiet else logging.INFO
         log.log(level, "request %s", json.dumps(line))
+
+
+def _given_key(headers: Mapping[bytes, bytes]) -> bytes:
+    """Returns the key that a client sent, in either API's way; empty if none."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return headers.get(b"x-api-key") or (key.strip() if scheme.lower() == b"bearer" else b"")
 
 
 def _is_address(host: str) -> bool:
@@ -198,7 +205,8 @@ class _Routes:
 
     async def on_http_error(self, request: Request, error: Exception) -> Response:
         kind = NOT_FOUND if error.status_code == 404 else INVALID
-        told = ApiError(error.status_code, kind, f"{request.method} {request.url.path[:200]}: {error.detail}")
+        hint = PATH_HINT if error.status_code == 404 else ""
+        told = ApiError(error.status_code, kind, f"{request.method} {request.url.path[:200]}: {error.detail}{hint}")
         response = _error(request.url.path, request.state.record, told)
         response.headers.update(error.headers or {})
         return response

@@ -23,6 +23,10 @@ MOST_SHORT = 4096
 LEAST_LOAD = 256
 """A session on disk is worth loading if it saves this many tokens more than what is in memory."""
 ROOM_TO_ANSWER = 64
+LEAST_CHANGE = 8
+"""A session is written again when one token in so many is new, not after every short turn: its file may have gigabytes."""
+SETTLED_S = 30.0
+"""Or when nobody has used it for this long."""
 
 log = logging.getLogger("step35.server")
 
@@ -39,12 +43,15 @@ class Held:
     is_taken: bool = False
     turns: tuple[KnownTurn, ...] = ()
     is_unsaved: bool = False
+    n_saved: int = 0
+    """Tokens in its file."""
 
     def begin_anew(self, *, keeps_cells: bool) -> None:
         """Makes room for another conversation; the file of this one, if there is one, stays."""
         if not keeps_cells:
             self.session.rewind(0)
-        self.name, self.last_start, self.turns, self.is_unsaved = uuid.uuid4().hex, 0, (), False
+        self.name, self.last_start, self.turns = uuid.uuid4().hex, 0, ()
+        self.is_unsaved, self.n_saved = False, 0
 
 
 class Conversations:
@@ -149,7 +156,7 @@ class Conversations:
             self.disk.drop(name, error)
             return
         if common_prefix(saved.tokens, prompt) >= saved.last_start:  # else it is another branch, and gets its own file
-            held.name = name
+            held.name, held.n_saved = name, saved.n_kv
         log.info("session %s came back from disk: %d tokens", name[:8], saved.n_kv)
 
     def _best_saved(self, prompt: Sequence[int], n_least: int) -> str | None:
@@ -185,9 +192,11 @@ class Conversations:
 
     def _leave(self, held: Held, *, keeps_cells: bool = False) -> None:
         """Gives a session to another conversation; what of this one is not on disk goes there first, if it is long."""
-        is_lost = held.is_unsaved and held.session.n_kv >= self.n_short
-        if is_lost and self.disk is not None and self.disk.can_save:
+        is_lost = self.disk is not None and held.is_unsaved and held.session.n_kv >= self.n_short
+        if is_lost and self.disk.can_save:
             self._save(held)
+        elif is_lost:
+            log.info("session %s left unsaved: another one is being written", held.name[:8])
         held.begin_anew(keeps_cells=keeps_cells)
 
     # after a turn
@@ -215,11 +224,16 @@ class Conversations:
 
     def save_one(self) -> bool:
         """Hands one unsaved idle session to the disk, if it takes one; returns whether it did."""
-        unsaved = [held for held in self.held if held.is_unsaved and not held.is_taken and held.session.n_kv]
+        unsaved = [held for held in self.held if held.is_unsaved and not held.is_taken and self._is_worth_saving(held)]
         if self.disk is None or not unsaved or not self.disk.can_save:
             return False
         self._save(min(unsaved, key=lambda held: held.last_used))
         return True
+
+    def _is_worth_saving(self, held: Held) -> bool:
+        n_kv = held.session.n_kv
+        is_new = (n_kv - held.n_saved) * LEAST_CHANGE >= n_kv
+        return n_kv > 0 and (is_new or self._clock() - held.last_used >= SETTLED_S)
 
     def save_all(self) -> None:
         """Writes every unsaved session, one after the other, and waits."""
@@ -232,7 +246,7 @@ class Conversations:
         self.disk.close()
 
     def _save(self, held: Held) -> None:
-        held.is_unsaved = False
+        held.is_unsaved, held.n_saved = False, held.session.n_kv
         try:
             self.disk.save(held.name, held.session.snapshot(), held.turns, held.last_start)
         except DoesNotFit as error:

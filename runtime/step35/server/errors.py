@@ -10,19 +10,25 @@ NOT_FOUND = "not_found_error"
 BUSY = "rate_limit_error"
 UNAVAILABLE = "overloaded_error"
 BROKEN = "api_error"
+TOO_LONG = "context_length_exceeded"
 
 
 class ApiError(Step35Error):
-    """An HTTP status, a kind of error, one line for people, and the field of the request that is to blame."""
+    """An HTTP status, a kind of error, one line for people, and the field of the request that is to blame.
 
-    def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
+    `code` is a word of OpenAI's for what its clients act upon.
+    """
+
+    def __init__(
+        self, status: int, kind: str, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.message, self.param = status, kind, message, param
+        self.status, self.kind, self.message, self.param, self.code = status, kind, message, param, code
 
 
-def bad_request(message: str, param: str | None = None) -> ApiError:
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Returns the error for a request that is wrong in itself."""
-    return ApiError(400, INVALID, message, param)
+    return ApiError(400, INVALID, message, param, code)
 
 
 def too_large(message: str, param: str | None = None) -> ApiError:

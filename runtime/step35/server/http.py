@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from step35.server.conversation import Event, Failed, Progress, Sse
-from step35.server.errors import ApiError, bad_request, too_large
+from step35.server.errors import INVALID, ApiError, bad_request, too_large
 from step35.server.job import Job
 
 MAX_BODY = 64 << 20
@@ -38,7 +38,10 @@ class Record:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Returns a request's body; raises ApiError 413 as soon as it is too long."""
+    """Returns a request's body; raises ApiError 413 as soon as it is too long, 415 if it is packed."""
+    packed = request.headers.get("content-encoding", "identity")
+    if packed.lower() != "identity":
+        raise ApiError(415, INVALID, f"packed body: content-encoding expected none, got {packed[:40]!r}; send it as it is")
     said = request.headers.get("content-length", "0")
     if said.isdigit() and int(said) > max_bytes:
         raise too_large(f"body too long: expected at most {max_bytes} bytes, got {said}")

@@ -19,6 +19,7 @@ _STATUS = {
     "403": "The request comes from a page of another site.",
     "405": "The path has other methods.",
     "413": "The request is too large.",
+    "415": "The body is packed.",
     "429": "Too many requests wait.",
     "503": "The server is loading or draining.",
 }

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from step35.engine import Engine
 from step35.sampling import Sampling
 from step35.server.conversation import Ask, Conversation
 from step35.server.conversations import Conversations
-from step35.server.errors import bad_request
+from step35.server.errors import TOO_LONG, bad_request
 from step35.server.grammar import grammar_of
 from step35.server.job import Feed, Job
 from step35.server.metrics import Metrics, resident_bytes
@@ -73,6 +74,7 @@ class Service:
         key = {
             "model": model_digest(engine.options.model),
             "kv_type": engine.options.kv_type,
+            "llama-cpp-python": version("llama-cpp-python"),
             "template": hashlib.blake2b(template.encode(), digest_size=8).hexdigest(),
         }
         disk = SessionDisk(self.serving.session_dir, key, self.serving.session_bytes)
@@ -116,7 +118,8 @@ class Service:
             # agents know these first words, and shorten their history
             raise bad_request(
                 f"prompt is too long: {len(prompt.tokens)} tokens > {self.engine.n_ctx} maximum; shorten it, or serve "
-                "with a larger --ctx"
+                "with a larger --ctx",
+                code=TOO_LONG,
             )
         text = ask.prompt if isinstance(ask.prompt, str) else self.text_of_tokens(prompt.tokens) if ask.echo else ""
         echo = text if ask.echo else ""

@@ -51,6 +51,7 @@ class SessionDisk:
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._idle = threading.Event()
         self._idle.set()
+        self._unwritten: tuple[str, Snapshot] | None = None
         self._writer = threading.Thread(target=self._write_all, name="step35-sessions", daemon=True)
         self._writer.start()
 
@@ -74,7 +75,10 @@ class SessionDisk:
             log.warning("and it can't be renamed: %s", failure)
 
     def load(self, name: str) -> Snapshot | None:
-        """Reads a session's cells; None if the file turns out to be damaged."""
+        """Reads a session's cells, or takes them from the write that is under way; None if the file is damaged."""
+        unwritten = self._unwritten
+        if unwritten is not None and unwritten[0] == name:
+            return unwritten[1]
         saved = self.saved[name]
         try:
             snapshot = read_cells(saved)
@@ -99,6 +103,7 @@ class SessionDisk:
         kept = tuple(sorted(snapshot.checkpoints))
         self.saved[name] = SavedSession(path, self.key, snapshot.tokens, snapshot.n_kv, kept, last_start, tuple(turns))
         self._idle.clear()
+        self._unwritten = (name, snapshot)
         self._jobs.put(lambda: self._write(name, path, snapshot, turns, last_start))
 
     def _write(self, name: str, path: Path, snapshot: Snapshot, turns: Sequence[KnownTurn], last_start: int) -> None:
@@ -129,6 +134,7 @@ class SessionDisk:
         while (job := self._jobs.get()) is not None:
             job()
             if self._jobs.empty():
+                self._unwritten = None
                 self._idle.set()
 
     def wait(self) -> None:

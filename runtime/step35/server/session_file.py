@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,13 +54,20 @@ def write_session(
         "sections": [[name, len(data), _digest(data)] for name, data in sections.items()],
     }
     unfinished = path.with_name(f"{path.name}.part")
-    with open(unfinished, "wb") as file:
+    try:
+        _write_synced(unfinished, [json.dumps(head).encode() + b"\n", *sections.values()])
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # a full disk must not stay full of halves
+        raise
+
+
+def _write_synced(path: Path, pieces: Iterable[bytes]) -> None:
+    with open(path, "wb") as file:
         os.fchmod(file.fileno(), 0o600)  # what was said is in it
-        file.write(json.dumps(head).encode() + b"\n")
-        file.writelines(sections.values())
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def read_session(path: Path) -> SavedSession:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Self
 
+from step35.server.arguments import closed
 from step35.server.conversation import Message, ToolCall
 
 MAX_TOKENS = 8_000_000  # 32 MB of ids; the turns that were used least recently go first
@@ -84,9 +85,10 @@ def _agree(ours: str | None, theirs: str | None) -> bool:
 
 
 def _value(arguments: str) -> object:
+    """Returns what arguments say; some clients send those that were cut short as they came, and ours are closed."""
     try:
-        return json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
+        return json.loads(closed(arguments))
+    except RecursionError:
         return arguments
 
 
