@@ -73,7 +73,7 @@ def test_a_sound_file_is_told_so_with_what_was_checked(checkpoint: Path, made: P
     done = convert_step35("verify", made, "--against", checkpoint, "--json")
     n = len(read_gguf(made).tensors)
     assert done.exit_code == 0 and done.err == ""
-    assert done.data | {"compared_chunks": 0} == {"ok": True, "tensors": n, "digests": n, "compared_chunks": 0, "problems": []}
+    assert done.data | {"compared_chunks": 0} == {"ok": True, "tensors": n, "digests": n, "compared_chunks": 0, "problems": [], "notes": []}
     assert done.data["compared_chunks"] > n
     shown = convert_step35("verify", made)
     assert (shown.exit_code, shown.out) == (0, f"{made}: sound; {n} tensors read, {n} digests compared with the report\n")

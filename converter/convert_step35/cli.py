@@ -1,28 +1,25 @@
-"""The `convert-step35` command: plan, run, verify, inspect, recipes."""
+"""The `convert-step35` command: plan, run, verify, inspect, recipes, mtp."""
 
-import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
-from unicodedata import category
 
 import click
 from gguf import LlamaFileType
-from rich.console import Console
 
 from convert_step35 import __version__, tables
+from convert_step35.console import PATH, console, cores, json_option, output_path, threads_option
 from convert_step35.conversion import Tools, convert
-from convert_step35.errors import CheckpointError, ConvertError, OptionError, OutputError, quoted
+from convert_step35.errors import CheckpointError, ConvertError, OptionError, OutputError, printable
 from convert_step35.ggml import load_ggml
 from convert_step35.gguf_model import (
     GgufModel,
     architecture_of,
     has_mtp,
     has_trunk,
-    is_shard_name,
     open_model,
     whole_name,
 )
@@ -30,13 +27,15 @@ from convert_step35.inspection import inspect_file
 from convert_step35.journal import drop_journal, journal_path
 from convert_step35.mapping import MtpMode, map_tensors
 from convert_step35.models import Models, load_models
+from convert_step35.mtp_cli import mtp
 from convert_step35.output import PARTIAL, write_atomically
 from convert_step35.plan import Plan, Wishes, side_file
 from convert_step35.presets import PRESETS
 from convert_step35.progress import progress_bar
 from convert_step35.quantizers import load_quantizers
-from convert_step35.recipes import parse_override
+from convert_step35.recipes import ggml_type, head_matrices, parse_override
 from convert_step35.report import build_report, plan_entries, report_path, to_json, totals
+from convert_step35.requantizing import FROM_KEY
 from convert_step35.sizes import format_size, parse_size
 from convert_step35.verification import Verdict, check_metadata, check_report, check_rows, compare
 from convert_step35.workspace import Workspace, fingerprint, open_workspace
@@ -48,11 +47,6 @@ Examples:
   convert-step35 run   Step-3.5-Flash step35.gguf --target-size 105GiB
   convert-step35 verify step35.gguf --against Step-3.5-Flash
 """
-
-
-_NEVER_FOLD = 100_000
-# Whether a path can be read is said by what reads it.
-_PATH = click.Path(path_type=Path, readable=False)
 
 
 def main() -> None:
@@ -118,13 +112,18 @@ def _what_to_make(command: Callable[..., None]) -> Callable[..., None]:
             metavar="REGEX=TYPE",
             help="Type of the matrices whose GGUF name matches; repeatable, the first match wins.",
         ),
-        click.option("--imatrix", type=_PATH, help="Importance matrix of llama-imatrix, in GGUF form."),
+        click.option("--imatrix", type=PATH, help="Importance matrix of llama-imatrix, in GGUF form."),
         click.option(
             "--mtp",
             type=click.Choice([mode.value for mode in MtpMode]),
             default="keep",
             show_default=True,
             help="MTP heads: in the file, in a file beside it, not at all, or nothing but them.",
+        ),
+        click.option(
+            "--mtp-type",
+            metavar="T",
+            help="ggml type of the MTP heads' matrices, such as Q4_K: cheaper drafts, the same text.",
         ),
         click.option(
             "--split-max-size", metavar="SIZE", help="Write shards with at most this much data each, such as 45GB."
@@ -135,16 +134,10 @@ def _what_to_make(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-_threads_option = click.option(
-    "--threads", type=click.IntRange(1, 1024), default=None, help="Threads.  [default: one a core]"
-)
-
-
 @cli.command()
-@click.argument("checkpoint", type=_PATH)
+@click.argument("checkpoint", type=PATH)
 @_what_to_make
-@_json_option
+@json_option
 def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
     """Print every tensor's type and size, and the totals, without reading tensor data."""
     workspace, made = _plan(checkpoint, Path(f"{checkpoint.resolve().name}.gguf"), **choices)
@@ -162,27 +155,27 @@ def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
             end="",
         )
         return
-    console = _console()
-    console.print(tables.checkpoint_line(workspace))
-    console.print(tables.plan_table(made))
-    console.print(tables.plan_totals(made))
+    shown = console()
+    shown.print(tables.checkpoint_line(workspace))
+    shown.print(tables.plan_table(made))
+    shown.print(tables.plan_totals(made))
 
 
 @cli.command()
-@click.argument("checkpoint", type=_PATH)
-@click.argument("out", type=_PATH)
+@click.argument("checkpoint", type=PATH)
+@click.argument("out", type=PATH)
 @_what_to_make
 @click.option(
     "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
 )
 @click.option("--restart", is_flag=True, help="Drop an unfinished conversion instead of going on with it.")
-@_threads_option
-@_json_option
+@threads_option
+@json_option
 def run(
     checkpoint: Path, out: Path, overwrite: bool, restart: bool, threads: int | None, as_json: bool, **choices: Any
 ) -> None:
     """Convert CHECKPOINT to OUT (.gguf). Killed at any moment, the same command goes on from there."""
-    workspace, made = _plan(checkpoint, _gguf_path(out), **choices)
+    workspace, made = _plan(checkpoint, output_path(out), **choices)
     if restart:
         _drop_unfinished(out)
     _refuse_existing(made, out, overwrite)
@@ -190,25 +183,25 @@ def run(
     if as_json:
         print(to_json(report), end="")
         return
-    _console().print(tables.report_summary(made, report))
+    console().print(tables.report_summary(made, report))
 
 
 @cli.command()
-@click.argument("file", type=_PATH)
+@click.argument("file", type=PATH)
 @click.option(
-    "--against", type=_PATH, metavar="CKPT", help="Also convert parts of this checkpoint again and compare bytes."
+    "--against", type=PATH, metavar="CKPT", help="Also convert parts of this checkpoint again and compare bytes."
 )
 @click.option("--full", is_flag=True, help="With --against: compare every byte with libggml's, which takes long.")
-@click.option("--imatrix", type=_PATH, help="With --against: the imatrix that the file was made with.")
-@_threads_option
-@_json_option
+@click.option("--imatrix", type=PATH, help="With --against: the imatrix that the file was made with.")
+@threads_option
+@json_option
 def verify(
     file: Path, against: Path | None, full: bool, imatrix: Path | None, threads: int | None, as_json: bool
 ) -> None:
     """Check a finished GGUF: structure, every row, the report's digests and, if given, its checkpoint."""
     if against is None and (full or imatrix is not None):
         raise click.UsageError(f"{'--full' if full else '--imatrix'} needs --against CKPT")
-    verdict = _verify(file, against, full, imatrix, threads or _cores())
+    verdict = _verify(file, against, full, imatrix, threads or cores())
     if as_json:
         print(
             to_json(
@@ -218,39 +211,40 @@ def verify(
                     "digests": verdict.n_digests,
                     "compared_chunks": verdict.n_compared_chunks,
                     "problems": list(verdict.problems),
+                    "notes": list(verdict.notes),
                 }
             ),
             end="",
         )
     else:
-        _console().print(tables.verdict(file, verdict))
+        console().print(tables.verdict(file, verdict))
     if verdict.problems:
         sys.exit(1)
 
 
 @cli.command()
-@click.argument("file", type=_PATH)
-@_json_option
+@click.argument("file", type=PATH)
+@json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Say what a GGUF file holds and what is wrong with it; exit code 1 if something is."""
     found = inspect_file(file, load_models())
     if as_json:
         print(to_json(found.as_json()), end="")
     else:
-        _console().print(tables.inspection(found))
+        console().print(tables.inspection(found))
     if found.problems:
         sys.exit(1)
 
 
 @cli.command()
-@_json_option
+@json_option
 def recipes(as_json: bool) -> None:
     """List what --type takes: this project's recipes, and llama-quantize's presets."""
     known = load_models().recipes
     if as_json:
         print(to_json({"recipes": [asdict(recipe) for recipe in known.values()], "presets": list(PRESETS)}), end="")
         return
-    _console().print(tables.recipe_table(known, PRESETS))
+    console().print(tables.recipe_table(known, PRESETS))
 
 
 def _plan(
@@ -261,6 +255,7 @@ def _plan(
     overrides: tuple[str, ...],
     imatrix: Path | None,
     mtp: str,
+    mtp_type: str | None,
     split_max_size: str | None,
 ) -> tuple[Workspace, Plan]:
     if type_name is not None and target_size is not None:
@@ -273,24 +268,11 @@ def _plan(
         target_bytes=parse_size(target_size) if target_size is not None else None,
         overrides=tuple(parse_override(text) for text in overrides),
         mtp=mode,
+        mtp_type=ggml_type(mtp_type) if mtp_type is not None else None,
         split_max_bytes=parse_size(split_max_size) if split_max_size is not None else None,
     )
     workspace = open_workspace(checkpoint, models, mtp=mode, imatrix_path=imatrix)
     return workspace, workspace.plan(wishes, models)
-
-
-def _gguf_path(out: Path) -> Path:
-    if out.suffix != ".gguf":
-        raise click.UsageError(f"OUT expected a name that ends in .gguf, got {out}")
-    if any(category(char) in ("Cc", "Cs") for char in out.name):
-        raise click.UsageError(f"OUT expected a name of UTF-8 without control characters, got {quoted(str(out), 400)}")
-    if is_shard_name(out.name):
-        raise click.UsageError(
-            f"OUT expected a name that is not a shard's, got {out}: --split-max-size numbers shards itself"
-        )
-    if not out.parent.is_dir():
-        raise OutputError(f"no such folder: {out.parent}; create it first")
-    return out
 
 
 def _drop_unfinished(out: Path) -> None:
@@ -330,7 +312,7 @@ def _convert(workspace: Workspace, made: Plan, out: Path, threads: int | None) -
                 workspace.checkpoint,
                 quantizers,
                 workspace.imatrix,
-                threads or _cores(),
+                threads or cores(),
                 on_progress,
                 on_resumed=on_progress,
             )
@@ -348,7 +330,14 @@ def _verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, 
     digests, bad_rows = check_rows(model, ggml, n_threads)
     n_digests, changed = check_report(model, digests)
     n_compared, differing = _compare(model, workspace, full, n_threads) if workspace is not None else (0, [])
-    return Verdict(len(digests), n_digests, n_compared, tuple(problems + bad_rows + changed + differing))
+    found = tuple(problems + bad_rows + changed + differing)
+    return Verdict(len(digests), n_digests, n_compared, found, tuple(_uncompared(model, against)))
+
+
+def _uncompared(model: GgufModel, against: Path | None) -> Iterator[str]:
+    if against is not None and FROM_KEY in model.metadata:
+        was = printable(model.metadata[FROM_KEY])
+        yield f"the MTP heads were quantized again from {was}: not compared with the checkpoint"
 
 
 def _open_against(model: GgufModel, against: Path, imatrix: Path | None, models: Models) -> Workspace:
@@ -367,11 +356,12 @@ def _open_against(model: GgufModel, against: Path, imatrix: Path | None, models:
 def _compare(model: GgufModel, workspace: Workspace, full: bool, n_threads: int) -> tuple[int, list[str]]:
     arch, checkpoint = architecture_of(model), workspace.checkpoint
     mapped = map_tensors(checkpoint.arch, trunk=has_trunk(model, arch), mtp=has_mtp(model, arch))
+    heads = head_matrices(mapped) if FROM_KEY in model.metadata else frozenset()
     expected = workspace.subject.entries(mapped, with_mtp=arch.n_mtp > 0, ftype=LlamaFileType.GUESSED, recipe="")
     n, problems = compare(
         model,
         checkpoint,
-        mapped,
+        [tensor for tensor in mapped if tensor.name not in heads],
         load_ggml(),
         workspace.imatrix,
         n_threads=n_threads,
@@ -392,14 +382,7 @@ def _files(made: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _console() -> Console:
-    """Stdout as wide as the terminal; lines in a file or a pipe are never folded."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_NEVER_FOLD)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+cli.add_command(mtp)
 
 
 if __name__ == "__main__":

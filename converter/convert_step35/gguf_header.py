@@ -39,18 +39,18 @@ class TensorInfo:
     offset: int
 
 
-def padded(n_bytes: int) -> int:
+def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:
     """`n_bytes` up to the next multiple of the alignment."""
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+    return -(-n_bytes // alignment) * alignment
 
 
-def encode_header(entries: Sequence[Entry], tensors: Sequence[TensorInfo]) -> bytes:
-    """All bytes before the tensor data, alignment padding included."""
+def encode_header(entries: Sequence[Entry], tensors: Sequence[TensorInfo], alignment: int = ALIGNMENT) -> bytes:
+    """All bytes before the tensor data, padding included; another alignment than 32 must stand in the entries too."""
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(entries))]
     parts += [_string(entry.key) + _typed(entry) for entry in entries]
     parts += [_tensor(tensor) for tensor in tensors]
     header = b"".join(parts)
-    return header.ljust(padded(len(header)), b"\0")
+    return header.ljust(padded(len(header), alignment), b"\0")
 
 
 def _typed(entry: Entry) -> bytes:

@@ -107,6 +107,19 @@ def _one_more(number: Any) -> str:
     return str(number + 1) if type(number) is int else quoted(number)
 
 
+def require_step35(model: GgufModel) -> None:
+    """GgufError for a file of another architecture."""
+    name = model.metadata.get("general.architecture")
+    if name == ARCH:
+        return
+    hint = (
+        "; it was made for StepFun's own fork of February 2026, convert the checkpoint again"
+        if str(name).startswith("Step35")
+        else ""
+    )
+    raise GgufError(f"another architecture: {model.path} expected {ARCH}, got {quoted(name)}{hint}")
+
+
 class _Keys:
     """The step35.* keys with checked look-ups."""
 

@@ -10,8 +10,8 @@ from typing import Any
 from gguf import ExpertGatingFuncType, LlamaFileType, TokenType
 
 from convert_step35.architecture import Architecture
-from convert_step35.errors import GgufError, printable, quoted
-from convert_step35.gguf_model import GgufModel, architecture_of, has_trunk, open_model
+from convert_step35.errors import printable, quoted
+from convert_step35.gguf_model import GgufModel, architecture_of, has_trunk, open_model, require_step35
 from convert_step35.gguf_reader import GgufTensor
 from convert_step35.mapping import map_tensors
 from convert_step35.metadata import ARCH
@@ -57,7 +57,7 @@ class Inspection:
 def inspect_file(path: Path, models: Models) -> Inspection:
     """Read the headers of a GGUF and judge them; GgufError where they can't be read as a Step-3.5 model at all."""
     model = open_model(path)
-    _require_step35(model)
+    require_step35(model)
     arch = architecture_of(model)
     recipe = model.metadata.get("convert_step35.recipe")
     return Inspection(
@@ -76,18 +76,6 @@ def inspect_file(path: Path, models: Models) -> Inspection:
         problems=tuple(_problems(model, arch)),
         notes=tuple(_notes(model, arch)),
     )
-
-
-def _require_step35(model: GgufModel) -> None:
-    name = model.metadata.get("general.architecture")
-    if name == ARCH:
-        return
-    hint = (
-        "; it was made for StepFun's own fork of February 2026, convert the checkpoint again"
-        if str(name).startswith("Step35")
-        else ""
-    )
-    raise GgufError(f"another architecture: {model.path} expected {ARCH}, got {quoted(name)}{hint}")
 
 
 def _heads(arch: Architecture) -> range:

@@ -35,7 +35,7 @@ class Output:
                 descriptor = os.open(self._working_path(file), os.O_RDWR | os.O_CREAT, 0o644)
                 self._descriptors.append(descriptor)
                 self._of_tensor += [descriptor] * len(file.tensors)
-                self._reserve(descriptor, file)
+                reserve(descriptor, file.path, file.n_bytes)
                 os.pwrite(descriptor, file.header, 0)
         except BaseException:
             self._close()
@@ -90,30 +90,34 @@ class Output:
             return stream.read(len(file.header)) == file.header
 
     def _check_space(self) -> None:
-        folder = self._files[0].path.parent
         existing = sum(_allocated(self._working_path(file)) for file in self._files)
-        needed, free = sum(file.n_bytes for file in self._files) - existing, shutil.disk_usage(folder).free
-        if needed > free:
-            raise DiskFullError(
-                f"disk full: {folder} expected {needed} bytes free ({needed / 2**30:.1f} GiB), got {free} ({free / 2**30:.1f} GiB)"
-            )
-
-    def _reserve(self, descriptor: int, file: PlannedFile) -> None:
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, file.n_bytes)
-            os.ftruncate(descriptor, file.n_bytes)
-        except OSError as exc:
-            if exc.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise
-            raise DiskFullError(
-                f"disk full: {file.path} expected room for {file.n_bytes} bytes: {exc.strerror}"
-            ) from exc
+        require_space(self._files[0].path.parent, sum(file.n_bytes for file in self._files) - existing)
 
     def _close(self) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []
+
+
+def require_space(folder: Path, n_bytes: int) -> None:
+    """DiskFullError where a folder's disk has less room than that."""
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise DiskFullError(
+            f"disk full: {folder} expected {n_bytes} bytes free ({n_bytes / 2**30:.1f} GiB), got {free} ({free / 2**30:.1f} GiB)"
+        )
+
+
+def reserve(descriptor: int, path: Path, n_bytes: int) -> None:
+    """Take the room for a whole file; `path` is what the error names."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, n_bytes)
+        os.ftruncate(descriptor, n_bytes)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise DiskFullError(f"disk full: {path} expected room for {n_bytes} bytes: {exc.strerror}") from exc
 
 
 def discard(files: Sequence[PlannedFile]) -> None:

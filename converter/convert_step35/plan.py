@@ -16,7 +16,15 @@ from convert_step35.gguf_header import Entry, TensorInfo, encode_header, padded
 from convert_step35.mapping import MappedTensor, MtpMode, map_tensors
 from convert_step35.metadata import Provenance, build_metadata
 from convert_step35.models import Recipe
-from convert_step35.recipes import Override, TypeChoice, best_fit, choose_types, imatrix_demands, tensor_bytes
+from convert_step35.recipes import (
+    Override,
+    TypeChoice,
+    best_fit,
+    check_overrides,
+    choose_types,
+    imatrix_demands,
+    tensor_bytes,
+)
 from convert_step35.tokenizer import Tokenizer
 
 MTP_PREFIX = "mtp-"
@@ -79,6 +87,7 @@ class Wishes:
     target_bytes: int | None = None
     overrides: tuple[Override, ...] = ()
     mtp: MtpMode = MtpMode.KEEP
+    mtp_type: GgmlType | None = None
     split_max_bytes: int | None = None
 
 
@@ -112,6 +121,7 @@ class Subject:
 def make_plan(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe]) -> Plan:
     """Lay out every file; PlanError where the wishes can't be met."""
     parts = list(_parts(subject, wishes))
+    check_overrides(wishes.overrides, [tensor for _, tensors, _ in parts for tensor in tensors])
     name = wishes.type_name if wishes.type_name is not None else _fitting(subject, wishes, recipes, parts)
     files: list[PlannedFile] = []
     notes = _mtp_notes(subject, wishes)
@@ -134,6 +144,9 @@ _Part = tuple[Path, tuple[MappedTensor, ...], bool]
 def _parts(subject: Subject, wishes: Wishes) -> Iterator[_Part]:
     """The path, tensors and with-MTP flag of each file before splitting."""
     mode, arch = wishes.mtp, subject.arch
+    if wishes.mtp_type is not None and (mode is MtpMode.DROP or not subject.has_mtp):
+        reason = "--mtp drop leaves them out" if subject.has_mtp else "the checkpoint has none"
+        raise PlanError(f"no MTP heads: --mtp-type {wishes.mtp_type.name} is for their matrices, and {reason}; leave it out")
     if not subject.has_mtp and mode in (MtpMode.SEPARATE, MtpMode.ONLY):
         raise PlanError(
             f"no MTP weights: --mtp {mode.value} needs the checkpoint's MTP layers, and it has none; use --mtp drop"
@@ -151,7 +164,13 @@ def _choose(
     subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], name: str, tensors: tuple[MappedTensor, ...]
 ) -> TypeChoice:
     choice = choose_types(
-        name, tensors, subject.arch, recipes, overrides=wishes.overrides, has_imatrix=subject.imatrix_names is not None
+        name,
+        tensors,
+        subject.arch,
+        recipes,
+        overrides=wishes.overrides,
+        mtp_type=wishes.mtp_type,
+        has_imatrix=subject.imatrix_names is not None,
     )
     demands = [n for n in imatrix_demands(choice, tensors) if n not in (subject.imatrix_names or ())]
     if demands:
@@ -166,7 +185,10 @@ def _fitting(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], parts
 
     def choices(name: str) -> list[TypeChoice]:
         return [
-            choose_types(name, tensors, subject.arch, recipes, overrides=wishes.overrides) for _, tensors, _ in parts
+            choose_types(
+                name, tensors, subject.arch, recipes, overrides=wishes.overrides, mtp_type=wishes.mtp_type
+            )
+            for _, tensors, _ in parts
         ]
 
     def usable(name: str) -> bool:

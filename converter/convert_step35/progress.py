@@ -6,7 +6,7 @@ from threading import Lock
 
 from gguf import GGMLQuantizationType as T
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from convert_step35.chunks import Chunk
@@ -36,15 +36,33 @@ def cost(kind: T, n_weights: int) -> float:
 
 
 @contextmanager
+def bytes_bar(what: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar over bytes on stderr where that is a terminal; yields what to call with the bytes done since."""
+    with _bar(what, total=n_bytes, total_bytes=n_bytes) as (bar, task):
+        lock = Lock()
+
+        def advance(n: int) -> None:
+            with lock:
+                bar.update(task, advance=n, done_bytes=bar.tasks[0].fields["done_bytes"] + n)
+
+        yield advance
+
+
+@contextmanager
+def _bar(what: str, *, total: float, total_bytes: int) -> Iterator[tuple[Progress, TaskID]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), _Bytes(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        yield bar, bar.add_task(what, total=total, done_bytes=0, total_bytes=total_bytes)
+
+
+@contextmanager
 def progress_bar(plan: Plan) -> Iterator[Callable[[PlannedTensor, Chunk], None]]:
     """Show a bar on stderr where that is a terminal; yields what to call for each finished chunk."""
-    console = Console(stderr=True)
     total = sum(
         cost(t.kind, t.mapped.row_size * t.n_bytes // row_bytes(t.kind, t.mapped.row_size)) for t in plan.tensors
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), _Bytes(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("converting", total=total, done_bytes=0, total_bytes=plan.n_bytes)
+    with _bar("converting", total=total, total_bytes=plan.n_bytes) as (bar, task):
         lock = Lock()
 
         def advance(tensor: PlannedTensor, chunk: Chunk) -> None:

@@ -24,6 +24,8 @@ _FTYPE_NAMES = {
     "MXFP4": "MOSTLY_MXFP4_MOE",
 }
 
+MTP_OPTION = "--mtp-type="
+
 
 @dataclass(frozen=True, slots=True)
 class Override:
@@ -74,15 +76,21 @@ def choose_types(
     recipes: dict[str, Recipe],
     *,
     overrides: Sequence[Override] = (),
+    mtp_type: GgmlType | None = None,
     has_imatrix: bool = False,
 ) -> TypeChoice:
-    """The type of every tensor under a preset, a recipe or a plain ggml type, in that order of names."""
+    """The type of every tensor under a preset, a recipe or a plain ggml type, in that order of names.
+
+    `overrides` come first, then `mtp_type` for what only drafting uses.
+    """
     wanted = name.upper()
-    manual = _manual(overrides, tensors)
+    heads = head_matrices(tensors) if mtp_type is not None else frozenset()
+    manual = _manual(overrides, dict.fromkeys(heads, mtp_type))
+    recipe = " ".join([wanted, *(o.text for o in overrides), *([mtp_text(mtp_type)] if heads else [])])
     if wanted in PRESETS:
         preset = PRESETS[wanted]
         matrices = preset_types(preset, tensors, _facts(arch, tensors, has_imatrix), manual)
-        return _choice(wanted, overrides, preset.ftype, matrices, tensors)
+        return _choice(recipe, preset.ftype, matrices, tensors)
     if wanted in recipes:
         rule = _recipe_rule(recipes[wanted])
     elif wanted in {kind.name for kind in QUANTIZABLE}:
@@ -90,8 +98,38 @@ def choose_types(
         rule = lambda tensor: kind  # noqa: E731
     else:
         raise _unknown_type(name, [*PRESETS, *recipes, *(k.name for k in QUANTIZABLE)])
-    matrices = {t.name: fit_to_row(manual(t.name) or rule(t), t.row_size) for t in tensors if t.kind is Kind.MATRIX}
-    return _choice(wanted, overrides, _common_ftype(matrices, tensors), matrices, tensors)
+    matrices = {t.name: fit_to_row(_first(manual(t.name), rule(t)), t.row_size) for t in tensors if t.kind is Kind.MATRIX}
+    return _choice(recipe, _common_ftype(matrices, tensors), matrices, tensors)
+
+
+def head_matrices(tensors: Sequence[MappedTensor]) -> frozenset[str]:
+    """The matrices of one file that only drafting uses: those of the MTP layers.
+
+    In a file of heads alone also output.weight: llama.cpp wants it there, and no head multiplies with it.
+    """
+    heads = frozenset(t.name for t in tensors if t.is_mtp and t.kind is Kind.MATRIX)
+    is_side_file = not any(t.layer is not None and not t.is_mtp for t in tensors)
+    return heads | {"output.weight"} if heads and is_side_file else heads
+
+
+def mtp_text(kind: GgmlType) -> str:
+    """How a recipe's text tells the type that the heads were given."""
+    return f"{MTP_OPTION}{kind.name}"
+
+
+def check_overrides(overrides: Sequence[Override], tensors: Sequence[MappedTensor]) -> None:
+    """Every override matches a matrix of the conversion; a slip in one would pass unseen."""
+    matrices = [t.name for t in tensors if t.kind is Kind.MATRIX]
+    for override in overrides:
+        if not any(override.pattern.search(name) for name in matrices):
+            raise PlanError(
+                f"--tensor-type {override.text} matches no matrix; names look like {matrices[1]} and {matrices[-1]}"
+            )
+
+
+def _first(forced: GgmlType | None, otherwise: GgmlType) -> GgmlType:
+    """The forced type; F32 counts as false to Python."""
+    return otherwise if forced is None else forced
 
 
 def _unknown_type(name: str, known: list[str]) -> OptionError:
@@ -132,16 +170,9 @@ def _facts(arch: Architecture, tensors: Sequence[MappedTensor], has_imatrix: boo
     return ModelFacts(n_layers, first.n_heads // first.n_kv_heads, arch.n_experts, has_imatrix)
 
 
-def _manual(overrides: Sequence[Override], tensors: Sequence[MappedTensor]) -> Callable[[str], GgmlType | None]:
-    matrices = [t.name for t in tensors if t.kind is Kind.MATRIX]
-    for override in overrides:
-        if not any(override.pattern.search(name) for name in matrices):
-            raise PlanError(
-                f"--tensor-type {override.text} matches no matrix; names look like {matrices[1]} and {matrices[-1]}"
-            )
-
+def _manual(overrides: Sequence[Override], by_name: dict[str, GgmlType]) -> Callable[[str], GgmlType | None]:
     def forced(name: str) -> GgmlType | None:
-        return next((o.kind for o in overrides if o.pattern.search(name)), None)
+        return next((o.kind for o in overrides if o.pattern.search(name)), by_name.get(name))
 
     return forced
 
@@ -162,14 +193,9 @@ def _recipe_rule(recipe: Recipe) -> Callable[[MappedTensor], GgmlType]:
 
 
 def _choice(
-    name: str,
-    overrides: Sequence[Override],
-    ftype: LlamaFileType,
-    matrices: dict[str, GgmlType],
-    tensors: Sequence[MappedTensor],
+    recipe: str, ftype: LlamaFileType, matrices: dict[str, GgmlType], tensors: Sequence[MappedTensor]
 ) -> TypeChoice:
-    types = {t.name: matrices.get(t.name, GgmlType.F32) for t in tensors}
-    return TypeChoice(" ".join([name, *(o.text for o in overrides)]), ftype, types)
+    return TypeChoice(recipe, ftype, {t.name: matrices.get(t.name, GgmlType.F32) for t in tensors})
 
 
 def _common_ftype(matrices: dict[str, GgmlType], tensors: Sequence[MappedTensor]) -> LlamaFileType:

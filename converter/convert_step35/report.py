@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from convert_step35.conversion import TensorResult
+from convert_step35.gguf_reader import GgufTensor
+from convert_step35.measure import Errors
 from convert_step35.plan import Plan, PlannedTensor
+from convert_step35.requantizing import HeadsPlan, Requantized
+from convert_step35.rewriting import Written
 
 REPORT_SUFFIX = ".report.json"
 
@@ -27,6 +31,34 @@ def build_report(plan: Plan, results: Sequence[TensorResult], fingerprint: dict[
         "quantizers": {result.tensor.kind.name: result.quantizer for result in results},
         "tensors": [{**entry, **_measured(result)} for entry, result in zip(plan_entries(plan), results, strict=True)],
     }
+
+
+def heads_report(out: Path, plan: HeadsPlan, done: Requantized) -> dict[str, Any]:
+    """The report of a file whose heads got another type; errors are against the values they had before."""
+    was = {change.stored.name: change.stored for change in plan.changes}
+    tensors = [_written(out, tensor, was.get(tensor.name), done.errors.get(tensor.name)) for tensor in done.written]
+    return {
+        "source": plan.file.path.name,
+        "notes": list(plan.notes),
+        "files": [{"name": out.name, "bytes": out.stat().st_size, "tensors": len(tensors)}],
+        "source_bytes": plan.file.n_bytes,
+        "tensors": tensors,
+    }
+
+
+def _written(out: Path, tensor: Written, was: GgufTensor | None, errors: Errors | None) -> dict[str, Any]:
+    entry = {
+        "file": out.name,
+        "name": tensor.name,
+        "type": tensor.kind.name,
+        "shape": list(tensor.shape),
+        "offset": tensor.offset,
+        "n_bytes": tensor.n_bytes,
+        "sha256": tensor.sha256,
+    }
+    if was is None or errors is None:
+        return entry
+    return {**entry, "was_type": was.ggml_type.name, "was_n_bytes": was.n_bytes, **_numbers(errors)}
 
 
 def totals(plan: Plan) -> dict[str, Any]:
@@ -65,8 +97,11 @@ def to_json(data: Any) -> str:
 
 
 def _measured(result: TensorResult) -> dict[str, Any]:
-    errors = {key: _rounded(value) for key, value in asdict(result.errors).items() if value is not None}
-    return {"sha256": result.sha256, **errors}
+    return {"sha256": result.sha256, **_numbers(result.errors)}
+
+
+def _numbers(errors: Errors) -> dict[str, Any]:
+    return {key: _rounded(value) for key, value in asdict(errors).items() if value is not None}
 
 
 def _rounded(value: float | int) -> float | int:

@@ -89,6 +89,17 @@ def report_summary(plan: Plan, report: dict[str, Any]) -> RenderableType:
     )
 
 
+def heads_summary(out: Path, report: dict[str, Any]) -> RenderableType:
+    """What became of the heads, matrix by matrix, and of the file."""
+    table = _table("tensor", "was", "is", "bytes", "NMSE", right=("bytes", "NMSE"))
+    for entry in report["tensors"]:
+        if "was_type" in entry:
+            nmse = f"{entry['nmse']:.2e}"
+            table.add_row(entry["name"], entry["was_type"], entry["type"], f"{entry['n_bytes']:,}", nmse)
+    before, after = format_size(report["source_bytes"]), format_size(report["files"][0]["bytes"])
+    return Group(Text(f"wrote {out}  {after}, was {before}; NMSE against the values before"), table)
+
+
 def verdict(file: Path, found: Verdict) -> RenderableType:
     """One line of what was checked, then the problems."""
     against = f", {found.n_compared_chunks} chunks converted again and compared" if found.n_compared_chunks else ""
@@ -98,7 +109,7 @@ def verdict(file: Path, found: Verdict) -> RenderableType:
         else ", no report beside it to compare with"
     )
     state = "sound" if not found.problems else "NOT sound"
-    return Group(Text(f"{file}: {state}; {found.n_tensors} tensors read{digests}{against}"), *_problems(found.problems))
+    return Group(Text(f"{file}: {state}; {found.n_tensors} tensors read{digests}{against}"), *_problems(found.problems), *_notes(found.notes))
 
 
 def inspection(found: Inspection) -> RenderableType:

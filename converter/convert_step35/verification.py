@@ -49,6 +49,7 @@ class Verdict:
     n_digests: int
     n_compared_chunks: int
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def check_rows(model: GgufModel, ggml: Ggml, n_threads: int) -> tuple[dict[str, str], list[str]]:

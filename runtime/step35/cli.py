@@ -14,6 +14,7 @@ from step35.backend.cli import backend
 from step35.doctor_cli import doctor
 from step35.errors import Step35Error
 from step35.launch_cli import launch
+from step35.mtp_cli import mtp
 from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
 from step35.plan_cli import options_of, plan
 from step35.serve_cli import make_serve
@@ -202,6 +203,7 @@ cli.add_command(trace)
 cli.add_command(make_serve(_MODEL_OPTIONS))
 cli.add_command(launch)
 cli.add_command(backend)
+cli.add_command(mtp)
 
 
 def main() -> None:

@@ -1,0 +1,67 @@
+"""The `convert-step35 mtp` commands: what can be done to the MTP heads of a finished GGUF."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convert_step35.console import PATH, console, cores, json_option, output_path, threads_option
+from convert_step35.errors import OptionError, OutputError
+from convert_step35.output import write_atomically
+from convert_step35.progress import bytes_bar
+from convert_step35.quantizers import load_quantizers
+from convert_step35.recipes import ggml_type
+from convert_step35.report import heads_report, report_path, to_json
+from convert_step35.requantizing import HeadsPlan, plan_heads
+from convert_step35.requantizing import requantize as requantize_heads
+from convert_step35.tables import heads_summary
+
+
+@click.group()
+def mtp() -> None:
+    """Work on the MTP heads of a finished GGUF."""
+
+
+@mtp.command()
+@click.argument("file", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--type", "type_name", metavar="T", required=True, help="ggml type of the heads' matrices, such as Q4_K.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole.")
+@threads_option
+@json_option
+def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: int | None, as_json: bool) -> None:
+    """Copy FILE to OUT (.gguf) with the MTP heads at another type: cheaper drafts, the same text.
+
+    FILE is a model with heads in it or a side file of heads. All other tensors are copied byte for byte.
+    """
+    kind = ggml_type(type_name)
+    plan = plan_heads(file, kind)
+    _refuse_existing(file, output_path(out), overwrite)
+    report = _requantize(plan, out, kind, threads or cores())
+    if as_json:
+        print(to_json(report), end="")
+        return
+    console().print(heads_summary(out, report))
+
+
+def _requantize(plan: HeadsPlan, out: Path, kind: Any, n_threads: int) -> dict[str, Any]:
+    quantizers = load_quantizers()
+    for note in (*plan.notes, *quantizers.notes):
+        print(f"convert-step35: note: {note}", file=sys.stderr)
+    with bytes_bar("writing", plan.n_bytes) as on_bytes:
+        done = requantize_heads(plan, out, kind, quantizers, n_threads, on_bytes)
+    report = heads_report(out, plan, done)
+    write_atomically(report_path(out), to_json(report))
+    return report
+
+
+def _refuse_existing(file: Path, out: Path, overwrite: bool) -> None:
+    if out.exists() and os.path.samefile(file, out):
+        raise OptionError(f"OUT expected another file than {file}, got the same; choose another name")
+    for path in (out, report_path(out)):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; choose another name")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; choose another name or pass --overwrite")
