@@ -11,7 +11,7 @@ import pytest
 from checkpoints import REAL
 from made_up_reference import reference_logits
 from step35 import made_up
-from step35.doctor import CANARY, Finding, arithmetic, devices, disk, examine, examine_model, memory, self_test
+from step35.doctor import CANARY, Finding, arithmetic, devices, disk, examine, examine_model, holes, memory, self_test
 from step35.errors import DoesNotFit, NativeError
 from step35.gguf_facts import read_header
 from step35.hardware import Sources, probe
@@ -60,8 +60,8 @@ def real(tmp_path_factory):
 
 def test_a_healthy_installation_and_model_have_no_remedies():
     findings = list(examine(a_box(), tiny_gguf("Q4_K_M"), _engine))
-    whats = ["llama-cpp-python", "memory", "GPU", "load mode", "arithmetic", "MTP heads", "disk", "size", "self-test"]
-    assert [f.what for f in findings] == whats
+    box = ["llama-cpp-python", "memory", "GPU", "load mode", "arithmetic"]
+    assert [f.what for f in findings] == [*box, "MTP heads", "disk", "data", "size", "self-test"]
     assert all(f.is_well for f in findings), findings
 
 
@@ -169,7 +169,53 @@ def test_a_missing_symbol_ends_the_examination(monkeypatch):
 
     monkeypatch.setattr("step35.doctor.installation", missing)
     findings = list(examine(a_box(), None, _engine))
-    assert [f.what for f in findings] == ["llama.cpp"]
+    assert [f.what for f in findings] == ["llama-cpp-python"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "OSError('libcudart.so.12: cannot open shared object file')",
+        "RuntimeError('Failed to load shared library libllama.so')",
+        "AttributeError('undefined symbol: llama_x')",
+        "ImportError('No module named llama_cpp')",
+    ],
+)
+@pytest.mark.parametrize("command", [["doctor"], ["generate", "x.gguf", "-p", "x"]], ids=lambda command: command[0])
+def test_a_llama_cpp_that_cannot_be_imported_is_one_line(tmp_path, command, failure):
+    """Symptom: the doctor itself ends with a traceback on the very box that needs it."""
+    (tmp_path / "llama_cpp.py").write_text(f"raise {failure}")
+    boot = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from step35.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", boot, *command], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = done.stdout if command == ["doctor"] else done.stderr
+    assert f"can't load llama-cpp-python: {failure.split(chr(39))[1]}; install what is missing" in said.splitlines()[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_with_holes_is_found(tmp_path):
+    """Symptom: a download that made room first and then broke off has the right size, and gives garbage."""
+    data = bytearray(tiny_gguf().read_bytes())
+    (tmp_path / "whole.gguf").write_bytes(data)
+    data[-1_000_000:-200_000] = bytes(800_000)
+    (tmp_path / "holes.gguf").write_bytes(data)
+    assert holes(tmp_path / "whole.gguf").is_well
+    assert "download the file again" in holes(tmp_path / "holes.gguf").remedy
+
+
+def test_a_side_file_alone_is_told_from_a_model():
+    found = list(examine_model(tiny_gguf(mtp="only"), probe(a_box()), _engine))
+    assert [f.what for f in found] == ["file"]
+    assert "holds only MTP heads" in found[0].found
+
+
+def test_a_model_that_does_not_load_is_a_finding():
+    def broken(options):
+        raise NativeError("can't open a context")
+
+    last = list(examine_model(tiny_gguf(), probe(a_box()), broken))[-1]
+    assert (last.what, last.found) == ("self-test", "can't open a context")
+    assert "convert-step35 inspect" in last.remedy
 
 
 def test_the_command_exits_1_on_a_bad_file(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from step35 import made_up
 from step35.errors import DoesNotFit, ModelError, NativeError, Step35Error
-from step35.gguf_facts import Header, ModelShape, read_header
+from step35.gguf_facts import Header, ModelShape, read_model, shard_paths
 from step35.guard import drop_from_page_cache, need
 from step35.hardware import Sources, cgroup_limits, probe
 from step35.machine import Machine
@@ -22,6 +22,8 @@ CANARY = ([0, 671, 6102, 294, 8760, 344], 11111)
 REAL_TRUNK, REAL_VOCAB = 45, 128896
 SAMPLE_BYTES = 256 * 2**20
 SLOW_DISK = 300e6
+N_SAMPLES, SAMPLE_PAGE, MOST_HEADER = 512, 4096, 16 * 2**20
+EMPTY_SHARE = 0.01
 N_SELF_TEST = 64
 ARITHMETIC_ERROR = 0.05
 """Of the logits' spread; a CPU comes to 0.1 %, and GPUs may round products to 10 bits."""
@@ -44,8 +46,8 @@ def examine(sources: Sources, model: Path | None, load_engine: Callable[[EngineO
     """Yields findings, the installation's first; goes no further where the rest depends on what is broken."""
     try:
         yield installation()
-    except (NativeError, ImportError) as error:
-        yield Finding("llama.cpp", str(error), "pip install the pinned llama-cpp-python")
+    except NativeError as error:
+        yield Finding("llama-cpp-python", str(error), "do what is said there; without it nothing runs")
         return
     machine = probe(replace(sources, bandwidth=lambda n_threads: 1.0))
     yield memory(sources, machine)
@@ -127,12 +129,13 @@ def _made_up_logits(load_engine: Callable[[EngineOptions], object]) -> np.ndarra
 def examine_model(path: Path, machine: Machine, load_engine: Callable[[EngineOptions], object]) -> Iterator[Finding]:
     """Yields findings on a file: whole, complete, not too large, quick to read, and giving the right token."""
     try:
-        header = read_header(path)
+        header = read_model(path)
     except ModelError as error:
-        yield Finding("file", str(error), "download it again, or convert the checkpoint with convert-step35")
+        yield Finding("file", str(error), "do so; or download it again, or convert the checkpoint with convert-step35")
         return
     yield heads(header)
     yield disk(path, header.n_bytes)
+    yield holes(path)
     options = EngineOptions(path, draft="off", n_ctx=512, n_batch=N_SELF_TEST)
     try:
         need(options, machine).check()
@@ -140,7 +143,10 @@ def examine_model(path: Path, machine: Machine, load_engine: Callable[[EngineOpt
         yield Finding("size", str(error), f"see what would fit: step35 plan {path}")
         return
     yield Finding("size", f"{format_size(header.n_bytes)} of weights fit")
-    yield self_test(header.shape, options, load_engine)
+    try:
+        yield self_test(header.shape, options, load_engine)
+    except Step35Error as error:
+        yield Finding("self-test", str(error), f"check the file with convert-step35 inspect {path}")
 
 
 def heads(header: Header) -> Finding:
@@ -164,6 +170,26 @@ def disk(path: Path, n_bytes: int, clock: Callable[[], float] = time.perf_counte
     found = f"{speed / 1e6:.0f} MB/s: loading takes {n_bytes / speed:.0f} s"
     is_slow = speed < SLOW_DISK and n_bytes > SAMPLE_BYTES
     return Finding("disk", found, "put the file on a faster disk, such as an NVMe one" if is_slow else "")
+
+
+def holes(path: Path) -> Finding:
+    """Looks for places that were never written: a download that made room first and then broke off."""
+    places = [(shard, place) for shard in shard_paths(path) for place in _places(shard.stat().st_size)]
+    n_empty = sum(not any(_read_at(*place)) for place in places)
+    is_whole = n_empty <= EMPTY_SHARE * len(places)  # some rows of a vocabulary may be zeros
+    found = f"{n_empty} of {len(places)} samples are nothing but zeros"
+    return Finding("data", found, "" if is_whole else "download the file again: it is incomplete")
+
+
+def _places(n_bytes: int) -> range:
+    """Returns where to look into a file, its header left out."""
+    return range(min(n_bytes // 8, MOST_HEADER), n_bytes, max(SAMPLE_PAGE, n_bytes // N_SAMPLES))
+
+
+def _read_at(path: Path, start: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(SAMPLE_PAGE)
 
 
 def self_test(shape: ModelShape, options: EngineOptions, load_engine: Callable[[EngineOptions], object]) -> Finding:

@@ -16,12 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import llama_cpp.llama_cpp as C
 import numpy as np
-from llama_cpp import Llama as StockLlama  # noqa: F401
-from llama_cpp import LlamaGrammar, LlamaState  # noqa: F401
-from llama_cpp import __version__ as binding_version
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
 from step35.long_runs import cut_long_runs
@@ -30,6 +25,19 @@ from step35.options import ContextOptions, ModelOptions
 from step35.rows import Rows
 
 PINNED_VERSION = "0.3.36"
+
+try:
+    import llama_cpp.llama_cpp as C
+    from llama_cpp import Llama as StockLlama  # noqa: F401
+    from llama_cpp import LlamaGrammar, LlamaState  # noqa: F401
+    from llama_cpp import __version__ as binding_version
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+except (ImportError, OSError, RuntimeError, AttributeError) as error:  # whatever its loader of libraries meets
+    raise NativeError(
+        f"can't load llama-cpp-python: {error}; install what is missing, or the version that step35 is made for: "
+        f"pip install --force-reinstall --no-cache-dir llama-cpp-python=={PINNED_VERSION}"
+    ) from error
+
 ARCHITECTURE = "step35"
 LOAD_MODES = {
     "auto": C.LLAMA_LOAD_MODE_AUTO,
@@ -445,11 +453,14 @@ def gpu_names() -> list[str]:
 
 
 def _gpus() -> Iterator[_DeviceProps]:
+    """Yields each GPU once, as llama.cpp takes them: two backends (CUDA, Vulkan) may know the same one."""
     _start_backend()
+    seen: set[bytes] = set()
     for index in range(_device_count()):
         props = _DeviceProps()
         _device_props(_device_get(index), props)
-        if props.type in _GPU_KINDS:
+        if props.type in _GPU_KINDS and props.id not in seen:
+            seen |= {props.id} if props.id else set()
             yield props
 
 
