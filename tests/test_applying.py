@@ -7,15 +7,16 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import planned_gguf
 import pytest
-from checkpoints import REAL
+from checkpoints import REAL, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from step35 import native
-from step35.applying import engine_options, environment, overrides, tensor_split
+from step35.applying import engine_options, environment, overrides
 from step35.errors import DoesNotFit, SettingsError
-from step35.gguf_facts import Group, read_header
+from step35.gguf_facts import Group, read_header, read_model
 from step35.guard import drop_from_page_cache, need
 from step35.llama import Llama
 from step35.machine import DISCRETE, GIB, Gpu, Machine, known_machines
@@ -29,6 +30,11 @@ from tiny_model import tiny_gguf
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     return read_header(planned_gguf.write(tmp_path_factory.mktemp("real") / "real.gguf", REAL, "MOE_IQ4_XS"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return read_header(planned_gguf.write(tmp_path_factory.mktemp("tiny") / "tiny.gguf", TINY, "Q4_K_M"))
 
 
 def box(ram: int, *gpu_bytes: int) -> Machine:
@@ -53,21 +59,62 @@ def test_nothing_is_overridden_where_one_device_holds_everything(real):
         assert overrides(place(real, known_machines()[name], Wishes(n_ctx=32768)).placement.layout) == ()
 
 
+def spread(options: ModelOptions, n_blocks: int, n_gpus: int) -> list[str]:
+    """Returns where llama.cpp puts a file's layers and output (src/llama-model.cpp, load_tensors), in its floats."""
+    n_on_gpu = n_blocks + 1 if options.n_gpu_layers < 0 else min(options.n_gpu_layers, n_blocks + 1)
+    first = max(n_blocks + 1 - options.n_gpu_layers, 0) if options.n_gpu_layers >= 0 else 0
+    shares = np.zeros(n_gpus, np.float32)
+    shares[: len(options.tensor_split)] = options.tensor_split
+    bounds = np.cumsum(shares if shares.any() else np.ones(n_gpus, np.float32), dtype=np.float32)
+    bounds /= bounds[-1]
+    positions = [np.float32(i) / np.float32(n_on_gpu) for i in range(n_blocks + 1 - first)]
+    at = [np.searchsorted(bounds, position, "right") for position in positions]
+    return [HOST] * first + [f"GPU{i}" for i in at]
+
+
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=2, max_size=4))
-def test_the_shares_cut_the_layers_where_planned(counts):
-    """llama.cpp takes the first GPU whose running sum of shares exceeds layer / (n_layers + 1)."""
-    places = [f"GPU{i}" for i, n in enumerate(counts) for _ in range(n)]
-    shares = tensor_split(Layout(tuple(places[:-1]), ((),) * (len(places) - 1), places[-1]))
-    sums = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
-    got = [next(i for i, bound in enumerate(sums) if bound > layer / len(places)) for layer in range(len(places))]
-    assert [f"GPU{i}" for i in got] == places
+@given(st.integers(0, 20), st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(lambda n: sum(n) > 1), st.data())
+def test_layers_and_output_lie_where_planned(tiny, n_on_host, counts, data):
+    """Several GPUs or one of several, GPUs that get nothing, layers on the host before the others."""
+    places = [HOST] * n_on_host + [f"GPU{i}" for i, n in enumerate(counts) for _ in range(n)]
+    layout = Layout(tuple(places[:-1]), ((),) * (len(places) - 1), places[-1])
+    header = replace(tiny, n_blocks=len(places) - 1)
+    placement = replace(place(tiny, box(64 * GIB), Wishes(n_ctx=512)).placement, layout=layout)
+    options = engine_options(placement, header).load(tiny.path, with_heads=True)
+    assert spread(options, header.n_blocks, len(counts) + data.draw(st.integers(0, 2))) == places
+
+
+@pytest.mark.parametrize("own_heads", [False, True], ids=["trunk alone", "heads in both files"])
+@pytest.mark.parametrize("name", ["rtx3090x2+128", "rtx4090-24+128", "h200-141", "cpu-192"])
+def test_a_trunk_with_a_side_file_is_cut_where_planned(side_files, name, own_heads):
+    """Symptom: the trunk's file has three layers fewer than the plan, and a GPU gets some that it has no room for."""
+    whole, trunk, heads = side_files
+    model, machine = whole if own_heads else trunk, known_machines()[name]
+    header = read_model(model, heads)
+    judged = place(header, machine, Wishes(n_ctx=32768))
+    layout, options = judged.placement.layout, engine_options(judged.placement, header, mtp=heads)
+    if machine.gpus:
+        n_blocks = 48 if own_heads else 45
+        got = spread(options.load(model, with_heads=False), n_blocks, len(machine.gpus))
+        assert (got[:45], got[-1]) == (list(layout.layers[:45]), layout.output)
+        assert spread(options.load(heads, with_heads=True), 48, len(machine.gpus))[45:48] == list(layout.layers[45:])
+    assert need(options, machine).usage == judged.usage
+
+
+@pytest.fixture(scope="module")
+def side_files(real, tmp_path_factory):
+    from convert_step35.mapping import MtpMode
+
+    folder = tmp_path_factory.mktemp("side")
+    parts = [(MtpMode.DROP, "trunk"), (MtpMode.ONLY, "heads")]
+    made = [planned_gguf.write(folder / f"{name}.gguf", REAL, "MOE_IQ4_XS", mtp=mode) for mode, name in parts]
+    return real.path, *made
 
 
 def test_the_engine_gets_what_was_planned(real):
     machine = known_machines()["rtx4090-24+128"]
     placement = place(real, machine, Wishes(n_ctx=131072)).placement
-    options = engine_options(placement, Path("m.gguf"))
+    options = engine_options(placement, real)
     assert (options.n_ctx, options.n_batch, options.kv_type, options.load_mode) == (131072, 4096, "f16", "none")
     assert options.load(Path("m.gguf"), with_heads=True).overrides == overrides(placement.layout)
     assert environment(placement) == {"GGML_OP_OFFLOAD_MIN_BATCH": str(placement.op_offload_from)}
@@ -122,7 +169,7 @@ def test_an_unknown_buffer_type_is_refused():
 
 def test_a_box_with_several_nodes_spreads_a_cpus_work(real, tmp_path):
     placement = place(real, known_machines()["cpu-192"], Wishes(n_ctx=32768)).placement
-    options = engine_options(placement, Path("m.gguf"))
+    options = engine_options(placement, real)
     assert (options.spreads_numa, options.load_mode) == (True, "mmap")
     assert options.load(Path("m.gguf"), with_heads=True).spreads_numa
     assert "numa: distribute" in to_text(placement, "m.gguf")
@@ -166,14 +213,11 @@ def test_what_fits_is_let_through_and_what_does_not_is_refused_with_the_numbers(
 def test_the_guard_sees_a_plans_options_as_the_plan_does(real, name):
     machine = known_machines()[name]
     judged = place(real, machine, Wishes(n_ctx=32768))
-    assert need(engine_options(judged.placement, real.path), machine).usage == judged.usage
+    assert need(engine_options(judged.placement, real), machine).usage == judged.usage
 
 
-def test_a_side_files_own_matrices_count(real, tmp_path):
-    from convert_step35.mapping import MtpMode
-
-    trunk = planned_gguf.write(tmp_path / "trunk.gguf", REAL, "MOE_IQ4_XS", mtp=MtpMode.DROP)
-    heads = planned_gguf.write(tmp_path / "heads.gguf", REAL, "MOE_IQ4_XS", mtp=MtpMode.ONLY)
+def test_a_side_files_own_matrices_count(real, side_files):
+    _, trunk, heads = side_files
     together = _taken(EngineOptions(trunk, heads))
     assert together - _taken(EngineOptions(real.path)) == pytest.approx(2 * 560955392, rel=1e-3)
     assert _taken(EngineOptions(trunk, heads, draft="off")) == _taken(EngineOptions(trunk))

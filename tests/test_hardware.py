@@ -104,6 +104,44 @@ def test_a_discrete_gpu_has_what_its_driver_says_and_its_links_bandwidth():
     assert link_bandwidth(box, None) == hardware.UNKNOWN_LINK_BANDWIDTH
 
 
+def test_a_macs_gpu_shares_its_memory_though_metal_calls_it_a_card():
+    """Symptom: a Mac of 128 GB is planned for as a GPU of 96 and 128 of RAM."""
+    m4 = Device("Apple M4 Max", DISCRETE, 96 * GIB, 96 * GIB, None)
+    box = a_box({"/proc/meminfo": "", "sysctl:hw.memsize": str(128 * GIB)}, devices=[m4], system="Darwin")
+    machine = probe(box)
+    assert machine.is_unified
+    assert (machine.gpus[0].free_bytes, machine.load_mode) == (96 * GIB, "mmap")
+    assert machine.bandwidth == known_machines()["mac-studio-128"].bandwidth
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Radeon 8060S Graphics (RADV GFX1151)", "AMD Radeon 8060S"),
+        ("Apple M4", None),
+        ("Apple M4 Max", "Apple M4 Max"),
+        ("NVIDIA H100 PCIe", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_words_of_its_name(name, known):
+    """Symptom: an M4 was taken for an M4 Max, four times as fast."""
+    gpu = probe(a_box(devices=[Device(name, DISCRETE, 24 * GIB, 20 * GIB, None)])).gpus[0]
+    wanted = next((g.bandwidth for m in known_machines().values() for g in m.gpus if g.name == known), None)
+    assert gpu.bandwidth == (wanted or hardware.UNKNOWN_GPU_BANDWIDTH)
+
+
+def test_what_an_integrated_amd_gpu_may_map_is_its_drivers_limit():
+    """Symptom: half of the RAM is the default; a plan for more fails while it loads."""
+    igpu = Device("AMD Radeon Graphics", INTEGRATED, 124 * GIB, 124 * GIB, "0000:c5:00.0")
+    folder = "/sys/bus/pci/devices/0000:c5:00.0/mem_info_"
+    files = {f"{folder}gtt_total": f"{62 * GIB}\n", f"{folder}vram_total": f"{GIB // 2}\n"}
+    box = dict(devices=[igpu], total=125, available=122)
+    assert probe(a_box(files, **box)).gpus[0].free_bytes == 62 * GIB + GIB // 2
+    assert probe(a_box(**box)).gpus[0].free_bytes == 122 * GIB
+
+
 def test_an_unknown_gpu_and_an_unknown_system_still_make_a_machine():
     machine = probe(
         a_box(
@@ -127,6 +165,8 @@ def test_the_bandwidth_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "measure_bandwidth", lambda n: measured.append(n) or 42e9)
     assert [cached_bandwidth(4), cached_bandwidth(4)] == [42e9, 42e9]
     assert measured == [4]
+    assert [cached_bandwidth(8), cached_bandwidth(4)] == [42e9, 42e9]  # another box, or affinity, keeps the first
+    assert measured == [4, 8]
     (tmp_path / "step35" / "bandwidth.json").write_text("damaged")
     assert cached_bandwidth(4) == 42e9
     assert json.loads((tmp_path / "step35" / "bandwidth.json").read_text())

@@ -14,9 +14,11 @@ from dry_run import DryModel, sizes_of
 from fake_native import FakeModel, Script
 from step35.engine import Engine
 from step35.errors import ModelError
-from step35.gguf_facts import Group, read_header
+from step35.gguf_facts import Group, read_header, read_model
 from step35.memory import Run, checkpoint_bytes, head_context, loaded_tensors, padded, trunk_context, weight_bytes
 from step35.options import EngineOptions
+from step35.rows import Rows
+from step35.usage import Purpose
 from tiny_model import tiny_gguf
 
 SLICE = replace(REAL, num_hidden_layers=5, vocab_size=4096, moe_num_experts=16)
@@ -94,6 +96,34 @@ def test_a_real_load_takes_what_was_counted(type_name):
     assert [sizes.context for sizes in real] == [trunk.kv, head.kv, head.kv, head.kv]
     assert [sizes.compute for sizes in real] == [trunk.compute, head.compute, head.compute, head.compute]
     assert real[0].model == weight_bytes(header.tensors)
+
+
+@pytest.mark.parametrize("trunk", ["drop", "keep"])
+@pytest.mark.parametrize(("kv_type", "n_sessions"), [("f16", 1), ("q8_0", 6)])
+def test_a_real_load_with_a_side_file_takes_what_was_counted(trunk, kv_type, n_sessions):
+    """Symptom: the trunk's own heads, idle beside a side file's, were not counted: 2 GiB of the real model."""
+    model, heads = tiny_gguf(mtp=trunk), tiny_gguf(mtp="only")
+    run = Run(1024, 128, n_sessions, 3, kv_type)
+    options = EngineOptions(model, heads, n_ctx=1024, n_batch=128, n_sessions=n_sessions, kv_type=kv_type, load_mode="none")
+    with Engine(options) as engine:
+        trunk_sizes, *head_sizes = [sizes_of(c._ctx) for c in (engine.trunk, *engine.drafter.heads.contexts)]
+        counted = engine.need.usage["CPU"]
+        assert engine.notes == []
+    header = read_model(model, heads)
+    ours = trunk_context(header.shape, run), *[head_context(header.shape, run)] * 3
+    assert [(s.context, s.compute) for s in (trunk_sizes, *head_sizes)] == [(c.kv, c.compute) for c in ours]
+    weights = sum(counted.get(p, 0) for p in (Purpose.WEIGHTS, Purpose.EXPERTS, Purpose.HEADS))
+    assert trunk_sizes.model + head_sizes[0].model == weights
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_a_checkpoint_takes_what_was_counted(kv_type):
+    shape = read_header(tiny_gguf()).shape
+    with Engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=1024, n_batch=256, kv_type=kv_type)) as engine:
+        for start in range(0, 768, 256):
+            engine.trunk.decode([Rows(0, start, list(range(256)), outputs=1)])
+        real = len(engine.trunk.save_state(0, window_only=True))
+    assert real == pytest.approx(checkpoint_bytes(shape, Run(1024, 256, kv_type=kv_type)), rel=0.02)
 
 
 def test_heads_that_are_not_wanted_are_loaded_in_part(gguf):

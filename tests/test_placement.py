@@ -43,7 +43,7 @@ def box(ram: int, *gpus: Gpu) -> Machine:
 
 
 RAM = st.integers(0, 200 * MIB)
-GPU_BYTES = st.integers(1 * MIB, 60 * MIB)
+GPU_BYTES = st.just(0) | st.integers(1 * MIB, 60 * MIB)
 KINDS = st.sampled_from([DISCRETE, INTEGRATED])
 MACHINES = st.one_of(
     RAM.map(box),
@@ -63,7 +63,7 @@ WISHES = st.builds(
     with_heads=st.booleans(),
 )
 ASKED = st.tuples(MACHINES, WISHES).map(
-    lambda pair: (pair[0], pair[1] if pair[0].gpus else replace(pair[1], gpu_budget=None))
+    lambda pair: (pair[0], pair[1] if any(g.total_bytes for g in pair[0].gpus) else replace(pair[1], gpu_budget=None))
 )
 LAWS = settings(deadline=None, max_examples=60)
 
@@ -276,6 +276,15 @@ def test_a_bad_wish_is_one_line(tiny, wishes, message):
         ("context: 32768", "context: 40000000", 7, "context expected 8 to 262144 tokens, got 40000000"),
         ("sessions: 1", "sessions: 1\nsessions: 2", 11, "sessions expected once, got it twice"),
         ("heads: 3", "heads: yes", 12, r"heads expected 0 to 3 \(the file's\), got True"),
+        ("sessions: 1", "sessions: 65", 10, "sessions expected 1 to 64, and no more than the batch, got 65"),
+        ("output: GPU1", "output: GPU0", 19, "CPU first, then GPU0, GPU1 and so on, got output on GPU0 after GPU1"),
+        (
+            "GPU0: [0-23]\n  GPU1: [24-47]",
+            "GPU0: [0-9, 20-23]\n  GPU1: [10-19, 24-47]",
+            17,
+            "layers expected CPU first, then GPU0, GPU1 and so on, got layer 20 on GPU0 after GPU1",
+        ),
+        ("  CPU: [", "  CPU: [8, ", 23, "experts.CPU expected every layer once, got layer 8 twice"),
     ],
 )
 def test_a_mistake_in_a_plan_file_is_named_by_its_line(real, old, new, line, message):
@@ -287,6 +296,16 @@ def test_a_mistake_in_a_plan_file_is_named_by_its_line(real, old, new, line, mes
     assert "\n" not in str(error.value)
     if "nothing for" not in message:
         assert f"plan.yaml line {line}:" in str(error.value)
+
+
+def test_experts_on_another_gpu_than_their_layer_are_refused(real):
+    """Symptom: the plan says GPU1, llama.cpp puts them beside their layer's attention on GPU0."""
+    machine = known_machines()["rtx3090x2+128"]
+    content = to_text(place(real, machine, Wishes(n_ctx=32768)).placement, "real.gguf")
+    layers, experts = content.split("\nexperts:")
+    swapped = experts.replace("GPU0", "GPU2").replace("GPU1", "GPU0").replace("GPU2", "GPU1")
+    with pytest.raises(SettingsError, match=r"line 21: experts expected layer 3 on GPU0, .*, or on CPU, got GPU1"):
+        from_text(f"{layers}\nexperts:{swapped}", "plan.yaml", real, machine)
 
 
 def test_an_edited_plan_is_taken_as_it_stands(real):

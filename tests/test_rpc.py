@@ -17,7 +17,7 @@ from checkpoints import REAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from step35 import native, rpc
-from step35.applying import engine_options, tensor_split
+from step35.applying import engine_options
 from step35.errors import NativeError, SettingsError
 from step35.gguf_facts import read_header
 from step35.machine import GIB, REMOTE, known_machines
@@ -131,10 +131,10 @@ def test_two_sparks_hold_what_one_cannot(real, two_sparks):
 
 def test_layers_and_output_are_cut_where_llama_cpp_will(real, two_sparks):
     placement = place(real, two_sparks, Wishes(n_ctx=32768, rpc=("10.0.0.2:50052",))).placement
-    options = engine_options(placement, Path("m.gguf"))
+    options = engine_options(placement, real)
     assert options.rpc == ("10.0.0.2:50052",)
     assert options.load(Path("m.gguf"), with_heads=True).rpc == options.rpc
-    assert len(tensor_split(placement.layout)) == 2
+    assert len(options.tensor_split) == 2
     assert from_text(to_text(placement, "m.gguf"), "plan.yaml", real, two_sparks) == placement
 
 

@@ -42,6 +42,16 @@ def test_what_does_not_fit_says_what_to_try_and_exits_1(model):
     assert "or recipe MOE_IQ3_S_" in done.stdout
 
 
+def test_a_plan_file_that_no_longer_fits_says_what_a_new_one_could(model, tmp_path):
+    """Symptom: its advice was for other sessions and another context than the file's."""
+    out = tmp_path / "plan.yaml"
+    step35("plan", model, "--machine", "rtx4090-24+128", "--ctx", 65536, "--out", out)
+    out.write_text(out.read_text().replace("kv_type: f16", "kv_type: f32"))
+    done = step35("plan", model, "--machine", "rtx4090-24+128", "--plan", out)
+    assert done.returncode == 1
+    assert "does not fit; try a new plan with ctx 65536" in done.stdout
+
+
 def test_json_holds_the_same_plan(model):
     done = step35("plan", model, "--machine", "h200-141", "--ctx", 32768, "--json")
     data = json.loads(done.stdout)
@@ -75,6 +85,8 @@ def test_heads_in_a_side_file_are_planned_and_run(tmp_path):
     assert json.loads(run.stdout)["n_drafted"] > 0
     wrong = step35("plan", trunk, "--mtp", trunk, "--ctx", 1024)
     assert wrong.stderr.startswith("step35: error: no MTP heads: ")
+    alone = step35("plan", heads, "--ctx", 1024)
+    assert alone.stderr.startswith("step35: error: no trunk: ")
 
 
 def test_a_model_larger_than_a_memory_limit_is_refused_before_it_is_loaded(model):
@@ -93,6 +105,9 @@ def test_a_model_larger_than_a_memory_limit_is_refused_before_it_is_loaded(model
         (["--machine", "h100-80", "--gpu-budget", "22"], 2, "expected a number with a unit such as 22GiB"),
         (["--machine", "h100-80", "--policy", "fast"], 1, "bad policy: expected one of auto, unified"),
         (["--machine", "h100-80", "--plan", "/nonexistent.yaml"], 1, "No such file"),
+        (["--machine", "h100-80", "--plan", sys.executable], 1, "expected a text in UTF-8"),
+        (["--machine", "h100-80", "--trace", sys.executable], 1, "expected a text in UTF-8"),
+        (["--machine", "h100-80", "--plan", "/x.yaml", "--kv-type", "q8_0"], 2, "--plan and --kv-type: the plan says it"),
     ],
 )
 def test_bad_input_is_one_line(model, arguments, code, message):

@@ -1,13 +1,14 @@
 """From a placement to the options that make llama.cpp do exactly that."""
 
 import os
-from itertools import groupby, pairwise
+from collections import Counter
+from itertools import accumulate, pairwise
 from pathlib import Path
 
-from step35.gguf_facts import read_header, with_side
+from step35.gguf_facts import Header, read_model
 from step35.options import EngineOptions
 from step35.placement import Placement
-from step35.plan_file import from_text
+from step35.plan_file import read_plan
 from step35.rpc import parse_endpoint
 from step35.usage import HOST, MATRICES, Layout, gpu_name
 
@@ -21,19 +22,23 @@ def planned_options(model: Path, plan: Path, *, mtp: Path | None = None, draft: 
 
     Raises SettingsError that names the line of a mistake in the plan.
     """
-    header = read_header(model) if mtp is None else with_side(read_header(model), read_header(mtp))
-    placement = from_text(plan.read_text(encoding="utf-8"), str(plan), header)
+    header = read_model(model, mtp)
+    placement = read_plan(plan, header)
     for host in placement.rpc:
         parse_endpoint(host)
     os.environ.update(environment(placement))
-    return engine_options(placement, model, mtp=mtp, draft=draft)
+    return engine_options(placement, header, mtp=mtp, draft=draft)
 
 
-def engine_options(placement: Placement, model: Path, *, mtp: Path | None = None, draft: str = "auto") -> EngineOptions:
-    """Returns the engine's options for a placement."""
+def engine_options(
+    placement: Placement, header: Header, *, mtp: Path | None = None, draft: str = "auto"
+) -> EngineOptions:
+    """Returns the engine's options for a placement of a model."""
     run, layout = placement.run, placement.layout
+    places = _places(layout, header.n_blocks)
+    n_on_gpu = len(places) - places.count(HOST)
     return EngineOptions(
-        model,
+        header.path,
         mtp=mtp,
         draft=draft if run.n_heads or mtp else "off",
         n_ctx=run.n_ctx,
@@ -41,12 +46,12 @@ def engine_options(placement: Placement, model: Path, *, mtp: Path | None = None
         n_sessions=run.n_sessions,
         n_checkpoints=run.n_checkpoints,
         n_threads=placement.n_threads,
-        n_gpu_layers=ALL_LAYERS if layout.gpus else 0,
+        n_gpu_layers=ALL_LAYERS if n_on_gpu == len(places) else n_on_gpu,
         load_mode=placement.load_mode,
         kv_type=run.kv_type,
         op_offload=placement.op_offload_from is not None,
         overrides=overrides(layout),
-        tensor_split=tensor_split(layout),
+        tensor_split=tensor_split(layout, header.n_blocks),
         rpc=placement.rpc,
         spreads_numa=placement.spreads_numa,
     )
@@ -77,16 +82,23 @@ def _pattern(layers: list[int], matrices: tuple[str, ...]) -> str:
     return rf"^blk\.({'|'.join(map(str, layers))})\.ffn_({'|'.join(matrices)})_exps\."
 
 
-def tensor_split(layout: Layout) -> tuple[float, ...]:
-    """Returns the share of the layers that each GPU takes; the output counts as one more layer.
+def tensor_split(layout: Layout, n_blocks: int) -> tuple[float, ...]:
+    """Returns the share of the layers that each GPU takes; the output counts as one more of the file's `n_blocks`.
 
-    llama.cpp compares layer / (n_layers + 1) with the shares' running sum, so the cuts lie between two layers.
+    llama.cpp compares a layer's place among those on GPUs with the shares' running sum, so the cuts lie between two
+    layers. One GPU is named as well: without shares, llama.cpp would use all that the box has.
     """
-    n_gpus = len(layout.gpus)
-    if n_gpus < 2:
-        return ()
-    places = [*layout.layers, layout.output]
-    counts = {device: len(list(group)) for device, group in groupby(places)}
-    cuts = [sum(counts.get(gpu_name(j), 0) for j in range(i + 1)) - 0.5 for i in range(n_gpus - 1)]
-    bounds = [0.0, *(max(0.0, cut) for cut in cuts), float(len(places))]
+    counts = Counter(place for place in _places(layout, n_blocks) if place != HOST)
+    n_gpus = max((int(device[3:]) + 1 for device in counts), default=0)
+    ends = list(accumulate(counts[gpu_name(i)] for i in range(n_gpus)))
+    bounds = [0.0, *(max(0.0, end - 0.5) for end in ends[:-1]), *map(float, ends[-1:])]
     return tuple(b - a for a, b in pairwise(bounds))
+
+
+def _places(layout: Layout, n_blocks: int) -> list[str]:
+    """Returns the devices of what llama.cpp spreads: the layers that the trunk's file declares, then the output.
+
+    Heads may be declared that are not there.
+    """
+    missing = (layout.layers[-1],) * (n_blocks - len(layout.layers))
+    return [*layout.layers[:n_blocks], *missing, layout.output]

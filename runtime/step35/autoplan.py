@@ -7,7 +7,7 @@ from typing import Any
 
 from step35.advice import advice
 from step35.applying import engine_options, environment
-from step35.gguf_facts import Header, read_header, with_side
+from step35.gguf_facts import Header, read_model
 from step35.guard import Need
 from step35.hardware import Sources, probe
 from step35.machine import Machine
@@ -50,7 +50,7 @@ def auto_options(
     if judged is None:
         return AutoPlan(by_hand)
     os.environ.update(environment(judged.placement))
-    planned = engine_options(judged.placement, model, mtp=mtp, draft=draft)
+    planned = engine_options(judged.placement, header, mtp=mtp, draft=draft)
     return AutoPlan(replace(planned, draft=draft, **given), note(judged, wishes, default_ctx))
 
 
@@ -69,8 +69,7 @@ def plan_here(header: Header, sources: Sources, wishes: Wishes) -> Judged | None
 
 
 def _header(model: Path, mtp: Path | None, draft: str) -> Header:
-    header = read_header(model)
-    return header if mtp is None or not _drafts(draft) else with_side(header, read_header(mtp))
+    return read_model(model, mtp if _drafts(draft) else None)
 
 
 def _drafts(draft: str) -> bool:

@@ -84,7 +84,7 @@ def _read(box: Box, n_tokens: int) -> dict[str, float]:
     read: dict[str, float] = {}
     share = touched(box.header.shape, n_tokens, box.distinct) / box.header.shape.n_expert
     for tensor in box.header.tensors:
-        if tensor.group in (Group.EMBEDDING, Group.HEADS):
+        if tensor.group in (Group.EMBEDDING, Group.HEADS, Group.IDLE):
             continue
         device = box.layout.device_of(tensor)
         read[device] = read.get(device, 0) + tensor.n_bytes * (share if tensor.group is Group.EXPERTS else 1)
@@ -173,7 +173,7 @@ def _batch_work(box: Box, n_batch: int, n_past: int) -> dict[str, tuple[float, f
     share = touched(shape, n_batch) / shape.n_expert
     work: dict[str, tuple[float, float]] = {}
     for tensor in box.header.tensors:
-        if tensor.group in (Group.EMBEDDING, Group.OUTPUT, Group.HEADS):
+        if tensor.group in (Group.EMBEDDING, Group.OUTPUT, Group.HEADS, Group.IDLE):
             continue
         n_weights = 1
         for size in tensor.shape:

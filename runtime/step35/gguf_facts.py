@@ -39,6 +39,7 @@ class Group(StrEnum):
     EXPERTS = "routed experts"
     NORMS = "norms"
     HEADS = "MTP heads"
+    IDLE = "MTP heads beside those of a side file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ class Header:
     shape: ModelShape
     tensors: tuple[Tensor, ...]
     digest: str
+    n_blocks: int
+    """Layers that the (trunk's) file declares, heads included: what llama.cpp spreads over several GPUs."""
 
     @property
     def n_bytes(self) -> int:
@@ -124,22 +127,52 @@ def read_header(path: Path) -> Header:
     tensors = tuple(_tensor(shape, *entry) for entry in raw)
     digest = hashlib.sha256("".join(file.digest for file in files).encode()).hexdigest()
     recipe = str(metadata.get("convert_step35.recipe", ""))
-    return Header(path, str(metadata.get("general.name", path.name)), recipe, shape, tensors, digest)
+    n_blocks = metadata[f"{ARCHITECTURE}.block_count"]
+    return Header(path, str(metadata.get("general.name", path.name)), recipe, shape, tensors, digest, n_blocks)
+
+
+def read_model(path: Path, mtp: Path | None = None) -> Header:
+    """Returns the header of a model, joined with that of a side file that brings the heads.
+
+    Raises ModelError if the model's file holds only heads, or the other none.
+    """
+    header = read_header(path)
+    if all(tensor.layer is None or tensor.layer >= header.shape.n_trunk for tensor in header.tensors):
+        raise ModelError(f"no trunk: {path} holds only MTP heads; give the model's file, and this one with --mtp")
+    return header if mtp is None else with_side(header, read_header(mtp))
 
 
 def with_side(header: Header, side: Header) -> Header:
     """Returns a trunk's header joined with that of an MTP side file, which brings its own embedding and output.
 
-    Raises ModelError if the side file has no heads.
+    Heads in the trunk's own file then lie idle, as far as llama.cpp loads them. Raises ModelError if the side file has
+    no heads.
     """
     if not side.shape.n_heads:
         raise ModelError(
             f"no MTP heads: {side.path} expected some, got none; make it with convert-step35 run --mtp only"
         )
     shape = replace(header.shape, n_heads=side.shape.n_heads, layers=header.shape.trunk + side.shape.heads)
-    trunk = tuple(tensor for tensor in header.tensors if tensor.group is not Group.HEADS)
+    trunk = tuple(_idle(tensor) for tensor in header.tensors if not is_skipped(tensor))
     heads = tuple(_of_head(tensor, shape.n_trunk) for tensor in side.tensors)
     return replace(header, shape=shape, tensors=trunk + heads)
+
+
+_SKIPPED = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm"}
+_SKIPPED |= {"nextn.eh_proj", "nextn.enorm", "nextn.hnorm"}
+
+
+def is_skipped(tensor: Tensor) -> bool:
+    """Whether llama.cpp leaves a tensor out when it is told to load no heads.
+
+    It loads most of them even so: TENSOR_SKIP reaches only those that src/models/step35.cpp (load_block_mtp) calls
+    required.
+    """
+    return tensor.group is Group.HEADS and tensor.name.split(".", 2)[2].removesuffix(".weight") in _SKIPPED
+
+
+def _idle(tensor: Tensor) -> Tensor:
+    return replace(tensor, group=Group.IDLE) if tensor.group is Group.HEADS else tensor
 
 
 def _of_head(tensor: Tensor, first_head: int) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from step35.buffers import differences, read_buffers
 from step35.errors import DoesNotFit
-from step35.gguf_facts import Header, read_header, with_side
+from step35.gguf_facts import Header, read_model
 from step35.hardware import Sources, probe, this_box
 from step35.machine import Machine
 from step35.memory import Run
@@ -42,10 +42,10 @@ class Need:
 
 def need(options: EngineOptions, machine: Machine) -> Need:
     """Returns what an engine with these options would take; reads headers only."""
-    header = read_header(options.model)
     drafts = options.draft not in ("off", "ngram")
-    if drafts and options.mtp is not None:
-        header = with_side(header, read_header(options.mtp))
+    if not drafts:
+        options = replace(options, mtp=None)  # it isn't loaded
+    header = read_model(options.model, options.mtp)
     layout = layout_of(header, options, machine)
     run = _run(options, header.shape.n_heads if drafts else 0)
     used = usage(header, machine, run, layout, Loading(options.load_mode, options.op_offload))
@@ -68,18 +68,30 @@ def _run(options: EngineOptions, n_heads: int) -> Run:
 def layout_of(header: Header, options: EngineOptions, machine: Machine) -> Layout:
     """Returns where llama.cpp puts everything with these options."""
     layers = header.shape.layers
-    n_places = len(layers) + 1  # the output counts as a layer
-    n_on_gpu = (n_places if options.n_gpu_layers < 0 else min(options.n_gpu_layers, n_places)) if machine.gpus else 0
-    first = n_places - n_on_gpu
-    shares = _running_shares(options, machine)
-    places = [HOST] * first + [_gpu_of(i / n_on_gpu, shares) for i in range(n_on_gpu)]
+    places = _places(header, options, machine)
+    heads = [_last_gpu(options, machine)] * (len(layers) - header.shape.n_trunk)
+    devices = [*places[: header.shape.n_trunk], *heads] if options.mtp else places[: len(layers)]
     experts = tuple(
-        tuple(_override(f"blk.{i}.ffn_{matrix}_exps.weight", options) or place for matrix in MATRICES)
+        tuple(_override(f"blk.{i}.ffn_{matrix}_exps.weight", options) or device for matrix in MATRICES)
         if layer.is_moe
         else ()
-        for i, (place, layer) in enumerate(zip(places, layers, strict=False))
+        for i, (device, layer) in enumerate(zip(devices, layers, strict=True))
     )
-    return Layout(tuple(places[:-1]), experts, places[-1])
+    return Layout(tuple(devices), experts, places[-1])
+
+
+def _places(header: Header, options: EngineOptions, machine: Machine) -> list[str]:
+    """Returns the devices of the layers of the model's file, and of the output, which counts as one more."""
+    n_places = header.n_blocks + 1
+    n_on_gpu = (n_places if options.n_gpu_layers < 0 else min(options.n_gpu_layers, n_places)) if machine.gpus else 0
+    shares = _running_shares(options, machine)
+    return [HOST] * (n_places - n_on_gpu) + [_gpu_of(i / n_on_gpu, shares) for i in range(n_on_gpu)]
+
+
+def _last_gpu(options: EngineOptions, machine: Machine) -> str:
+    """Returns where the heads of a side file go."""
+    n_gpus = len(options.tensor_split) or len(machine.gpus)
+    return gpu_name(n_gpus - 1) if machine.gpus and options.n_gpu_layers else HOST
 
 
 def _running_shares(options: EngineOptions, machine: Machine) -> list[float]:

@@ -6,6 +6,7 @@ Everything is read through `Sources`, so a test or a file can stand for any box.
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -44,7 +45,8 @@ def probe(sources: Sources) -> Machine:
     total, available = ram(sources)
     n_cores = physical_cores(sources)
     bandwidth = sources.bandwidth(n_cores)
-    gpus = tuple(_gpu(sources, device, available, bandwidth) for device in _used(sources.devices()))
+    devices = _used([_sharing(device) if sources.system == "Darwin" else device for device in sources.devices()])
+    gpus = tuple(_gpu(sources, device, available, bandwidth) for device in devices)
     machine = Machine(
         name="this machine",
         about=f"{n_cores} cores, {total / GIB:.0f} GiB",
@@ -60,7 +62,8 @@ def probe(sources: Sources) -> Machine:
     if not machine.is_unified:
         return machine
     # an integrated GPU reads the very memory that was measured, but faster than the CPU can
-    known = next((m for m in known_machines().values() if m.is_unified and _same(m.gpus[0].name, gpus[0].name)), None)
+    unified = (m for m in known_machines().values() if m.is_unified)
+    known = next((m for m in unified if _is_known_as(gpus[0].name, m.gpus[0].name)), None)
     return machine if known is None else replace(machine, load_mode=known.load_mode, bandwidth=known.bandwidth)
 
 
@@ -175,10 +178,12 @@ def numa_nodes(sources: Sources) -> int:
 
 
 def _gpu(sources: Sources, device: Device, available: int, ram_bandwidth: float) -> Gpu:
-    known = next((gpu for m in known_machines().values() for gpu in m.gpus if _same(gpu.name, device.name)), None)
+    all_known = (gpu for m in known_machines().values() for gpu in m.gpus)
+    known = next((gpu for gpu in all_known if _is_known_as(device.name, gpu.name)), None)
     is_integrated = device.kind == INTEGRATED
     # the driver of an integrated GPU counts the page cache as used; what programs may take is MemAvailable
-    free = min(device.total_bytes, available) if is_integrated else device.free_bytes
+    limit = min(device.total_bytes, gtt_limit(sources, device.address) or device.total_bytes)
+    free = min(limit, available) if is_integrated else device.free_bytes
     link = ram_bandwidth if is_integrated else link_bandwidth(sources, device.address)
     if known is not None:
         return replace(
@@ -195,14 +200,31 @@ def _gpu(sources: Sources, device: Device, available: int, ram_bandwidth: float)
     )
 
 
+def _sharing(device: Device) -> Device:
+    """Returns an Apple GPU as what it is: ggml's Metal calls it a card, but its memory is the box's own."""
+    return replace(device, kind=INTEGRATED) if "apple" in device.name.lower() else device
+
+
+def gtt_limit(sources: Sources, address: str | None) -> int | None:
+    """Returns what an AMD GPU without memory of its own may map, as its driver has it now; None for others."""
+    folder = f"/sys/bus/pci/devices/{address}"
+    texts = [sources.read(f"{folder}/mem_info_{kind}_total") for kind in ("gtt", "vram")]
+    return sum(int(text) for text in texts if text) or None
+
+
 def _used(devices: list[Device]) -> list[Device]:
     """Returns the GPUs that llama.cpp takes: an integrated one only where there is no other."""
     discrete = [device for device in devices if device.kind != INTEGRATED]
     return discrete or devices
 
 
-def _same(a: str, b: str) -> bool:
-    return a.lower() in b.lower() or b.lower() in a.lower()
+_VENDORS = {"nvidia", "amd", "apple", "intel"}  # a driver names them or doesn't
+
+
+def _is_known_as(name: str, known: str) -> bool:
+    """Whether a GPU is one of models.yaml: each word of that name is in its own. A laptop's is another."""
+    words, wanted = ({*re.findall(r"\w+", text.lower())} - _VENDORS for text in (name, known))
+    return wanted <= words and ("laptop" in words) == ("laptop" in wanted)
 
 
 def link_bandwidth(sources: Sources, address: str | None) -> float:
@@ -219,10 +241,14 @@ def link_bandwidth(sources: Sources, address: str | None) -> float:
 
 def this_box() -> Sources:
     """Returns the sources of the box that this runs on."""
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Sources(_read, _devices, cached_bandwidth, n_cpus, platform.system())
+
+
+def _devices() -> list[Device]:
     from step35 import native
 
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Sources(_read, native.devices, cached_bandwidth, n_cpus, platform.system())
+    return native.devices()
 
 
 def before_loading() -> Sources:
@@ -266,18 +292,24 @@ def cached_bandwidth(n_threads: int) -> float:
     """Returns the RAM's measured bandwidth, from the cache if this box was measured before."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "step35" / "bandwidth.json"
     key = f"{platform.node()} {platform.machine()} {n_threads}"
-    try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        return float(known[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    known = _cached(cache)
+    if key in known:
+        return known[key]
     bandwidth = measure_bandwidth(n_threads)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps({key: bandwidth}), encoding="utf-8")
+        cache.write_text(json.dumps(known | {key: bandwidth}), encoding="utf-8")
     except OSError:
         pass  # a cache that can't be written costs two seconds next time
     return bandwidth
+
+
+def _cached(cache: Path) -> dict[str, float]:
+    """Returns the bandwidths measured before, of all boxes that share this home; none where the file is damaged."""
+    try:
+        return {key: float(value) for key, value in json.loads(cache.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def measure_bandwidth(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from step35 import graph_memory
-from step35.gguf_facts import Group, Header, LayerShape, ModelShape, Tensor
+from step35.gguf_facts import Header, LayerShape, ModelShape, Tensor, is_skipped
 from step35.step_graphs import F16, F32, Step, head_graph, trunk_graph
 
 CELL_PADDING = 256
@@ -19,8 +19,6 @@ VERIFY_ROWS = 8
 """Rows of logits that the engine asks one decode for, a session."""
 HEAD_ROWS = 32
 REDONE_ROWS = 4
-_SKIPPED = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm"}
-_SKIPPED |= {"nextn.eh_proj", "nextn.enorm", "nextn.hnorm"}
 KV_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 
 
@@ -123,16 +121,8 @@ def checkpoints_bytes(shape: ModelShape, run: Run) -> int:
 
 
 def loaded_tensors(header: Header, with_heads: bool) -> tuple[Tensor, ...]:
-    """Returns the tensors that llama.cpp loads.
-
-    Without the heads it still loads most of them: TENSOR_SKIP reaches only the tensors that
-    src/models/step35.cpp (load_block_mtp) calls required.
-    """
-    return tuple(t for t in header.tensors if with_heads or t.group is not Group.HEADS or not _is_skipped(t))
-
-
-def _is_skipped(tensor: Tensor) -> bool:
-    return tensor.name.split(".", 2)[2].removesuffix(".weight") in _SKIPPED
+    """Returns the tensors that llama.cpp loads: without the heads still most of theirs."""
+    return tuple(tensor for tensor in header.tensors if with_heads or not is_skipped(tensor))
 
 
 def weight_bytes(tensors: Iterable[Tensor]) -> int:

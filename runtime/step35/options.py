@@ -85,14 +85,18 @@ class EngineOptions:
         _check_one_of("kv_type", self.kv_type, KV_TYPES)
 
     def load(self, path: Path, *, with_heads: bool) -> ModelOptions:
-        """Returns the options of loading one of the engine's files."""
+        """Returns the options of loading one of the engine's files.
+
+        The heads of a file of their own go where the trunk ends, whatever share of the trunk is on GPUs.
+        """
+        is_side = path == self.mtp
         return ModelOptions(
             path,
             with_heads,
-            self.n_gpu_layers,
+            -1 if is_side and self.n_gpu_layers else self.n_gpu_layers,
             self.load_mode,
             self.overrides,
-            self.tensor_split,
+            _last_alone(self.tensor_split) if is_side else self.tensor_split,
             self.rpc,
             self.spreads_numa,
         )
@@ -111,6 +115,10 @@ class EngineOptions:
             self.offload_kqv,
             self.op_offload,
         )
+
+
+def _last_alone(shares: tuple[float, ...]) -> tuple[float, ...]:
+    return (*(0.0,) * (len(shares) - 1), 1.0) if shares else ()
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -83,6 +83,20 @@ class Placement:
         return Loading(self.load_mode, self.op_offload_from is not None)
 
 
+def wishes_of(placement: Placement, distinct: tuple[float, ...] = ()) -> Wishes:
+    """Returns what one would ask for to get a plan like this; its batch and KV type may yet be traded."""
+    run = placement.run
+    return Wishes(
+        n_ctx=run.n_ctx,
+        gpu_budget=placement.gpu_budget,
+        n_sessions=run.n_sessions,
+        n_checkpoints=run.n_checkpoints,
+        with_heads=bool(run.n_heads),
+        distinct=distinct,
+        rpc=placement.rpc,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Judged:
     """A placement beside what it takes and how fast it may be."""
@@ -332,7 +346,7 @@ def _spread(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple
     sizes = [0] * len(header.shape.layers)
     for tensor in header.tensors:
         sizes[-1 if tensor.layer is None else tensor.layer] += tensor.n_bytes
-    bounds = [bound / sum(budgets) for bound in accumulate(budgets)]
+    bounds = [bound / max(1, sum(budgets)) for bound in accumulate(budgets)]
     shares = [(end - size / 2) / sum(sizes) for end, size in zip(accumulate(sizes), sizes, strict=True)]
     return tuple(
         gpu_name(next((i for i, bound in enumerate(bounds) if share <= bound), len(bounds) - 1)) for share in shares

@@ -43,15 +43,19 @@ def options_of(
         if planned.note:
             click.echo(f"step35: {planned.note}", err=True)
         return planned.options
-    ctx = click.get_current_context()
-    for param in ctx.command.params:
-        if param.name in settings and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(
-                f"--plan and {param.opts[-1]}: the plan says it already; leave one out, or edit the plan"
-            )
+    _refuse_beside_a_plan(*settings)
     from step35.applying import planned_options
 
     return planned_options(model, plan_path, mtp=mtp, draft=draft)
+
+
+def _refuse_beside_a_plan(*names: str) -> None:
+    ctx = click.get_current_context()
+    for param in ctx.command.params:
+        if param.name in names and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--plan and {param.opts[-1]}: the plan says it already; leave one out, or edit the plan"
+            )
 
 
 @click.command()
@@ -88,24 +92,29 @@ def options_of(
 def plan(model, mtp, machine_name, plan_path, rpc, network_gbps, trace, out, as_json, no_heads, **wishes) -> None:
     """Plans where MODEL's tensors and buffers go; reads its header only. Exit code 1 if it doesn't fit."""
     from step35.advice import advice
-    from step35.gguf_facts import read_header, with_side
+    from step35.gguf_facts import read_model
     from step35.hardware import probe, this_box
     from step35.machine import find_machine
-    from step35.placement import Wishes, judge, place
-    from step35.plan_file import from_text, to_text
+    from step35.placement import Wishes, judge, place, wishes_of
+    from step35.plan_file import read_plan, rpc_of, to_text
     from step35.rpc import with_remotes
 
-    header = read_header(model) if mtp is None or no_heads else with_side(read_header(model), read_header(mtp))
+    if plan_path is not None:
+        _refuse_beside_a_plan(*wishes, "rpc", "no_heads")
+    header = read_model(model, None if no_heads else mtp)
+    hosts = rpc if plan_path is None else rpc_of(plan_path, header)
     machine = find_machine(machine_name) if machine_name else probe(this_box())
-    if rpc:
-        machine = with_remotes(machine, rpc, network_gbps * 1e9 / 8)
+    if hosts:
+        machine = with_remotes(machine, hosts, network_gbps * 1e9 / 8)
     asked = Wishes(**wishes, rpc=rpc, with_heads=not no_heads, distinct=_distinct(trace, header) if trace else ())
     if plan_path is None:
         judged = place(header, machine, asked)
     else:
-        placement = from_text(plan_path.read_text(encoding="utf-8"), str(plan_path), header, machine)
-        judged = judge(header, machine, placement, asked.distinct)
+        judged = judge(header, machine, read_plan(plan_path, header, machine), asked.distinct)
+        asked = wishes_of(judged.placement, asked.distinct)
     hints = [] if judged.fits else advice(header, machine, asked)
+    if plan_path is not None:
+        hints = [f"a new plan with {hint}" for hint in hints]
     if out is not None:
         out.write_text(to_text(judged.placement, model.name), encoding="utf-8")
     if as_json:
@@ -119,9 +128,11 @@ def plan(model, mtp, machine_name, plan_path, rpc, network_gbps, trace, out, as_
 def _distinct(trace: Path, header: "Header") -> tuple[float, ...]:
     from step35.routing import distinct_of
 
+    from step35.yaml_file import read_text
+
     try:
-        data = json.loads(trace.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(read_text(trace))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise click.ClickException(f"not a routing trace: {trace}: {error}; write one with step35 trace") from error
     return distinct_of(data, str(trace), header.shape.n_expert, header.shape.n_expert_used)
 

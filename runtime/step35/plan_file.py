@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,7 +16,7 @@ from step35.options import MAX_SEQUENCES
 from step35.placement import POLICIES, Placement
 from step35.sizes import exact_size, format_size, parse_size
 from step35.usage import HOST, MATRICES, Layout, gpu_name
-from step35.yaml_file import Section, one_of, parse_yaml, text, whole
+from step35.yaml_file import Section, one_of, parse_yaml, read_text, text, whole
 
 _NEVER, _NO_BUDGET = "never", "none"
 _MAX_GPUS = 16
@@ -97,6 +98,16 @@ def _range(layers: list[int]) -> str:
 # reading
 
 
+def read_plan(path: Path, header: Header, machine: Machine | None = None) -> Placement:
+    """Returns the placement of a plan file; see from_text."""
+    return from_text(read_text(path), str(path), header, machine)
+
+
+def rpc_of(path: Path, header: Header) -> tuple[str, ...]:
+    """Returns the rpc-servers of a plan file, whose GPUs come before the machine's own."""
+    return read_plan(path, header).rpc
+
+
 def from_text(content: str, file: str, header: Header, machine: Machine | None = None) -> Placement:
     """Returns the placement of a plan file; raises SettingsError that names the line of a mistake.
 
@@ -131,11 +142,12 @@ def from_text(content: str, file: str, header: Header, machine: Machine | None =
 
 
 def _run(plan: Section, shape: ModelShape) -> Run:
-    n_ctx = plan.take("context", _within(8, shape.n_ctx_train), f"8 to {shape.n_ctx_train} tokens")
+    n_batch = plan.take("batch", _within(8, 1 << 16), f"8 to {1 << 16} tokens")
+    n_most = min(MAX_SEQUENCES, n_batch)
     return Run(
-        n_ctx=n_ctx,
-        n_batch=plan.take("batch", _within(8, 1 << 16), f"8 to {1 << 16} tokens"),
-        n_sessions=plan.take("sessions", _within(1, MAX_SEQUENCES), f"1 to {MAX_SEQUENCES}"),
+        n_ctx=plan.take("context", _within(8, shape.n_ctx_train), f"8 to {shape.n_ctx_train} tokens"),
+        n_batch=n_batch,
+        n_sessions=plan.take("sessions", _within(1, n_most), f"1 to {n_most}, and no more than the batch"),
         n_heads=plan.take("heads", _within(0, shape.n_heads), f"0 to {shape.n_heads} (the file's)"),
         kv_type=plan.take("kv_type", one_of(*KV_BITS), f"one of {', '.join(KV_BITS)}"),
         n_checkpoints=plan.take("checkpoints", _within(0, 1 << 10), f"0 to {1 << 10}"),
@@ -150,11 +162,35 @@ def _layout(plan: Section, shape: ModelShape, machine: Machine | None) -> Layout
     moe = [i for i, layer in enumerate(shape.layers) if layer.is_moe]
     experts = _assign(plan, "experts", devices, {(i, m) for i in moe for m in MATRICES}, whole_only=False)
     output = plan.take("output", one_of(*devices), f"one of {', '.join(devices)}")
-    return Layout(
+    layout = Layout(
         tuple(layers[i, MATRICES[0]] for i in range(len(shape.layers))),
         tuple(tuple(experts[i, m] for m in MATRICES) if layer.is_moe else () for i, layer in enumerate(shape.layers)),
         output,
     )
+    _check_order(plan, layout)
+    _check_experts(plan, layout)
+    return layout
+
+
+def _check_order(plan: Section, layout: Layout) -> None:
+    """llama.cpp knows one cut between two devices, and puts the layers that stay on the host before all others."""
+    places = [*((f"layer {i}", device) for i, device in enumerate(layout.layers)), ("output", layout.output)]
+    for (_, before), (what, device) in pairwise(places):
+        if _rank(device) < _rank(before):
+            key = "output" if what == "output" else "layers"
+            raise plan.fault(key, f"{HOST} first, then GPU0, GPU1 and so on", f"{what} on {device} after {before}")
+
+
+def _rank(device: str) -> int:
+    return -1 if device == HOST else int(device[3:])
+
+
+def _check_experts(plan: Section, layout: Layout) -> None:
+    for i, (layer, devices) in enumerate(zip(layout.layers, layout.experts, strict=True)):
+        for device in devices:
+            if device not in (HOST, layer):
+                where = f"{layer}, where its attention is" + (f", or on {HOST}" if layer != HOST else "")
+                raise plan.fault("experts", f"layer {i} on {where}", device)
 
 
 def _assign(

@@ -23,6 +23,8 @@ RESERVE = 2 * GIB
 """What a plan leaves free on a box that it knows only by its server's word."""
 ASSUMED_LATENCY_S = 0.2e-3
 MOST_DEVICES = 16
+UNKNOWN_NETWORK = 1.25e9
+"""Bytes a second, 10 Gbit/s, where nobody says."""
 
 
 @dataclass(frozen=True, slots=True)

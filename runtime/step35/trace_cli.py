@@ -31,11 +31,12 @@ def trace(model, files, most, n_threads, out, as_json) -> None:
     from step35.gguf_facts import read_header
     from step35.plan_cli import options_of
     from step35.routing import report, summarize, to_data
+    from step35.yaml_file import read_text
 
     n_ctx = min(most, read_header(model).shape.n_ctx_train)
     options = options_of(model, None, None, "off", n_ctx=n_ctx, n_batch=min(BATCH, n_ctx), n_threads=n_threads)
     with Engine(options) as engine:
-        prompts = [engine.tokenize(path.read_text(encoding="utf-8"))[:n_ctx] for path in files]
+        prompts = [engine.tokenize(read_text(path))[:n_ctx] for path in files]
         routing = summarize(record(engine, prompts), read_header(model).shape.n_expert)
     out = out or model.with_name(model.name + ".trace.json")
     data = to_data(routing, model.name)

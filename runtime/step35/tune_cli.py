@@ -30,15 +30,18 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json) -> None:
     """Tries neighbours of MODEL's plan, each loaded afresh, and keeps the fastest; the plain plan is in every round."""
-    from step35.gguf_facts import read_header, with_side
+    from step35.gguf_facts import read_model
     from step35.hardware import probe, this_box
-    from step35.plan_file import to_text
+    from step35.plan_file import rpc_of, to_text
+    from step35.rpc import UNKNOWN_NETWORK, with_remotes
     from step35.tune import Request, fastest, neighbours, report
     from step35.tune import tune as run
     from step35.tune_child import measure_apart
 
-    header = read_header(model) if mtp is None else with_side(read_header(model), read_header(mtp))
+    header = read_model(model, mtp)
     machine = probe(this_box())
+    if plan_path is not None and (hosts := rpc_of(plan_path, header)):
+        machine = with_remotes(machine, hosts, UNKNOWN_NETWORK)
     plain = _plain(header, machine, plan_path, n_ctx)
     request = Request(n_prompt, n_predict)
     with tempfile.TemporaryDirectory(prefix="step35-tune-") as folder:
@@ -65,13 +68,13 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
 def _plain(header, machine, plan_path, n_ctx):
     from step35.autoplan import place_here
     from step35.placement import Wishes
-    from step35.plan_file import from_text
+    from step35.plan_file import read_plan
 
     if plan_path is None:
         return place_here(header, machine, Wishes(n_ctx=n_ctx)).placement
     if n_ctx is not None:
         raise click.UsageError("--plan and --ctx: the plan says it already; leave one out, or edit the plan")
-    return from_text(plan_path.read_text(encoding="utf-8"), str(plan_path), header, machine)
+    return read_plan(plan_path, header, machine)
 
 
 def _progress(placement, sample) -> str:

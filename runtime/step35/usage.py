@@ -95,7 +95,7 @@ def usage(header: Header, machine: Machine, run: Run, layout: Layout, loading: L
     return {device: {p: sizes[p] for p in Purpose if sizes[p]} for device, sizes in sorted(counted.items())}
 
 
-_PURPOSES = {Group.EXPERTS: Purpose.EXPERTS, Group.HEADS: Purpose.HEADS}
+_PURPOSES = {Group.EXPERTS: Purpose.EXPERTS, Group.HEADS: Purpose.HEADS, Group.IDLE: Purpose.HEADS}
 
 
 @cache
@@ -161,7 +161,7 @@ class Pool:
 def pools(machine: Machine, gpu_budget: int | None = None) -> list[Pool]:
     """Returns the machine's memories; an integrated GPU is in two: its own limit, and the RAM."""
     gpus = [
-        Pool(gpu.name, (gpu_name(i),), min(gpu.free_bytes, gpu_budget or gpu.free_bytes))
+        Pool(gpu.name, (gpu_name(i),), gpu.free_bytes if gpu_budget is None else min(gpu.free_bytes, gpu_budget))
         for i, gpu in enumerate(machine.gpus)
     ]
     in_ram = [gpu_name(i) for i, gpu in enumerate(machine.gpus) if gpu.kind == "integrated"]

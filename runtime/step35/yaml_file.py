@@ -92,11 +92,17 @@ class Section:
 
 def read_yaml(path: Path) -> Section:
     """Returns the file's mapping; raises SettingsError if the file is missing or isn't YAML."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Returns a file's text; raises SettingsError if it is missing or isn't UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"can't read {path}: {error}") from error
-    return parse_yaml(text, str(path))
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"can't read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"can't read {path}: expected a text in UTF-8, got {error.reason}") from error
 
 
 def parse_yaml(text: str, file: str) -> Section:
@@ -104,7 +110,7 @@ def parse_yaml(text: str, file: str) -> Section:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"not YAML: {file}: {' '.join(str(error).split())}") from error
     if node is None:
         raise SettingsError(f"empty file: {file} expected keys and values, got nothing")
