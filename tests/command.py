@@ -1,6 +1,10 @@
-"""Runs `convert-step35` inside the test's own process: what it prints and its exit code, without a start-up each time."""
+"""Runs `convert-step35` inside the test's own process: what it prints and its exit code, without a start-up each time.
+
+Also what a command in a process of its own needs to be interrupted.
+"""
 
 import json
+import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -35,3 +39,8 @@ def convert_step35(*arguments: object) -> Done:
         except SystemExit as exc:
             exit_code = exc.code or 0
     return Done(exit_code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+def hear_interrupts() -> None:
+    """For a child before it runs: a test run started in the background ignores SIGINT, and its children would too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

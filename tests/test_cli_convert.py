@@ -1,6 +1,7 @@
 """The command as a newcomer types it: every slip is one clear line and an exit code, every answer can be parsed."""
 
 import hashlib
+import io
 import json
 import os
 import pty
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Done, convert_step35
+from command import Done, convert_step35, hear_interrupts
 from edited_gguf import edit_gguf
 from gguf import GGMLQuantizationType
 from gguf import GGUFValueType as V
+from rich.console import Console
 
 from checkpoints import REAL, TINY, write_checkpoint
+from convert_step35 import tables
 from convert_step35.gguf_header import Entry, TensorInfo, encode_header
 from convert_step35.models import load_models
+from convert_step35.plan import Plan
 
 SMALL = replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=1)
 COMMAND = [sys.executable, "-m", "convert_step35"]
@@ -409,6 +413,12 @@ def test_a_terminal_gets_a_progress_bar_that_goes_away(checkpoint: Path, tmp_pat
     assert lines(shown)[-1].startswith("F32")
 
 
+def test_verify_shows_how_far_it_is(checkpoint: Path, made: Path) -> None:
+    shown = on_terminal("verify", made, "--against", checkpoint)
+    assert "reading" in shown and "comparing" in shown and "GiB" in shown
+    assert any(line.startswith(f"{made}: sound") for line in lines(shown))
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Headers of the real shapes over holes."""
@@ -427,6 +437,17 @@ def test_the_tables_fit_80_columns(checkpoint: Path, made: Path, tmp_path: Path)
         assert max(map(len, lines(on_terminal(*arguments)))) <= 80, arguments
 
 
+def test_what_was_made_of_the_real_model_fits_80_columns_whatever_quantized_it() -> None:
+    """With 16 lanes the table was 81 columns wide, and the last letter of a name fell into a line of its own."""
+    name = "blk.44.ffn_down_shexp.weight"
+    tensor = {"name": name, "type": "IQ3_XXS", "nmse": 1.234e-3, "n_bytes": 105_000_000_000}
+    report = {"quantizers": {"IQ3_XXS": "native, 16 lanes"}, "tensors": [tensor] * 805}
+    report["totals"] = {"bytes_by_type": {"IQ3_XXS": 199 * 10**9}, "tensors": 805, "bits_per_weight": 4.25}
+    console = Console(width=80, file=io.StringIO())
+    console.print(tables.report_summary(Plan("MOE_IQ2_XS_IQ3_XXS", (), ()), report))
+    assert [len(line.split()) for line in console.file.getvalue().splitlines()[1:]] == [9, 8]
+
+
 def test_every_mtp_mode_plans_the_real_model(real: Path) -> None:
     """`--mtp only` asked for the dtype of experts that it had not read."""
     tensors = {mode: len(convert_step35("plan", real, "--mtp", mode, "--json").data["tensors"]) for mode in ("keep", "separate", "drop", "only")}
@@ -439,15 +460,10 @@ def test_a_target_size_picks_the_best_recipe_that_fits(real: Path) -> None:
     assert planned["recipe"] == "MOE_IQ4_XS" and planned["totals"]["bytes"] <= 105 * 2**30
 
 
-def _hear_interrupts() -> None:
-    """A test run started in the background ignores SIGINT, and its children would too."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def interrupted(command: list[Any], partial: Path) -> Done:
     """Run a command and send it SIGINT as soon as a partial file holds some tensor data."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(list(map(str, command)), preexec_fn=_hear_interrupts, **pipes) as process:
+    with subprocess.Popen(list(map(str, command)), preexec_fn=hear_interrupts, **pipes) as process:
         while process.poll() is None and not (partial.exists() and partial.read_bytes()[2**19 :].strip(b"\0")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from command import hear_interrupts
 from tiny_model import tiny_gguf
 
 STEP35 = [sys.executable, "-m", "step35.cli"]
@@ -75,15 +76,10 @@ def test_a_prompt_longer_than_the_context_is_refused():
     assert "prompt too long: the context holds 64 tokens" in done.stderr
 
 
-def _hear_interrupts() -> None:
-    """A test run started in the background ignores SIGINT, and its children would too."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_cleanly(number):
     command = [*STEP35, "generate", str(tiny_gguf()), "-p", "x", "-n", "100000", "-c", "200000", "-t", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_interrupts) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts) as process:
         try:
             process.stdout.read(20)
             time.sleep(0.2)

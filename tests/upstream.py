@@ -34,12 +34,12 @@ def sources() -> Path:
     if not home.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            _unpack(_download(Path(work)), Path(work) / "llama.cpp")
+            _unpack(download(Path(work)), Path(work) / "llama.cpp")
             (Path(work) / "llama.cpp").rename(home)
     return home
 
 
-def _download(folder: Path) -> Path:
+def download(folder: Path) -> Path:
     """Downloads the sdist; pip checks the digest before it looks inside."""
     pin = folder / "pin.txt"
     pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")

@@ -31,7 +31,7 @@ from convert_step35.mtp_cli import mtp
 from convert_step35.output import PARTIAL, write_atomically
 from convert_step35.plan import Plan, Wishes, side_file
 from convert_step35.presets import PRESETS
-from convert_step35.progress import progress_bar
+from convert_step35.progress import bytes_bar, progress_bar
 from convert_step35.quantizers import load_quantizers
 from convert_step35.recipes import ggml_type, head_matrices, parse_override
 from convert_step35.report import build_report, plan_entries, report_path, to_json, totals
@@ -327,7 +327,7 @@ def _verify(file: Path, against: Path | None, full: bool, imatrix: Path | None, 
     problems = list(inspect_file(file, models).problems)
     model = open_model(file)
     workspace = _open_against(model, against, imatrix, models) if against is not None else None
-    digests, bad_rows = check_rows(model, ggml, n_threads)
+    digests, bad_rows = check_rows(model, ggml, n_threads, bytes_bar)
     n_digests, changed = check_report(model, digests)
     n_compared, differing = _compare(model, workspace, full, n_threads) if workspace is not None else (0, [])
     found = tuple(problems + bad_rows + changed + differing)
@@ -366,6 +366,7 @@ def _compare(model: GgufModel, workspace: Workspace, full: bool, n_threads: int)
         workspace.imatrix,
         n_threads=n_threads,
         chunks_per_tensor=None if full else 4,
+        progress=bytes_bar,
     )
     return n, check_metadata(model, expected) + problems
 

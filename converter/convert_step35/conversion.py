@@ -1,10 +1,11 @@
-"""Runs a plan: all threads read, quantize and write chunks; a journal thread makes them durable.
+"""Runs a plan: readers bring the chunks, all threads quantize and write them, a journal thread makes them durable.
 
-Each worker takes the next chunk in the order of the source files, so reads are sequential; the kernel reads
-ahead of them, and one worker's I/O overlaps the others' arithmetic. Output offsets are final, so order is free.
+Chunks come in the order of the source files, so reads are sequential and large, and go on while the workers compute.
+Output offsets are final, so the order in which chunks end is free.
 """
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 
 from convert_step35.checkpoint import Checkpoint
 from convert_step35.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
+from convert_step35.digesting import Digest
 from convert_step35.errors import CheckpointError, DiskFullError, OutputError
 from convert_step35.ggml import row_bytes
 from convert_step35.imatrix import Imatrix
@@ -26,6 +28,7 @@ from convert_step35.measure import Errors, refuse_non_finite, tensor_errors
 from convert_step35.output import Output, discard
 from convert_step35.plan import Plan, PlannedTensor
 from convert_step35.quantizers import Quantizers
+from convert_step35.reading import N_READERS, Item, Loaded, ReadAhead
 from convert_step35.rows import RowReader
 
 _SYNC_BYTES = 256 * 1024**2
@@ -34,7 +37,7 @@ _SYNC_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """A finished tensor: the digest of its bytes as read back, what quantization did to it, and what quantized it."""
+    """A finished tensor: the digest of its bytes, what quantization did to it, and what quantized it."""
 
     tensor: PlannedTensor
     sha256: str
@@ -96,7 +99,7 @@ def _discard_new(plan: Plan, journal: Journal) -> None:
 
 @dataclass(slots=True)
 class _Buffers:
-    """One worker's memory: 4 MiB, whatever the tensor."""
+    """One worker's memory: 4 MiB, whatever the tensor. `raw` is touched only when an earlier run left damage."""
 
     raw: np.ndarray
     rows: np.ndarray
@@ -105,7 +108,7 @@ class _Buffers:
 
     @classmethod
     def for_tensors(cls, tensors: Sequence[PlannedTensor]) -> "_Buffers":
-        n = max(CHUNK_WEIGHTS, max(tensor.mapped.row_size for tensor in tensors))
+        n = _largest_chunk(tensors)
         return cls(
             np.empty(4 * n, np.uint8), np.empty(n, np.float32), np.empty(4 * n, np.uint8), np.empty(n, np.float32)
         )
@@ -128,51 +131,58 @@ class _Conversion:
         self._finished: SimpleQueue[Done | None] = SimpleQueue()
         self._records: dict[int, dict[int, Done]] = {i: {} for i in range(len(tensors))}
         self._results: dict[int, TensorResult] = {}
+        self._digests: dict[int, Digest] = {}
         for done in journal.done:
             self._records[done.tensor][done.chunk] = done
             tools.on_resumed(tensors[done.tensor], chunk_at(tensors[done.tensor].mapped, done.chunk))
+        self._ahead = ReadAhead(self._work(), 4 * _largest_chunk(tensors), tools.n_threads)
 
     def run(self) -> list[TensorResult]:
-        work = self._work()
-        workers = [
-            Thread(target=self._guarded, args=(self._worker, work), daemon=True) for _ in range(self._tools.n_threads)
-        ]
-        recorder = Thread(target=self._guarded, args=(self._record,), daemon=True)
-        recorder.start()
-        for worker in workers:
-            worker.start()
+        workers = [self._thread(self._worker) for _ in range(self._tools.n_threads)]
+        readers = [self._thread(self._ahead.read) for _ in range(N_READERS)]
+        recorder = self._thread(self._record)
+        for thread in (recorder, *readers, *workers):
+            thread.start()
         try:
             for worker in workers:
                 while worker.is_alive():
                     worker.join(0.2)
         finally:
             # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
-            self._stop.set()
-            _join(workers)
+            self._halt()
+            _join([*readers, *workers])
             self._finished.put(None)
             _join([recorder])
         if self._failures:
             raise self._failures[0]
         return [self._results[i] for i in range(len(self._tensors))]
 
-    def _guarded(self, target: Callable[..., None], *arguments: object) -> None:
+    def _thread(self, target: Callable[[], None]) -> Thread:
+        return Thread(target=self._guarded, args=(target,), daemon=True)
+
+    def _guarded(self, target: Callable[[], None]) -> None:
         try:
-            target(*arguments)
+            target()
         except BaseException as exc:
             self._failures.append(exc)
-            self._stop.set()
+            self._halt()
 
-    def _work(self) -> Iterator[tuple[int, Chunk | None]]:
+    def _halt(self) -> None:
+        self._stop.set()
+        self._ahead.stop()
+
+    def _work(self) -> Iterator[Item]:
         """Chunks to convert in the order of the source, and None for a tensor that the journal has whole."""
         for index in sorted(range(len(self._tensors)), key=self._source_order):
             tensor = self._tensors[index].mapped
             if len(self._records[index]) == n_chunks(tensor):
-                yield index, None
+                yield Item(index, None, None)
                 continue
             done = set(self._records[index])
+            self._digests[index] = Digest(n_chunks(tensor), is_partial=bool(done))
             for chunk in chunks(tensor):
                 if chunk.index not in done:
-                    yield index, chunk
+                    yield Item(index, chunk, self._reader.place(tensor, chunk))
 
     def _source_order(self, index: int) -> tuple[str, int]:
         source = self._tensors[index].mapped.source
@@ -181,39 +191,37 @@ class _Conversion:
         stored = self._tools.checkpoint.sources[source].weight
         return stored.path.name, stored.offset
 
-    def _worker(self, work: Iterator[tuple[int, Chunk | None]]) -> None:
+    def _worker(self) -> None:
         buffers = _Buffers.for_tensors(self._tensors)
-        while not self._stop.is_set():
-            with self._lock:
-                item = next(work, None)
-            if item is None:
-                return
-            index, chunk = item
-            if chunk is None or self._finish_chunk(index, self._convert(index, chunk, buffers)):
+        while (loaded := self._ahead.take()) is not None and not self._stop.is_set():
+            index, chunk = loaded.item.index, loaded.item.chunk
+            if chunk is None or self._finish_chunk(index, self._convert_loaded(index, chunk, loaded, buffers)):
                 self._finish_tensor(index, buffers)
 
-    def _convert(self, index: int, chunk: Chunk, buffers: _Buffers) -> Done:
-        planned, tensor = self._tensors[index], self._tensors[index].mapped
-        rows = self._reader.read(tensor, chunk, buffers.rows, buffers.raw)
-        if not self._tools.quantizers.all_finite(rows):
-            refuse_non_finite(rows, tensor)
-        packed = self._quantize(planned, chunk, rows, buffers.packed)
+    def _convert_loaded(self, index: int, chunk: Chunk, loaded: Loaded, buffers: _Buffers) -> Done:
+        rows = self._reader.widen(self._tensors[index].mapped, chunk, loaded.data, buffers.rows)
+        self._ahead.give_back(loaded)
+        done, packed = self._convert(index, chunk, rows, buffers)
+        self._digests[index].add(chunk.index, packed)
+        return done
+
+    def _convert(self, index: int, chunk: Chunk, rows: np.ndarray, buffers: _Buffers) -> tuple[Done, np.ndarray]:
+        """Quantize a chunk, write it and measure what that did to it; its bytes are in `buffers` after that."""
+        planned, quantizers = self._tensors[index], self._tools.quantizers
+        if not quantizers.all_finite(rows):
+            refuse_non_finite(rows, planned.mapped)
+        n_bytes = quantizers.quantize(planned.kind, rows, buffers.packed, self._importance(planned.mapped, chunk))
+        packed = buffers.packed[:n_bytes]
         self._output.write(index, packed, _offset(planned, chunk))
         restored = buffers.restored[: rows.size].reshape(rows.shape)
-        self._tools.quantizers.dequantize(planned.kind, packed, restored)
-        sums = self._tools.quantizers.measure(rows, restored)
+        quantizers.dequantize(planned.kind, packed, restored)
+        sums = quantizers.measure(rows, restored)
+        # A scale that is NaN or infinite makes the sum so; so do squares of huge weights.
+        if not math.isfinite(sums.squared_error) and not quantizers.ggml.is_valid(planned.kind, packed):
+            raise _bad_scale(planned)
         self._tools.on_progress(planned, chunk)
         crc = zlib.crc32(packed)
-        return Done(index, chunk.index, crc, sums.max_error, sums.squared_error, sums.squared_sum)
-
-    def _quantize(self, planned: PlannedTensor, chunk: Chunk, rows: np.ndarray, buffer: np.ndarray) -> np.ndarray:
-        n_bytes = self._tools.quantizers.quantize(planned.kind, rows, buffer, self._importance(planned.mapped, chunk))
-        packed = buffer[:n_bytes]
-        if not self._tools.quantizers.ggml.is_valid(planned.kind, packed):
-            raise CheckpointError(
-                f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type"
-            )
-        return packed
+        return Done(index, chunk.index, crc, sums.max_error, sums.squared_error, sums.squared_sum), packed
 
     def _importance(self, tensor: MappedTensor, chunk: Chunk) -> np.ndarray | None:
         imatrix = self._tools.imatrix
@@ -229,16 +237,24 @@ class _Conversion:
             return len(records) == n_chunks(self._tensors[index].mapped)
 
     def _finish_tensor(self, index: int, buffers: _Buffers) -> None:
-        """Read a whole tensor back, check every chunk's CRC and digest it."""
+        """Note a whole tensor with its digest."""
         planned, records = self._tensors[index], self._records[index]
-        sha = hashlib.sha256()
-        for chunk in chunks(planned.mapped):
-            if self._stop.is_set():
-                return
-            sha.update(self._checked(index, chunk, buffers))
+        digest = self._digests[index].result() if index in self._digests else None
+        digest = digest if digest is not None else self._digest_of_file(index, buffers)
+        if digest is None:
+            return
         ordered = [records[i] for i in sorted(records)]
         errors, quantizer = tensor_errors(planned.mapped, ordered), self._tools.quantizers.name(planned.kind)
-        self._results[index] = TensorResult(planned, sha.hexdigest(), errors, quantizer)
+        self._results[index] = TensorResult(planned, digest, errors, quantizer)
+
+    def _digest_of_file(self, index: int, buffers: _Buffers) -> str | None:
+        """Read a whole tensor back, check every chunk's CRC and digest it; None where the run stops."""
+        sha = hashlib.sha256()
+        for chunk in chunks(self._tensors[index].mapped):
+            if self._stop.is_set():
+                return None
+            sha.update(self._checked(index, chunk, buffers))
+        return sha.hexdigest()
 
     def _checked(self, index: int, chunk: Chunk, buffers: _Buffers) -> np.ndarray:
         """The chunk's bytes as the file has them; a chunk that an earlier run left damaged is converted again."""
@@ -247,7 +263,8 @@ class _Conversion:
         self._output.read(index, data, _offset(planned, chunk))
         if zlib.crc32(data) == self._records[index][chunk.index].crc:
             return data
-        done = self._convert(index, chunk, buffers)
+        rows = self._reader.read(planned.mapped, chunk, buffers.rows, buffers.raw)
+        done, _ = self._convert(index, chunk, rows, buffers)
         self._finished.put(done)
         self._records[index][chunk.index] = done
         self._output.read(index, data, _offset(planned, chunk))
@@ -287,6 +304,17 @@ def _join(threads: Sequence[Thread]) -> None:
                 thread.join()
             except KeyboardInterrupt:
                 continue
+
+
+def _largest_chunk(tensors: Sequence[PlannedTensor]) -> int:
+    """Weights in the largest chunk of all."""
+    return max(CHUNK_WEIGHTS, *(tensor.mapped.row_size for tensor in tensors))
+
+
+def _bad_scale(planned: PlannedTensor) -> CheckpointError:
+    return CheckpointError(
+        f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type"
+    )
 
 
 def _offset(planned: PlannedTensor, chunk: Chunk) -> int:

@@ -65,9 +65,11 @@ class Output:
             done += n
 
     def sync(self) -> None:
-        """Bring all written data to the disk."""
+        """Bring all written data to the disk, and out of the page cache."""
         for descriptor in self._descriptors:
             os.fdatasync(descriptor)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def publish(self) -> None:
         """Sync and rename; of several shards the first, which loads the rest, comes last."""

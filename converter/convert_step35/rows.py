@@ -9,16 +9,13 @@ import numpy as np
 
 from convert_step35.checkpoint import FP8_DTYPE, Checkpoint, Source
 from convert_step35.chunks import Chunk
-from convert_step35.errors import CheckpointError
+from convert_step35.direct import read_into
 from convert_step35.ggml import Ggml
 from convert_step35.mapping import Kind, MappedTensor
 from convert_step35.metadata import rope_freqs
+from convert_step35.reading import Place
 from convert_step35.safetensors_header import StoredTensor
 
-# Each read asks the kernel for as many bytes this far ahead, so the disk works while the threads compute. What was
-# read is dropped, with the page it shares with the chunk before: a checkpoint must not push all else out of memory.
-_READ_AHEAD_BYTES = 64 * 1024**2
-_PAGE_BYTES = 4096
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8_DTYPE: 1}
 
 
@@ -55,29 +52,32 @@ class RowReader:
         for file in self._files.values():
             os.close(file)
 
+    def place(self, tensor: MappedTensor, chunk: Chunk) -> Place | None:
+        """Where the chunk's bytes stand; None for a tensor that is generated."""
+        if tensor.source is None:
+            return None
+        stored = self._checkpoint.sources[tensor.source].weight
+        row_bytes = tensor.row_size * _ITEM_BYTES[stored.dtype]
+        return Place(stored.path, stored.offset + chunk.first_row * row_bytes, chunk.n_rows * row_bytes)
+
     def read(self, tensor: MappedTensor, chunk: Chunk, out: np.ndarray, raw: np.ndarray) -> np.ndarray:
-        """Fill float32 `out` with the chunk and return it as [n_rows, row_size]; `raw` is a uint8 work buffer."""
+        """Read the chunk by itself and widen it; `raw` is a uint8 work buffer."""
+        place = self.place(tensor, chunk)
+        data = raw[: place.n_bytes if place is not None else 0]
+        if place is not None:
+            read_into(self._files[place.path], data, place.offset, place.path)
+        return self.widen(tensor, chunk, data, out)
+
+    def widen(self, tensor: MappedTensor, chunk: Chunk, data: np.ndarray | None, out: np.ndarray) -> np.ndarray:
+        """Fill float32 `out` with the chunk of these bytes and return it as [n_rows, row_size]."""
         rows = out[: chunk.n_rows * tensor.row_size].reshape(chunk.n_rows, tensor.row_size)
         if tensor.kind is Kind.ROPE_FREQS:
             rows[:] = rope_freqs(self._checkpoint.arch)
             return rows
-        source = self._checkpoint.sources[tensor.source]
-        self._convert(source, chunk, rows, self._read(source.weight, chunk, tensor.row_size, raw))
+        self._convert(self._checkpoint.sources[tensor.source], chunk, rows, data)
         if tensor.kind is Kind.NORM:
             rows += np.float32(1.0)
         return rows
-
-    def _read(self, stored: StoredTensor, chunk: Chunk, row_size: int, raw: np.ndarray) -> np.ndarray:
-        row_bytes = row_size * _ITEM_BYTES[stored.dtype]
-        data = raw[: chunk.n_rows * row_bytes]
-        file, offset = self._files[stored.path], stored.offset + chunk.first_row * row_bytes
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, offset + _READ_AHEAD_BYTES, data.nbytes, os.POSIX_FADV_WILLNEED)
-        read_into(file, data, offset, stored.path)
-        if hasattr(os, "posix_fadvise"):
-            before = min(offset, _PAGE_BYTES)
-            os.posix_fadvise(file, offset - before, before + data.nbytes, os.POSIX_FADV_DONTNEED)
-        return data
 
     def _convert(self, source: Source, chunk: Chunk, rows: np.ndarray, data: np.ndarray) -> None:
         match source.weight.dtype:
@@ -112,14 +112,3 @@ class RowReader:
                 self._scales[scale.name] = values.reshape(-1, *scale.shape[-2:])
             return self._scales[scale.name]
 
-
-def read_into(file: int, data: np.ndarray, offset: int, path: Path) -> None:
-    """Fill uint8 `data` from a file at `offset`; CheckpointError where the file ends early."""
-    view, done = memoryview(data), 0
-    while done < len(view):
-        n = os.preadv(file, [view[done:]], offset + done)
-        if n == 0:
-            raise CheckpointError(
-                f"truncated file: {path} expected {offset + len(view)} bytes or more, got {offset + done}; did it change?"
-            )
-        done += n

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from convert_step35.measure import refuse_non_finite
 from convert_step35.metadata import ARCH
 from convert_step35.plan import MTP_PREFIX
 from convert_step35.report import report_path
+from convert_step35.rewriting import read_piece
 from convert_step35.rows import RowReader
 from convert_step35.strict_json import read_json
 
@@ -41,6 +43,15 @@ _PROVENANCE = (
 )
 
 
+# What shows a bar over some bytes, as progress.bytes_bar does.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def no_progress(what: str, n_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows nothing."""
+    return nullcontext(lambda n: None)
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a verification looked at and what it found; no problems means the file is sound."""
@@ -52,11 +63,15 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def check_rows(model: GgufModel, ggml: Ggml, n_threads: int) -> tuple[dict[str, str], list[str]]:
+def check_rows(
+    model: GgufModel, ggml: Ggml, n_threads: int, progress: Progress = no_progress
+) -> tuple[dict[str, str], list[str]]:
     """Read every tensor: its sha256, and a problem where a scale or a value is NaN or infinite."""
     tensors = list(model.tensors.values())
-    with ThreadPoolExecutor(n_threads) as pool:
-        results = list(pool.map(lambda tensor: _check_tensor(model.homes[tensor.name], tensor, ggml), tensors))
+    n_bytes = sum(tensor.n_bytes for tensor in tensors)
+    with ThreadPoolExecutor(n_threads) as pool, progress("reading", n_bytes) as on_bytes:
+        check = lambda tensor: _check_tensor(model.homes[tensor.name], tensor, ggml, on_bytes)  # noqa: E731
+        results = list(pool.map(check, tensors))
     digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results)}
     problems = [
         f"{tensor.name} holds NaN or infinity; convert again"
@@ -66,16 +81,18 @@ def check_rows(model: GgufModel, ggml: Ggml, n_threads: int) -> tuple[dict[str, 
     return digests, problems
 
 
-def _check_tensor(path: Path, tensor: GgufTensor, ggml: Ggml) -> tuple[str, bool]:
+def _check_tensor(
+    path: Path, tensor: GgufTensor, ggml: Ggml, on_bytes: Callable[[int], None]
+) -> tuple[str, bool]:
     per_row = row_bytes(tensor.ggml_type, tensor.shape[-1]) if tensor.shape else tensor.n_bytes
     piece = max(1, _PIECE_BYTES // per_row) * per_row
     sha, valid = hashlib.sha256(), True
     with path.open("rb") as file:
-        file.seek(tensor.offset)
         for at in range(0, tensor.n_bytes, piece):
-            data = file.read(min(piece, tensor.n_bytes - at))
+            data = read_piece(file.fileno(), tensor.offset + at, min(piece, tensor.n_bytes - at), path)
             sha.update(data)
-            valid = valid and ggml.is_valid(tensor.ggml_type, np.frombuffer(data, np.uint8))
+            valid = valid and ggml.is_valid(tensor.ggml_type, data)
+            on_bytes(len(data))
     return sha.hexdigest(), valid
 
 
@@ -157,14 +174,19 @@ def compare(
     *,
     n_threads: int,
     chunks_per_tensor: int | None,
+    progress: Progress = no_progress,
 ) -> tuple[int, list[str]]:
     """Convert chunks of the checkpoint again and compare bytes; None compares all. How many, and what differs."""
     problems = {tensor.name: _incomparable(model, ggml, imatrix, tensor) for tensor in mapped}
     comparable = [tensor for tensor in mapped if problems[tensor.name] is None]
     items = list(_sampled(comparable, chunks_per_tensor))
     ggml.prepare({model.tensors[tensor.name].ggml_type for tensor in comparable})
-    with RowReader(checkpoint, ggml) as reader, ThreadPoolExecutor(n_threads) as pool:
-        equal = list(pool.map(lambda item: _is_equal(model, reader, ggml, imatrix, *item), items))
+    with (
+        RowReader(checkpoint, ggml) as reader,
+        ThreadPoolExecutor(n_threads) as pool,
+        progress("comparing", sum(_n_bytes(model, *item) for item in items)) as on_bytes,
+    ):
+        equal = list(pool.map(lambda item: _is_equal(model, reader, ggml, imatrix, on_bytes, *item), items))
     hint = (
         "; it was quantized with an imatrix, pass it with --imatrix"
         if imatrix is None and "quantize.imatrix.file" in model.metadata
@@ -205,8 +227,19 @@ def _sampled(mapped: Sequence[MappedTensor], per_tensor: int | None) -> Iterator
         yield from ((tensor, chunk) for chunk in picked)
 
 
+def _n_bytes(model: GgufModel, tensor: MappedTensor, chunk: Chunk) -> int:
+    """Bytes of a chunk as the model stores it."""
+    return chunk.n_rows * row_bytes(model.tensors[tensor.name].ggml_type, tensor.row_size)
+
+
 def _is_equal(
-    model: GgufModel, reader: RowReader, ggml: Ggml, imatrix: Imatrix | None, tensor: MappedTensor, chunk: Chunk
+    model: GgufModel,
+    reader: RowReader,
+    ggml: Ggml,
+    imatrix: Imatrix | None,
+    on_bytes: Callable[[int], None],
+    tensor: MappedTensor,
+    chunk: Chunk,
 ) -> bool:
     stored = model.tensors[tensor.name]
     n = max(CHUNK_WEIGHTS, tensor.row_size)
@@ -217,6 +250,7 @@ def _is_equal(
     n_bytes = ggml.quantize(
         stored.ggml_type, rows, packed, weights.weights(chunk.expert) if weights is not None else None
     )
+    on_bytes(n_bytes)
     return bytes(packed[:n_bytes]) == _stored_bytes(model, stored, chunk, n_bytes)
 
 

@@ -1,0 +1,58 @@
+"""The sha256 of a tensor's bytes, made of chunks that end nearly in order while they are still in memory."""
+
+import hashlib
+from threading import Condition
+
+import numpy as np
+
+# More than this many early chunks are not kept; the tensor is then read back when it is whole.
+MOST_WAITING = 64
+
+
+class Digest:
+    """Takes each of a tensor's chunks once, from any thread, in any order."""
+
+    def __init__(self, n_chunks: int, *, is_partial: bool = False) -> None:
+        """`is_partial` says that some chunks were made by an earlier run and will not come."""
+        self._n_chunks = n_chunks
+        self._is_partial = is_partial
+        self._sha = hashlib.sha256()
+        self._next = 0
+        self._is_busy = False
+        self._waiting: dict[int, bytes] = {}
+        self._changed = Condition()
+
+    def add(self, index: int, data: np.ndarray) -> None:
+        """Digest a chunk, or keep a copy until those before it are there."""
+        with self._changed:
+            if self._is_partial:
+                return
+            if self._is_busy or index != self._next:
+                self._keep(index, data)
+                return
+            self._is_busy = True
+        self._digest_from(data)
+
+    def result(self) -> str | None:
+        """The digest in hex, once every chunk was added; None where the file must be read for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_partial or self._next == self._n_chunks)
+            return None if self._is_partial else self._sha.hexdigest()
+
+    def _keep(self, index: int, data: np.ndarray) -> None:
+        self._waiting[index] = data.tobytes()
+        if len(self._waiting) > MOST_WAITING:
+            self._is_partial = True
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    def _digest_from(self, data: np.ndarray | bytes | None) -> None:
+        """Digest a chunk and all that wait behind it, without the lock: others go on meanwhile."""
+        while data is not None:
+            self._sha.update(data)
+            with self._changed:
+                self._next += 1
+                data = self._waiting.pop(self._next, None)
+                self._is_busy = data is not None
+                if self._next == self._n_chunks:
+                    self._changed.notify_all()
