@@ -61,7 +61,7 @@ def _sources() -> Path:
     if not folder.is_dir():
         HOME.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=HOME) as work:
-            with tarfile.open(upstream.download(Path(work))) as archive:
+            with tarfile.open(upstream.sdist()) as archive:
                 archive.extractall(work, filter="data")
             (Path(work) / folder.name).rename(folder)
     return folder / "vendor" / "llama.cpp"

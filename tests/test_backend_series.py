@@ -165,7 +165,9 @@ def test_any_edits_go_there_and_back(tmp_path_factory, data) -> None:
     for number in range(data.draw(st.integers(1, 3))):
         lines = (work / "src" / "one.cpp").read_text().splitlines(keepends=True)
         at = data.draw(st.integers(0, len(lines) - 1))
-        lines[at : at + data.draw(st.integers(0, 2))] = data.draw(st.lists(st.sampled_from(["x\n", "\n", "y y\n"]), min_size=1, max_size=3))
+        lines[at : at + data.draw(st.integers(0, 2))] = data.draw(
+            st.lists(st.sampled_from(["x\n", "\n", "y y\n"]), min_size=1, max_size=3)
+        )
         (work / "src" / "one.cpp").write_text("".join([*lines, f"// {number}\n"]))
         series._commit(work, f"change {number}\n\n{FIELDS}")
     exported = export(work)

@@ -60,7 +60,7 @@ def real(tmp_path_factory):
 
 def test_a_healthy_installation_and_model_have_no_remedies():
     findings = list(examine(a_box(), tiny_gguf("Q4_K_M"), _engine))
-    box = ["llama-cpp-python", "memory", "GPU", "load mode", "arithmetic"]
+    box = ["llama-cpp-python", "backend", "memory", "GPU", "load mode", "arithmetic"]
     assert [f.what for f in findings] == [*box, "MTP heads", "disk", "data", "size", "self-test"]
     assert all(f.is_well for f in findings), findings
 
@@ -146,7 +146,7 @@ def test_a_gpu_that_llama_cpp_was_not_built_for_is_found():
     box = a_box({"/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX 580.1\nGCC"})
     finding = devices(box, probe(box))
     assert "NVRM version" in finding.found
-    assert "GGML_CUDA=on" in finding.remedy
+    assert "step35 backend build --cuda" in finding.remedy
 
 
 def test_a_full_memory_is_found():

@@ -1,7 +1,7 @@
 """Drives upstream's own converter and quantizer: the oracles of the converter's tests.
 
-The converter's scripts come from the sdist of the pinned llama-cpp-python, fetched once by pip into
-.cache/ (77 MB, a few seconds). The quantizer is the installed wheel's `llama_model_quantize`.
+The converter's scripts come from the sdist of the pinned llama-cpp-python (patches/UPSTREAM), fetched once
+by pip into .cache/ (77 MB, a few seconds). The quantizer is the installed wheel's `llama_model_quantize`.
 """
 
 import ctypes
@@ -16,11 +16,12 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
+from step35.backend.upstream import fetch, patches_folder, read_upstream
 
 TESTS = Path(__file__).parent
 CACHE = TESTS.parent / ".cache" / "upstream"
-VERSION = "0.3.36"
-SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+PIN = read_upstream(patches_folder())
+VERSION = PIN.version
 WANTED = ("conversion/", "gguf-py/", "convert_hf_to_gguf.py")
 TYPE_LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[[\d, ]+\], type = +(\w+), size = .*?(?:\((\w+)\))?\n")
 
@@ -28,32 +29,27 @@ TYPE_LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[[\d, ]+\], type = +(\w+), si
 # the sources
 
 
+def sdist() -> Path:
+    """Returns the pinned sdist, fetched by pip on the first call."""
+    return fetch(PIN, CACHE)
+
+
 def sources() -> Path:
-    """Returns a folder with llama.cpp's conversion scripts and gguf-py, fetched on the first call."""
+    """Returns a folder with llama.cpp's conversion scripts and gguf-py, unpacked on the first call."""
     home = CACHE / VERSION
     if not home.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            _unpack(download(Path(work)), Path(work) / "llama.cpp")
+            _unpack(sdist(), Path(work) / "llama.cpp")
             (Path(work) / "llama.cpp").rename(home)
     return home
 
 
-def download(folder: Path) -> Path:
-    """Downloads the sdist; pip checks the digest before it looks inside."""
-    pin = folder / "pin.txt"
-    pin.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
-    options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-r", str(pin), "-d", str(folder)]
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *options], check=True)
-    return next(folder.glob("*.tar.gz"))
-
-
-def _unpack(sdist: Path, folder: Path) -> None:
-    root = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
-    with tarfile.open(sdist) as archive:
+def _unpack(path: Path, folder: Path) -> None:
+    with tarfile.open(path) as archive:
         for member in archive:
-            if member.name.startswith(tuple(root + wanted for wanted in WANTED)):
-                member.name = member.name.removeprefix(root)
+            if member.name.startswith(tuple(PIN.root + wanted for wanted in WANTED)):
+                member.name = member.name.removeprefix(PIN.root)
                 archive.extract(member, folder, filter="data")
 
 
@@ -81,9 +77,7 @@ def quantize(
     return out
 
 
-def planned_types(
-    source: Path, preset: str, *, imatrix: Mapping[str, np.ndarray] | None = None
-) -> dict[str, str]:
+def planned_types(source: Path, preset: str, *, imatrix: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
     """Returns the ggml type upstream gives every tensor, in its own order; reads no tensor data."""
     log = _run_quantizer(source, source, preset, imatrix or {}, dry_run=True)
     return {name: new or old for name, old, new in TYPE_LINE.findall(log)}

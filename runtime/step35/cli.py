@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from step35 import __version__
-from step35.backend.cli import backend
+from step35.backend.cli import backend, rpc_server
 from step35.doctor_cli import doctor
 from step35.errors import Step35Error
 from step35.launch_cli import launch
@@ -203,6 +203,7 @@ cli.add_command(trace)
 cli.add_command(make_serve(_MODEL_OPTIONS))
 cli.add_command(launch)
 cli.add_command(backend)
+cli.add_command(rpc_server)
 cli.add_command(mtp)
 
 

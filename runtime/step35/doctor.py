@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from step35 import made_up
-from step35.errors import DoesNotFit, ModelError, NativeError, Step35Error
+from step35.errors import BackendError, DoesNotFit, ModelError, NativeError, Step35Error
 from step35.gguf_facts import Header, ModelShape, read_model, shard_paths
 from step35.guard import drop_from_page_cache, need
 from step35.hardware import Sources, cgroup_limits, probe
@@ -46,9 +46,10 @@ def examine(sources: Sources, model: Path | None, load_engine: Callable[[EngineO
     """Yields findings, the installation's first; goes no further where the rest depends on what is broken."""
     try:
         yield installation()
-    except NativeError as error:
+    except (NativeError, BackendError) as error:
         yield Finding("llama-cpp-python", str(error), "do what is said there; without it nothing runs")
         return
+    yield backend()
     machine = probe(replace(sources, bandwidth=lambda n_threads: 1.0))
     yield memory(sources, machine)
     yield devices(sources, machine)
@@ -66,6 +67,13 @@ def installation() -> Finding:
     return Finding("llama-cpp-python", f"{binding_version}, all symbols there", remedy)
 
 
+def backend() -> Finding:
+    """Tells which llama.cpp runs."""
+    from step35.native import running_backend
+
+    return Finding("backend", running_backend())
+
+
 def memory(sources: Sources, machine: Machine) -> Finding:
     """Looks at the memory that a model may take."""
     limits = [format_size(limit) for limit, _ in cgroup_limits(sources)]
@@ -79,10 +87,8 @@ def devices(sources: Sources, machine: Machine) -> Finding:
     """Looks for GPUs that the system has and this build of llama.cpp doesn't use."""
     driver = (sources.read("/proc/driver/nvidia/version") or "").splitlines()
     if driver and not machine.gpus:
-        build = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        return Finding(
-            "GPU", f"a driver ({driver[0]}), but no device that llama.cpp can use", f"build it for CUDA: {build}"
-        )
+        found = f"a driver ({driver[0]}), but no device that llama.cpp can use"
+        return Finding("GPU", found, "build it for CUDA: step35 backend build --cuda")
     gpus = [
         f"{gpu.name}, {gpu.kind}, {format_size(gpu.free_bytes)} of {format_size(gpu.total_bytes)} free"
         for gpu in machine.gpus
@@ -99,7 +105,7 @@ def load_mode(machine: Machine) -> Finding:
 def arithmetic(load_engine: Callable[[EngineOptions], object]) -> Finding:
     """Runs a made-up Step-3.5, whose logits are known from another implementation, on the devices of this box."""
     try:
-        logits = _made_up_logits(load_engine)
+        logits = made_up_logits(load_engine)
     except Step35Error as error:
         return Finding("arithmetic", str(error), "mend what is said there, and ask the doctor again")
     known = made_up.known_logits()
@@ -113,7 +119,8 @@ def arithmetic(load_engine: Callable[[EngineOptions], object]) -> Finding:
     )
 
 
-def _made_up_logits(load_engine: Callable[[EngineOptions], object]) -> np.ndarray:
+def made_up_logits(load_engine: Callable[[EngineOptions], object]) -> np.ndarray:
+    """Returns the logits that the made-up model gives after its prompt."""
     with tempfile.TemporaryDirectory(prefix="step35-doctor-") as folder:
         path = Path(folder) / "made-up.gguf"
         made_up.write(path)

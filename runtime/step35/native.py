@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from step35.backend.chosen import check_identity, describe, set_library_path, unusable
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
 from step35.long_runs import cut_long_runs
 from step35.machine import DISCRETE, INTEGRATED, Device
@@ -26,6 +28,7 @@ from step35.rows import Rows
 
 PINNED_VERSION = "0.3.36"
 
+set_library_path()  # llama_cpp loads its library when it is imported
 try:
     import llama_cpp.llama_cpp as C
     from llama_cpp import Llama as StockLlama  # noqa: F401
@@ -33,10 +36,7 @@ try:
     from llama_cpp import __version__ as binding_version
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 except (ImportError, OSError, RuntimeError, AttributeError) as error:  # whatever its loader of libraries meets
-    raise NativeError(
-        f"can't load llama-cpp-python: {error}; install what is missing, or the version that step35 is made for: "
-        f"pip install --force-reinstall --no-cache-dir llama-cpp-python=={PINNED_VERSION}"
-    ) from error
+    raise unusable(error, PINNED_VERSION) from error
 
 ARCHITECTURE = "step35"
 LOAD_MODES = {
@@ -116,6 +116,23 @@ _set_head = _bind(
     [_context_p, ctypes.c_int32],
     None,
 )
+
+
+def _identity() -> str:
+    """Returns what a library of patches/src says of itself; "" for any other."""
+    said = getattr(C._lib, "step35_build", None)
+    if said is None:
+        return ""
+    said.argtypes, said.restype = [], ctypes.c_char_p
+    return said().decode()
+
+
+check_identity(_identity(), binding_version)
+
+
+def running_backend() -> str:
+    """Returns which llama.cpp is loaded, in a line."""
+    return describe(C._base_path, _identity())
 
 
 class _GgufParams(ctypes.Structure):
@@ -471,18 +488,32 @@ _reg_by_name = _bind("ggml_backend_reg_by_name", "", [ctypes.c_char_p], _p)
 _reg_address = _bind("ggml_backend_reg_get_proc_address", "", [_p, ctypes.c_char_p], _p)
 _register = _bind("ggml_backend_register", "", [_p], None)
 _added: set[str] = set()
+_OnAbort = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_set_on_abort = _bind("ggml_set_abort_callback", "", [_OnAbort], _p)
+
+
+@_OnAbort
+def _end_in_a_line(message: bytes) -> None:
+    """Ends the process where ggml would abort it, with a backtrace: so it goes where a second box has gone."""
+    sys.stdout.flush()
+    reason = message.decode(errors="replace").rpartition(": ")[2]
+    line = (
+        f"step35: error: llama.cpp gave up: {reason}; see whether the second box's rpc-server runs, and start again\n"
+    )
+    os.write(2, line.encode())
+    os._exit(1)
 
 
 def add_rpc_server(endpoint: str) -> None:
     """Makes a running rpc-server's devices ours; raises NativeError if this llama.cpp can't."""
     _start_backend()
+    _set_on_abort(_end_in_a_line)
     registry = _reg_by_name(_RPC)
     address = _reg_address(registry, b"ggml_backend_rpc_add_server") if registry else None
     if not address:
         raise NativeError(
-            f"can't use {endpoint}: this llama.cpp expected to be built with RPC, got no RPC backend; reinstall it with "
-            "CMAKE_ARGS=-DGGML_RPC=on pip install --force-reinstall --no-cache-dir "
-            f"llama-cpp-python=={PINNED_VERSION}"
+            f"can't use {endpoint}: this llama.cpp expected to be built with RPC, got no RPC backend; "
+            "step35 backend build makes one"
         )
     if endpoint not in _added:
         server = ctypes.CFUNCTYPE(_p, ctypes.c_char_p)(address)(endpoint.encode())

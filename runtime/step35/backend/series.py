@@ -175,9 +175,7 @@ def _git(tree: Path, *arguments: str, text: str = "", check: bool = True) -> sub
     author = ["-c", "user.name=step35", "-c", "user.email=step35@localhost", "-c", "core.autocrlf=false"]
     command, environment = ["git", *author, *arguments], inherited | settings
     try:
-        raw = subprocess.run(
-            command, check=False, cwd=tree, env=environment, input=text.encode(), capture_output=True
-        )
+        raw = subprocess.run(command, check=False, cwd=tree, env=environment, input=text.encode(), capture_output=True)
     except FileNotFoundError as error:
         raise BackendError("the patches need git, and it isn't in PATH; install git") from error
     # decoded here: text mode would turn a CRLF in a diff into LF

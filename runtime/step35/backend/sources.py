@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from step35.backend.upstream import check, fetch, patches_folder, read_upstream, unpack
+from step35.backend.upstream import Upstream, check, fetch, unpack
 
 
 def cache_folder() -> Path:
@@ -11,9 +11,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "step35" / "backend"
 
 
-def pristine(folder: Path, sdist: Path | None) -> None:
+def pristine(pin: Upstream, folder: Path, sdist: Path | None) -> None:
     """Unpacks the pinned llama.cpp to a new folder; pip fetches the sdist unless one is given."""
-    pin = read_upstream(patches_folder())
     if sdist is not None:
         check(pin, sdist)
     unpack(pin, sdist or fetch(pin, cache_folder()), folder)

@@ -1,0 +1,63 @@
+"""Which libraries run: the user's LLAMA_CPP_LIB_PATH, the chosen build, or the stock wheel's."""
+
+import os
+from collections.abc import Mapping, MutableMapping
+from importlib.metadata import version
+from pathlib import Path
+
+from step35.backend import store
+from step35.errors import BackendError, NativeError, Step35Error
+
+VARIABLE = "LLAMA_CPP_LIB_PATH"
+"""llama_cpp reads it when it is imported."""
+PACKAGE = "llama-cpp-python"
+
+
+def set_library_path(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Points llama_cpp to the chosen build, unless the user has pointed it somewhere.
+
+    Raises BackendError if the chosen build is gone, damaged or of another version than the binding.
+    """
+    if VARIABLE in environment:
+        return
+    build = store.chosen()
+    if build is None:
+        return
+    if build.version != version(PACKAGE):
+        raise BackendError(
+            f"the chosen backend is of another version: {build.name} expected {PACKAGE} {version(PACKAGE)}, got "
+            f"{build.version}; step35 backend build makes one, step35 backend use stock does without"
+        )
+    environment[VARIABLE] = str(build.folder)
+
+
+def unusable(cause: Exception, pinned: str, environment: Mapping[str, str] = os.environ) -> Step35Error:
+    """Returns the error for a llama_cpp that can't be imported, or whose libraries can't be loaded."""
+    where = environment.get(VARIABLE)
+    if where is None or isinstance(cause, ImportError):
+        return NativeError(
+            f"can't load {PACKAGE}: {cause}; install what is missing, or the version that step35 is made for: "
+            f"pip install --force-reinstall --no-cache-dir {PACKAGE}=={pinned}"
+        )
+    remedy = f"unset {VARIABLE}, or mend what it names"
+    if Path(where).parent == store.home():
+        remedy = f"step35 backend remove {Path(where).name} and build it again; step35 backend use stock does without"
+    return BackendError(f"can't load llama.cpp from {where}: {cause}; {remedy}")
+
+
+def check_identity(said: str, binding: str) -> None:
+    """Raises BackendError if a library of ours ("VERSION COMMIT NAME") is for another binding."""
+    if said and said.split()[0] != binding:
+        raise BackendError(
+            f"another version's library: {os.environ.get(VARIABLE)} expected {PACKAGE} {binding}, got {said.split()[0]}; "
+            "step35 backend build makes one"
+        )
+
+
+def describe(folder: Path, said: str) -> str:
+    """Returns which backend runs, in a line: `folder` was loaded from and `said` is its identity, "" if it has none."""
+    if folder.parent == store.home():
+        return f"{folder.name}: {store.read(folder).about}"
+    if os.environ.get(VARIABLE) == str(folder):
+        return f"{VARIABLE}={folder}: {said or 'a build of your own'}"
+    return f"the stock {PACKAGE}"
