@@ -67,9 +67,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make(
-    bench: Path, wanted: Wanted = CPU, test=lambda folder: "well", said: list[str] | None = None
-) -> store.Build:
+def make(bench: Path, wanted: Wanted = CPU, test=lambda folder: "well", said: list[str] | None = None) -> store.Build:
     box = Box("Linux", lambda name: str(bench / "cmake") if name == "cmake" else None, {})
     wanted = replace(wanted, sdist=bench / "llama_cpp_python-0.3.36.tar.gz")
     return build(wanted, box, bench / "patches", (said if said is not None else []).append, test)

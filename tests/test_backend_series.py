@@ -191,3 +191,17 @@ def test_the_pin_is_the_one_that_is_installed() -> None:
 def test_patch_knows_its_files() -> None:
     patch = Patch("x", "", "diff --git a/src/a.cpp b/src/a.cpp\n--- a/src/a.cpp\ndiff --git a/b.h b/b.h\n")
     assert patch.paths == ["src/a.cpp", "b.h"]
+
+
+def test_the_steps_of_an_upgrade_bring_the_patches_over(tree: Path, patches: Path) -> None:
+    """As patches/README.md says, where the new sources have moved lines about."""
+    old, new = tree, make_tree(tree.parent / "new")
+    (new / "src" / "one.cpp").write_text("".join(["new first line\n", *LINES, "new last line\n"]))
+    commit_all(read_series(patches), old)
+    commit_all([], new)
+    git = ["git", "-C", str(new), "-c", "user.name=me", "-c", "user.email=me@here"]
+    subprocess.run([*git, "fetch", "--quiet", str(old), "HEAD"], check=True)
+    subprocess.run([*git, "cherry-pick", "FETCH_HEAD~3..FETCH_HEAD"], check=True, capture_output=True)
+    moved = export(new)
+    assert [patch.header for patch in moved] == [patch.header for patch in read_series(patches)]
+    assert "@@ -19,6 +19,7 @@" in read_series(patches)[0].diff and "@@ -20,6 +20,7 @@" in moved[0].diff

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from step35.backend import store
-from step35.backend.chosen import VARIABLE, check_identity, set_library_path
+from step35.backend.chosen import VARIABLE, check_identity, chosen_libraries
 from step35.backend.store import Build
 from step35.errors import BackendError
 
@@ -37,25 +37,28 @@ def step35(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 def test_without_any_build_the_stock_one_runs() -> None:
     assert store.builds() == []
     assert store.chosen() is None
-    environment: dict[str, str] = {}
-    set_library_path(environment)
-    assert environment == {}
+    assert inside({}) == {}
+
+
+def inside(environment: dict[str, str]) -> dict[str, str]:
+    """Returns the environment in which llama_cpp is imported."""
+    before = dict(environment)
+    with chosen_libraries("0.3.36", environment):
+        seen = dict(environment)
+    assert environment == before  # other programs that this process starts are not concerned
+    return seen
 
 
 def test_a_chosen_build_is_where_llama_cpp_looks() -> None:
     folder = make()
     store.use(BUILD.name)
-    environment: dict[str, str] = {}
-    set_library_path(environment)
-    assert environment == {VARIABLE: str(folder)}
+    assert inside({}) == {VARIABLE: str(folder)}
 
 
 def test_the_users_own_variable_wins() -> None:
     make()
     store.use(BUILD.name)
-    environment = {VARIABLE: "/mine"}
-    set_library_path(environment)
-    assert environment == {VARIABLE: "/mine"}
+    assert inside({VARIABLE: "/mine"}) == {VARIABLE: "/mine"}
 
 
 def test_a_build_goes_and_the_stock_one_is_chosen() -> None:
@@ -91,14 +94,14 @@ def test_a_build_of_another_version_is_refused_before_it_is_loaded() -> None:
     make(replace(BUILD, version="0.3.35"))
     store.use(BUILD.name)
     with pytest.raises(BackendError, match=r"expected llama-cpp-python 0\.3\.36, got 0\.3\.35; step35 backend build"):
-        set_library_path({})
+        inside({})
 
 
 def test_a_library_of_another_version_is_refused_wherever_it_lies() -> None:
-    check_identity("", "0.3.36")
-    check_identity("0.3.36 0c1e57098 0.3.36-cpu-0123abcd", "0.3.36")
+    check_identity(BUILD.folder, "", "0.3.36")
+    check_identity(BUILD.folder, "0.3.36 0c1e57098 0.3.36-cpu-0123abcd", "0.3.36")
     with pytest.raises(BackendError, match=r"expected llama-cpp-python 0\.3\.37, got 0\.3\.36"):
-        check_identity("0.3.36 0c1e57098 0.3.36-cpu-0123abcd", "0.3.37")
+        check_identity(BUILD.folder, "0.3.36 0c1e57098 0.3.36-cpu-0123abcd", "0.3.37")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"name": "x"})])

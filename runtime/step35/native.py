@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from step35.backend.chosen import check_identity, describe, set_library_path, unusable
+from step35.backend.chosen import check_identity, chosen_libraries, describe
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
 from step35.long_runs import cut_long_runs
 from step35.machine import DISCRETE, INTEGRATED, Device
@@ -28,15 +28,12 @@ from step35.rows import Rows
 
 PINNED_VERSION = "0.3.36"
 
-set_library_path()  # llama_cpp loads its library when it is imported
-try:
+with chosen_libraries(PINNED_VERSION):
     import llama_cpp.llama_cpp as C
     from llama_cpp import Llama as StockLlama  # noqa: F401
     from llama_cpp import LlamaGrammar, LlamaState  # noqa: F401
     from llama_cpp import __version__ as binding_version
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-except (ImportError, OSError, RuntimeError, AttributeError) as error:  # whatever its loader of libraries meets
-    raise unusable(error, PINNED_VERSION) from error
 
 ARCHITECTURE = "step35"
 LOAD_MODES = {
@@ -127,7 +124,7 @@ def _identity() -> str:
     return said().decode()
 
 
-check_identity(_identity(), binding_version)
+check_identity(C._base_path, _identity(), binding_version)
 
 
 def running_backend() -> str:

@@ -140,8 +140,10 @@ def _compile(place: _Workplace, cmake: str, made: Build, flags: Flags, n_jobs: i
         shutil.rmtree(out, ignore_errors=True)
     unclean.touch()
     try:
-        # ccache, where there is one, then takes objects of another build's folder
-        environment = {"CCACHE_BASEDIR": str(work)} | dict(os.environ) | flags.environment
+        # ccache, where there is one, then takes objects of another build's folder; and no repository around this one
+        # is asked for llama.cpp's commit
+        own = {"CCACHE_BASEDIR": str(work), "GIT_CEILING_DIRECTORIES": str(work)}
+        environment = own | dict(os.environ) | flags.environment
         say(f"configuring {made.name}")
         run_logged(configure(cmake, work, made, flags), work / "configure.log", environment, place.lock, say)
         say(f"compiling with {n_jobs} jobs; Ctrl-C stops it, and the same command goes on")

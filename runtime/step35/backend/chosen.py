@@ -1,7 +1,8 @@
 """Which libraries run: the user's LLAMA_CPP_LIB_PATH, the chosen build, or the stock wheel's."""
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,27 +14,37 @@ VARIABLE = "LLAMA_CPP_LIB_PATH"
 PACKAGE = "llama-cpp-python"
 
 
-def set_library_path(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Points llama_cpp to the chosen build, unless the user has pointed it somewhere.
+@contextmanager
+def chosen_libraries(pinned: str, environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Points llama_cpp, which is imported inside, to the chosen build, unless the user has pointed it somewhere.
 
-    Raises BackendError if the chosen build is gone, damaged or of another version than the binding.
+    Afterwards the environment is as before: another program that this process starts may have another llama_cpp.
+    Raises BackendError or NativeError, in a line, where what was chosen is gone, of another version, or doesn't load.
     """
-    if VARIABLE in environment:
-        return
+    build = None if VARIABLE in environment else _matching_build()
+    where = str(build.folder) if build else environment.get(VARIABLE)
+    if build:
+        environment[VARIABLE] = str(build.folder)
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # whatever llama_cpp's loader meets
+        raise _unusable(error, where, pinned) from error
+    finally:
+        if build:
+            del environment[VARIABLE]
+
+
+def _matching_build() -> store.Build | None:
     build = store.chosen()
-    if build is None:
-        return
-    if build.version != version(PACKAGE):
+    if build and build.version != version(PACKAGE):
         raise BackendError(
             f"the chosen backend is of another version: {build.name} expected {PACKAGE} {version(PACKAGE)}, got "
             f"{build.version}; step35 backend build makes one, step35 backend use stock does without"
         )
-    environment[VARIABLE] = str(build.folder)
+    return build
 
 
-def unusable(cause: Exception, pinned: str, environment: Mapping[str, str] = os.environ) -> Step35Error:
-    """Returns the error for a llama_cpp that can't be imported, or whose libraries can't be loaded."""
-    where = environment.get(VARIABLE)
+def _unusable(cause: Exception, where: str | None, pinned: str) -> Step35Error:
     if where is None or isinstance(cause, ImportError):
         return NativeError(
             f"can't load {PACKAGE}: {cause}; install what is missing, or the version that step35 is made for: "
@@ -45,11 +56,11 @@ def unusable(cause: Exception, pinned: str, environment: Mapping[str, str] = os.
     return BackendError(f"can't load llama.cpp from {where}: {cause}; {remedy}")
 
 
-def check_identity(said: str, binding: str) -> None:
+def check_identity(folder: Path, said: str, binding: str) -> None:
     """Raises BackendError if a library of ours ("VERSION COMMIT NAME") is for another binding."""
     if said and said.split()[0] != binding:
         raise BackendError(
-            f"another version's library: {os.environ.get(VARIABLE)} expected {PACKAGE} {binding}, got {said.split()[0]}; "
+            f"another version's library: {folder} expected {PACKAGE} {binding}, got {said.split()[0]}; "
             "step35 backend build makes one"
         )
 

@@ -55,6 +55,8 @@ def build(target, architectures, definitions, sdist, n_jobs, no_use) -> None:
     from step35.backend.build import build as make
     from step35.backend.upstream import patches_folder
 
+    if not target and Path("/proc/driver/nvidia/version").exists():
+        click.echo("step35: this box has an NVIDIA driver; --cuda builds for its GPU", err=True)
     wanted = Wanted(target or "", architectures, _pairs(definitions), sdist, n_jobs or 0)
     made = make(wanted, this_box(), patches_folder(), _say)
     if not no_use:
