@@ -233,6 +233,14 @@ def test_the_first_error_of_a_log_is_told(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("-- ok\nCMake Error at CMakeLists.txt:3 (find_package):\n  Could not find hip\n-- errors\n")
     assert first_error(log) == "CMake Error at CMakeLists.txt:3 (find_package): Could not find hip"
+    log.write_text(
+        "-- Warning: NCCL not found, an error for some\nCMake Error at a/CMakeLists.txt:178 (target_link_libraries):\n"
+        '  Target "ggml-cuda" links to:\n\n    CUDA::cublas\n\n  but the target was not found.\n'
+    )
+    want = 'CMake Error at a/CMakeLists.txt:178 (target_link_libraries): Target "ggml-cuda" links to: CUDA::cublas'
+    assert first_error(log) == want
+    log.write_text("[ 3%] x\n/usr/bin/ld: cannot find -lcuda\ncollect2: error: ld returned 1\n")
+    assert first_error(log) == "/usr/bin/ld: cannot find -lcuda"
     log.write_text("a\nb\n")
     assert first_error(log) == "b"
     log.write_text("")

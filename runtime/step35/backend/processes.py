@@ -11,7 +11,7 @@ from step35.errors import BackendError
 
 GRACE_S = 20
 _PROGRESS = re.compile(r"^\[\s*(?:\d+%|\d+/\d+)\]")
-_ERROR = re.compile(r"\berror\b|\bError\b|undefined reference|not found|No space left")
+_ERROR = re.compile(r"(?!-- ).*(\b[eE]rror\b|undefined reference|cannot find|No space left)")  # -- is cmake's talk
 
 
 def run_logged(
@@ -51,11 +51,11 @@ def _started(command: list[str], environment: Mapping[str, str], lock: int) -> s
 def first_error(log: Path) -> str:
     """Returns the first line of a log that tells of an error, else the last one."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    found = next(((i, line) for i, line in enumerate(lines) if _ERROR.search(line)), None)
-    if found is None:
-        return lines[-1] if lines else "no output"
-    i, line = found
-    return f"{line} {lines[i + 1]}" if line.endswith(":") and i + 1 < len(lines) else line  # cmake's two lines
+    start = next((i for i, line in enumerate(lines) if _ERROR.match(line)), len(lines) - 1)
+    end = start + 1
+    while 0 < end < len(lines) and lines[end - 1].endswith(":"):  # cmake's message goes on
+        end += 1
+    return " ".join(lines[max(start, 0) : end]) or "no output"
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
