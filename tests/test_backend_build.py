@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from step35.backend import store
-from step35.backend.build import Wanted, build
+from step35.backend.build import Wanted, build, jobs_for
 from step35.backend.flags import Box
 from step35.backend.processes import first_error
 from step35.backend.sources import cache_folder
@@ -207,6 +207,15 @@ def test_ctrl_c_stops_the_compilers_and_what_is_done_stays(bench: Path) -> None:
     make(bench, test=lambda folder: str(seen.append(kept.exists())), said=said)
     assert seen == [True]
     assert not any("unpacking" in line for line in said)
+
+
+def test_compilers_for_gpus_are_as_many_as_the_memory_holds() -> None:
+    gib = 2**30
+    assert jobs_for("cpu", 16, 4 * gib) == 16
+    assert jobs_for("cuda", 20, 118 * gib) == 20
+    assert jobs_for("cuda", 16, 10 * gib) == 3
+    assert jobs_for("rocm", 16, gib) == 1
+    assert jobs_for("cuda", 16, 0) == 16  # unknown
 
 
 # the sources

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from step35 import hardware
 from step35.backend import series, store, upstream
 from step35.backend.check import self_test
 from step35.backend.flags import Box, Flags, flags_for
@@ -26,6 +27,8 @@ from step35.errors import BackendError
 
 LIBRARIES = ("llama", "ggml-rpc-server")
 """The targets: libllama with all of ggml, and the server for a second box."""
+GPU_COMPILER_BYTES = 3 * 2**30
+"""Room for one nvcc or hipcc: twenty of them may fill a box that has cores and little memory."""
 Say = Callable[[str], None]
 
 
@@ -61,7 +64,7 @@ def build(wanted: Wanted, box: Box, patches: Path, say: Say, test: Callable[[Pat
     cmake = find_cmake(box)
     with _locked(made.name) as workplace:
         _prepare(workplace.folder, patches, patch_list, wanted.sdist, say)
-        _compile(workplace, cmake, made, flags, wanted.n_jobs or _n_cores(), say)
+        _compile(workplace, cmake, made, flags, wanted.n_jobs or _jobs_here(flags.target), say)
         _finish(workplace.folder, made, say, test)
         shutil.rmtree(workplace.folder, ignore_errors=True)
     return made
@@ -89,8 +92,16 @@ def find_cmake(box: Box) -> str:
     return found
 
 
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _jobs_here(target: str) -> int:
+    sources = hardware.this_box()
+    return jobs_for(target, sources.n_cpus, hardware.ram(sources)[1])
+
+
+def jobs_for(target: str, n_cores: int, available: int) -> int:
+    """Returns how many compilers run at a time: the cores, but those for GPUs only as many as the memory holds."""
+    if target not in ("cuda", "rocm") or not available:
+        return n_cores
+    return max(1, min(n_cores, available // GPU_COMPILER_BYTES))
 
 
 @dataclass(frozen=True, slots=True)

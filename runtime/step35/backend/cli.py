@@ -43,7 +43,9 @@ _SDIST = click.option(
 )
 @click.option("-D", "--define", "definitions", multiple=True, metavar="NAME=VALUE", help="One more setting for cmake.")
 @_SDIST
-@click.option("-j", "--jobs", "n_jobs", type=click.IntRange(1), help="Compilers at a time; default the cores.")
+@click.option(
+    "-j", "--jobs", "n_jobs", type=click.IntRange(1), help="Compilers at a time; default the cores, as memory allows."
+)
 @click.option("--no-use", is_flag=True, help="Build it, but don't choose it.")
 def build(target, architectures, definitions, sdist, n_jobs, no_use) -> None:
     """Builds the pinned llama.cpp with the patches and its RPC backend, tests it, and chooses it.
