@@ -232,7 +232,7 @@ def test_a_server_ends_when_the_memory_runs_out():
 # a real limit
 
 UNDER_A_LIMIT = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from pathlib import Path
 from step35.chooser import Chooser
 from step35.engine import Engine
@@ -253,11 +253,23 @@ def wait_for(level):
         time.sleep(0.01)
     events.append((level.name, engine.pressure.name, len(session.checkpoints)))
 
+def hold(n_bytes):
+    held = bytearray(max(0, n_bytes))
+    held[::4096] = b"1" * len(held[::4096])  # pages count once they are written
+    return held
+
 events, ballast = [], []
-limit = size() + 3 * 2**30
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+if len(sys.argv) > 2:
+    folder, limit = Path(sys.argv[2]), 2**30
+    version = 2 if (folder / "memory.max").exists() else 1
+    (folder / {1: "memory.limit_in_bytes", 2: "memory.max"}[version]).write_text(str(limit))
+    (folder / "cgroup.procs").write_text(str(os.getpid()))
+else:
+    limit = size() + 3 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    hold = lambda n_bytes: bytearray(max(0, n_bytes))  # address space counts at once
 options = EngineOptions(Path(sys.argv[1]), draft="off", n_ctx=2048, n_batch=64, n_threads=1, load_mode="none")
-other = bytearray(read_memory(this_box()).available - limit // 10)  # only the reserve is left
+other = hold(read_memory(this_box()).available - limit // 10)  # only the reserve is left
 try:
     Engine(options)
 except DoesNotFit as error:
@@ -269,8 +281,7 @@ with Engine(options) as engine, engine.open_session() as session:
     events.append(("kept", len(session.checkpoints)))
     reserve = limit // 10
     for level, share in ((Level.SHRINK, 0.4), (Level.REJECT, 0.2), (Level.STOP, 0.1)):
-        room = read_memory(this_box()).available - int(reserve * share)
-        ballast.append(bytearray(max(0, room)))
+        ballast.append(hold(read_memory(this_box()).available - int(reserve * share)))
         wait_for(level)
         if level is Level.REJECT:
             try:
@@ -282,10 +293,30 @@ print(json.dumps(events))
 """
 
 
+@pytest.fixture
+def cgroup():
+    """Returns a new memory cgroup of version 1 or 2; where none can be made, the test is skipped."""
+    name = f"step35-test-{os.getpid()}"
+    for root, limit in (("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")):
+        folder = Path(root) / name
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        if (folder / limit).exists():
+            yield folder
+            folder.rmdir()
+            return
+        folder.rmdir()
+    pytest.skip("needs the right to make a memory cgroup")
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of a process's memory")
-def test_under_a_real_limit_it_refuses_sheds_rejects_and_ends_without_a_kill():
+@pytest.mark.parametrize("kind", ["address space", "cgroup"])
+def test_under_a_real_limit_it_refuses_sheds_rejects_and_ends_without_a_kill(kind, request):
+    cgroup = [request.getfixturevalue("cgroup")] if kind == "cgroup" else []
     done = subprocess.run(
-        [sys.executable, "-c", UNDER_A_LIMIT, str(tiny_gguf())],
+        [sys.executable, "-c", UNDER_A_LIMIT, str(tiny_gguf()), *map(str, cgroup)],
         check=False,
         capture_output=True,
         text=True,
