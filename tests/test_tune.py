@@ -16,7 +16,7 @@ from step35.gguf_facts import read_header
 from step35.machine import known_machines
 from step35.placement import Wishes, judge, place
 from step35.plan_file import from_text, to_text
-from step35.tune import Request, Sample, fastest, neighbours, report, tune
+from step35.tune import Request, Sample, fastest, neighbours, report, tune, tuned
 from tiny_model import tiny_gguf
 
 REQUEST = Request(512, 64)
@@ -94,9 +94,19 @@ def test_the_plain_plan_is_measured_in_every_round_before_its_neighbours(changes
     assert [i for i, placement in enumerate(seen) if placement == split] == [0, n, 2 * n]
 
 
+def test_a_tuned_plan_says_how_it_came_about(changes, split):
+    """Symptom: the plan runs 8 threads, and its reasons speak of 16."""
+    trials = tune(split, changes, lambda p: Sample(500.0, 20.0 + (p.n_threads == 8)), REQUEST)
+    best = fastest(trials, REQUEST)
+    again = tuned(replace(best, placement=tuned(best, ["x"])), ["y"])
+    assert again.reasons == (*split.reasons, "tuned by measuring: 8 threads")
+    assert again.measured == ("y",)
+    assert tuned(trials[0], []).reasons == split.reasons
+
+
 def test_measurements_live_in_the_plan_file(real, split):
-    tuned = replace(split, measured=("plain plan: prefill 1.0, decode 2.0 tok/s <- kept",))
-    assert from_text(to_text(tuned, "m.gguf"), "plan.yaml", real) == tuned
+    placement = replace(split, measured=("plain plan: prefill 1.0, decode 2.0 tok/s <- kept",))
+    assert from_text(to_text(placement, "m.gguf"), "plan.yaml", real) == placement
 
 
 def test_tune_writes_a_plan_that_runs(tmp_path):
@@ -115,6 +125,6 @@ def test_tune_writes_a_plan_that_runs(tmp_path):
     answer = json.loads(done.stdout)
     assert answer["trials"][0].startswith("plain plan: prefill ")
     assert len(answer["trials"]) >= 2
-    tuned = from_text(out.read_text(), str(out), header)
-    assert list(tuned.measured) == answer["trials"]
+    written = from_text(out.read_text(), str(out), header)
+    assert list(written.measured) == answer["trials"]
     assert Path(answer["plan"]) == out

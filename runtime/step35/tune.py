@@ -128,6 +128,17 @@ def _applied(placement: Placement, changes: Sequence[Change]) -> Placement:
     return placement
 
 
+_TUNED = "tuned by measuring:"
+
+
+def tuned(best: Trial, lines: Sequence[str]) -> Placement:
+    """Returns the plan to keep, with what was measured and, where it isn't the plain one, how it came about."""
+    reasons = tuple(reason for reason in best.placement.reasons if not reason.startswith(_TUNED))
+    if best.changes:
+        reasons = (*reasons, f"{_TUNED} {best.what}")
+    return replace(best.placement, reasons=reasons, measured=tuple(lines))
+
+
 def report(trials: Sequence[Trial], best: Trial, request: Request) -> list[str]:
     """Returns one line a trial, for the plan file and the screen."""
     return [_line(trial, request) + (" <- kept" if trial is best else "") for trial in trials]
@@ -154,7 +165,7 @@ def _threads(machine: Machine, plain: Placement) -> Iterator[Change]:
     if plain.layout.gpus and not plain.layout.host_experts:
         return  # the CPU computes next to nothing
     for n in sorted({max(1, plain.n_threads // 2), max(1, plain.n_threads - 1), machine.n_cores} - {plain.n_threads}):
-        yield Change("threads", f"{n} threads", lambda p, n=n: replace(p, n_threads=n))
+        yield Change("threads", f"{n} thread{'s' * (n > 1)}", lambda p, n=n: replace(p, n_threads=n))
 
 
 def _batches(plain: Placement) -> Iterator[Change]:

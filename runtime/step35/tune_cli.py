@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -34,7 +33,7 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
     from step35.hardware import probe, this_box
     from step35.plan_file import rpc_of, to_text
     from step35.rpc import UNKNOWN_NETWORK, with_remotes
-    from step35.tune import Request, fastest, neighbours, report
+    from step35.tune import Request, fastest, neighbours, report, tuned
     from step35.tune import tune as run
     from step35.tune_child import measure_apart
 
@@ -44,6 +43,8 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
         machine = with_remotes(machine, hosts, UNKNOWN_NETWORK)
     plain = _plain(header, machine, plan_path, n_ctx)
     request = Request(n_prompt, n_predict)
+    changes = neighbours(header, machine, plain)
+    click.echo(f"step35: {rounds} rounds of {1 + len(changes)} plans, each loaded afresh; then the gains together", err=True)
     with tempfile.TemporaryDirectory(prefix="step35-tune-") as folder:
 
         def measure(placement):
@@ -53,13 +54,13 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
             click.echo(_progress(placement, sample), err=True)
             return sample
 
-        trials = run(plain, neighbours(header, machine, plain), measure, request, rounds)
+        trials = run(plain, changes, measure, request, rounds)
     best = fastest(trials, request)
     lines = report(trials, best, request)
     if not trials[0].samples:
         raise click.ClickException(f"nothing measured: the plain plan doesn't run; see step35 doctor {model}")
     out = out or plan_path or model.with_name(model.name + ".plan.yaml")
-    out.write_text(to_text(replace(best.placement, measured=tuple(lines)), model.name), encoding="utf-8")
+    out.write_text(to_text(tuned(best, lines), model.name), encoding="utf-8")
     click.echo(
         json.dumps({"plan": str(out), "kept": best.what, "trials": lines}) if as_json else "\n".join([*lines, str(out)])
     )
@@ -78,8 +79,13 @@ def _plain(header, machine, plan_path, n_ctx):
 
 
 def _progress(placement, sample) -> str:
+    from step35.usage import HOST
+
     run = placement.run
     what = f"batch {run.n_batch}, {placement.n_threads} threads, {run.n_heads} heads"
+    if placement.layout.gpus and placement.layout.host_experts:
+        n_on_gpu = sum(device != HOST for devices in placement.layout.experts for device in devices)
+        what += f", {n_on_gpu} expert matrices on the GPU, op offload from {placement.op_offload_from or 'never'}"
     if sample is None:
         return f"{what}: did not run"
     return f"{what}: prefill {sample.prefill_tps:.1f}, decode {sample.decode_tps:.1f} tok/s"
