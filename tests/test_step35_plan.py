@@ -8,7 +8,7 @@ import pytest
 
 import planned_gguf
 from checkpoints import REAL
-from step35.estimate import Box, step_seconds
+from step35.estimate import Box, cycle_seconds, step_seconds
 from step35.gguf_facts import read_header
 from step35.machine import known_machines
 from step35.memory import Run
@@ -119,21 +119,35 @@ def test_bad_input_is_one_line(model, arguments, code, message):
     assert done.stderr.count("\n") == 1
 
 
-PUBLISHED = [
-    ("dgx-spark", "q8_0", 2048, 20.27),
-    ("dgx-spark", "q8_0", 32768, 17.75),
-    ("dgx-spark", "q8_0", 262144, 8.39),
-    ("mac-studio-128", "f16", 2048, 45.96),
-    ("mac-studio-128", "f16", 32768, 38.22),
-    ("mac-studio-128", "f16", 262144, 8.88),
-]
+CONTEXTS = (2048, 8192, 16384, 32768, 65536, 262144)
+PUBLISHED = {
+    ("dgx-spark", "q8_0"): (20.27, 20.25, 19.24, 17.75, 15.42, 8.39),
+    ("mac-studio-128", "f16"): (45.96, 43.90, 41.27, 38.22, 31.52, 8.88),
+}
 
 
-@pytest.mark.parametrize(("name", "kv_type", "n_past", "measured"), PUBLISHED)
-def test_plain_decode_is_estimated_within_a_fifth(tmp_path_factory, name, kv_type, n_past, measured):
-    """StepFun's docs/step3.5-flash.md: Q4_K_S, everything on the one GPU. See docs/plans.md for all points."""
-    header = read_header(planned_gguf.write(tmp_path_factory.mktemp("q4") / "m.gguf", REAL, "Q4_K_S"))
+def one_gpu(tmp_path_factory, recipe, name, kv_type):
+    header = read_header(planned_gguf.write(tmp_path_factory.mktemp("published") / "m.gguf", REAL, recipe))
     layers = header.shape.layers
     layout = Layout(("GPU0",) * len(layers), tuple(("GPU0",) * 3 if layer.is_moe else () for layer in layers), "GPU0")
-    box = Box(header, known_machines()[name], Run(262144, 1024, kv_type=kv_type), layout)
-    assert 1 / step_seconds(box, n_past, 1) == pytest.approx(measured, rel=0.2)
+    return Box(header, known_machines()[name], Run(262144, 1024, kv_type=kv_type), layout)
+
+
+@pytest.mark.parametrize(("name", "kv_type"), PUBLISHED)
+def test_plain_decode_is_estimated_within_a_fifth(tmp_path_factory, name, kv_type):
+    """StepFun's docs/step3.5-flash.md: Q4_K_S, everything on the one GPU."""
+    box = one_gpu(tmp_path_factory, "Q4_K_S", name, kv_type)
+    for n_past, measured in zip(CONTEXTS, PUBLISHED[name, kv_type], strict=True):
+        assert 1 / step_seconds(box, n_past, 1) == pytest.approx(measured, rel=0.2)
+
+
+def test_what_drafting_gains_far_into_a_context_is_near_what_was_posted(tmp_path_factory):
+    """llama.cpp's pull request 20981, IQ4_XS at 32768 tokens, with the acceptance posted there.
+
+    Symptom: 1.7 and not 1.2 of plain, as if the verified tokens shared all of attention's time.
+    """
+    box = one_gpu(tmp_path_factory, "IQ4_XS", "mac-studio-128", "f16")
+    plain = step_seconds(box, 32768, 1)
+    for depth, (accepted, gain) in enumerate([(0.889, 1.29), (0.758, 1.21), (0.687, 1.13)], 1):
+        estimate = (1 + depth * accepted) * plain / cycle_seconds(box, 32768, depth)
+        assert estimate == pytest.approx(gain, rel=0.1)

@@ -69,7 +69,7 @@ def write_csv(out: TextIO, measurements: Sequence[Measurement]) -> None:
     writer.writerows(map(asdict, measurements))
 
 
-def plot(path: Path, measurements: Sequence[Measurement]) -> None:
+def plot(path: Path, measurements: Sequence[Measurement], title: str = "") -> None:
     """Draws prefill and decode speed over the context, a line for each way to draft."""
     try:
         from matplotlib.figure import Figure
@@ -81,5 +81,7 @@ def plot(path: Path, measurements: Sequence[Measurement]) -> None:
             points = [(m.n_context, getattr(m, name)) for m in measurements if m.draft == draft]
             axes.plot(*zip(*points, strict=True), marker="o", label=f"draft {draft}")
         axes.set(xlabel="context, tokens", ylabel=f"{name.removesuffix('_tps')}, tokens/s", ylim=(0, None))
+        axes.grid(alpha=0.3)
         axes.legend()
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)

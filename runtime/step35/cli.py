@@ -153,7 +153,7 @@ def bench(frontiers, n_predict, temp, top_k, top_p, min_p, seed, csv_file, png, 
         )
     write_csv(csv_file, rows)
     if png:
-        plot(png, rows)
+        plot(png, rows, engine_options["model"].name)
 
 
 def _frontiers(text: str) -> list[int]:

@@ -5,6 +5,8 @@ copies every weight once a batch. The shares of the bandwidth that are reached a
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 from step35.gguf_facts import Group, Header, ModelShape
 from step35.machine import REMOTE, Machine
@@ -60,9 +62,18 @@ def step_seconds(box: Box, n_past: int, n_tokens: int) -> float:
         bandwidth, share, _ = _bandwidth(box.machine, device)
         seconds += n_bytes / (bandwidth * share)
     for device, n_bytes in _cells(box, n_past).items():
-        bandwidth, _, share = _bandwidth(box.machine, device)
-        seconds += n_bytes / (bandwidth * share)
+        seconds += _attention_seconds(box.machine, device, n_bytes, n_tokens)
     return seconds + _network_seconds(box, n_tokens)
+
+
+def _attention_seconds(machine: Machine, device: str, n_bytes: float, n_tokens: int) -> float:
+    """Returns the time over the KV cells: they are read once, as fast as weights are.
+
+    What attention takes longer than that is its arithmetic, which every token of the step needs.
+    """
+    bandwidth, share, kv_share = _bandwidth(machine, device)
+    reading = n_bytes / (bandwidth * share)
+    return reading + n_tokens * max(0.0, n_bytes / (bandwidth * kv_share) - reading)
 
 
 def _network_seconds(box: Box, n_tokens: int) -> float:
@@ -110,11 +121,17 @@ def _bandwidth(machine: Machine, device: str) -> tuple[float, float, float]:
 
 def _drafted(box: Box, n_past: int, depth: int) -> float:
     """Returns tokens a second with `depth` drafts a cycle."""
-    tokens, reached = 1.0, 1.0
-    for accepted in ACCEPTANCE[:depth]:
-        reached *= accepted
-        tokens += reached
-    return tokens / (step_seconds(box, n_past, 1 + depth) + depth * _draft_seconds(box))
+    return expected_tokens(depth) / cycle_seconds(box, n_past, depth)
+
+
+def expected_tokens(depth: int) -> float:
+    """Returns the tokens of a cycle with `depth` drafts: those accepted, and the one that the step itself chooses."""
+    return 1 + sum(accumulate(ACCEPTANCE[:depth], mul))
+
+
+def cycle_seconds(box: Box, n_past: int, depth: int) -> float:
+    """Returns the time to draft `depth` tokens and to verify them."""
+    return step_seconds(box, n_past, 1 + depth) + depth * _draft_seconds(box)
 
 
 def _draft_seconds(box: Box) -> float:
