@@ -2,6 +2,7 @@
 
 pip fetches the sdist (its digest is checked), cmake builds the two programs as pip builds the wheel: a
 Release build for this machine's processor. Ten minutes on two cores, once; the result stays in .cache/.
+llama-cpp-python's own server is a script in the sdist; pip fetches the packages that only it needs.
 """
 
 import os
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the tests' pin of upstream
 import upstream  # noqa: E402
 
 HOME = ROOT / ".cache" / "peers" / upstream.VERSION
+PYTHON_PACKAGES = HOME / "python"
 PROGRAMS = ("llama-server", "llama-bench")
 # What the wheel's build sets or leaves at its default, and none of the web interface.
 OPTIONS = (
@@ -39,6 +41,15 @@ def program(name: str) -> Path:
     if not path.is_file():
         build()
     return path
+
+
+def python_server() -> Path:
+    """Returns llama-cpp-python's server; its packages lie in PYTHON_PACKAGES, for its PYTHONPATH."""
+    _sources()
+    if not PYTHON_PACKAGES.is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(PYTHON_PACKAGES)]
+        subprocess.run([*command, "fastapi", "websockets"], check=True)
+    return HOME / f"llama_cpp_python-{upstream.VERSION}" / "examples" / "server" / "server.py"
 
 
 def environment() -> dict[str, str]:
