@@ -85,6 +85,7 @@ class Heard:
     n_pieces: int = 0
     finish: str | None = None
     tokens: tuple[tuple[str, float], ...] = ()
+    reasoning: str = ""
 
 
 def ask(url: str, path: str, body: dict[str, Any], leave_after: int | None = None) -> Heard | None:
@@ -108,7 +109,7 @@ def ask(url: str, path: str, body: dict[str, Any], leave_after: int | None = Non
 
 
 def _streamed(response: http.client.HTTPResponse, started: float) -> Heard:
-    pieces, content, tokens, first_s, usage, finish = [], [], [], None, {}, None
+    pieces, content, reasoning, tokens, first_s, usage, finish = [], [], [], [], None, {}, None
     for line in response:
         if not line.startswith(b"data: {"):
             continue
@@ -121,11 +122,12 @@ def _streamed(response: http.client.HTTPResponse, started: float) -> Heard:
             first_s = first_s or time.perf_counter() - started
             pieces.append(text)
             content += [choice.get("delta", {}).get("content") or "" for choice in data["choices"]]
+            reasoning += [choice.get("delta", {}).get("reasoning_content") or "" for choice in data["choices"]]
     total = time.perf_counter() - started
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return Heard(
         response.status, "".join(pieces), first_s or total, total, usage.get("completion_tokens", 0), cached, "".join(content),
-        usage.get("prompt_tokens", 0), len(pieces), finish, tuple(tokens),
+        usage.get("prompt_tokens", 0), len(pieces), finish, tuple(tokens), "".join(reasoning),
     )  # fmt: skip
 
 

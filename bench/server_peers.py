@@ -7,6 +7,8 @@ step35's. In one round a server gets, at temperature 0 and streaming:
 cold      a chat with a long system's text; `cold_s` is the time to the first token
 next      the conversation's next turn, sent as clients send it, without the reasoning
 other     a new conversation with the same system's text
+loop      an agent's turn: back with a tool's result, reasoning kept; the median of LOOP_TURNS
+after     the user's next message after that loop, for which the template drops the loop's reasoning
 one       a piece of code to continue, alone: tokens a second after the first
 four      four of those at a time: tokens a second of all
 
@@ -28,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -43,6 +46,7 @@ from reference.corpus import split_sources, standard_library
 
 START_S = 120
 N_WARM_UP = 16
+LOOP_TURNS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +151,14 @@ class _Program(AbstractContextManager):
 
 def code(n_chars: int, number: int) -> str:
     """Returns the beginning of a source file that the bundled model hasn't seen, whole lines."""
-    _, files = split_sources(standard_library())
-    long_ones = [text for text in files if len(text) > n_chars + 1000]
+    long_ones = [text for text in _unseen_files() if len(text) > n_chars + 1000]
     text = long_ones[number % len(long_ones)]
     return text[: text.rindex("\n", 0, n_chars) + 1]
+
+
+@cache
+def _unseen_files() -> list[str]:
+    return split_sources(standard_library())[1]
 
 
 def measure(url: str, n_long: int, n_predict: int, number: int) -> dict[str, float]:
@@ -163,14 +171,14 @@ def measure(url: str, n_long: int, n_predict: int, number: int) -> dict[str, flo
 
     hello = {"role": "user", "content": "Hello, how are you?"}
     cold = chat(hello)
-    said = cold.content.rpartition("</think>")[2].strip()  # one of the servers knows no reasoning
-    following = chat(hello, {"role": "assistant", "content": said}, {"role": "user", "content": "And now?"})
+    following = chat(hello, {"role": "assistant", "content": _said(cold)}, {"role": "user", "content": "And now?"})
     other = chat({"role": "user", "content": "What is the capital of France?"})
-    plain = {"max_tokens": n_predict, **common}
-    one = ask(url, TEXT, {"prompt": code(500, number), **plain})
+    loop, after = _agent(chat, number)
+    pieces = [{"prompt": code(500, number + i), "max_tokens": n_predict, **common} for i in range(5)]
+    one = ask(url, TEXT, pieces[0])
     with ThreadPoolExecutor(4) as pool:
         started = time.perf_counter()
-        four = list(pool.map(lambda i: ask(url, TEXT, {"prompt": code(500, number + i), **plain}), range(1, 5)))
+        four = list(pool.map(lambda piece: ask(url, TEXT, piece), pieces[1:]))
         four_s = time.perf_counter() - started
     return {
         "n_prompt": cold.n_prompt,
@@ -178,9 +186,35 @@ def measure(url: str, n_long: int, n_predict: int, number: int) -> dict[str, flo
         "next_s": following.first_s,
         "next_cached": following.n_cached,
         "other_s": other.first_s,
+        "loop_s": median(heard.first_s for heard in loop),
+        "after_s": after.first_s,
+        "after_cached": after.n_cached,
         "one_tps": (_n_tokens(one, n_predict) - 1) / (one.total_s - one.first_s),
         "four_tps": sum(_n_tokens(heard, n_predict) for heard in four) / four_s,
     }
+
+
+def _agent(chat: Callable[..., Heard], number: int) -> tuple[list[Heard], Heard]:
+    """Plays a loop of tool calls, each with a page of text as its result, and the user's next message after it."""
+    messages = [{"role": "user", "content": "Read all the files."}]
+    turns = []
+    for i in range(LOOP_TURNS):
+        turns.append(chat(*messages))
+        messages += _turn_back(turns[-1], f"call_{i}", code(1500, number + 10 + i))
+    turns.append(chat(*messages))
+    said = {"role": "assistant", "content": _said(turns[-1])}
+    return turns[1:], chat(*messages, said, {"role": "user", "content": "And what did you see?"})
+
+
+def _said(heard: Heard) -> str:
+    return heard.content.rpartition("</think>")[2].strip()  # one of the servers knows no reasoning
+
+
+def _turn_back(heard: Heard, call_id: str, result: str) -> list[dict[str, Any]]:
+    """Returns a turn as an agent sends it back, and the result of the tool that it is said to have called."""
+    call = {"id": call_id, "type": "function", "function": {"name": "read", "arguments": '{"path": "a.py"}'}}
+    said = {"role": "assistant", "content": _said(heard), "reasoning_content": heard.reasoning}
+    return [said | {"tool_calls": [call]}, {"role": "tool", "tool_call_id": call_id, "content": result}]
 
 
 def _n_tokens(heard: Heard, n_predict: int) -> int:
@@ -208,6 +242,7 @@ def run(
     model: Path, table: Path, rounds: str, only: str | None, n_long: int, n_predict: int, n_threads: int, n_ctx: int
 ) -> None:
     """Measures all servers with MODEL and adds to TABLE."""
+    _unseen_files()
     chosen = [c for c in contenders(Setup(model, n_ctx, n_threads)) if only is None or only in c.name]
     for number in map(int, rounds.split(",")):
         for contender in chosen[:: -1 if number % 2 else 1]:

@@ -72,7 +72,7 @@ def serve(service: Service, talk: Callable[[Service], Coroutine]) -> Any:
 
 async def events_of(job: Job) -> list[Event]:
     async with aclosing(job.feed.follow(1.0)) as followed:
-        return [event async for event in followed if event is not None]
+        return [event async for new in followed for event in new]
 
 
 async def answer(

@@ -135,10 +135,29 @@ def test_it_asks_nobody_but_its_server_and_logs_no_error(page: Page, server: Liv
     assert [message for message in errors if not any(code in message for code in expected)] == []
 
 
-def test_it_fits_a_phone(page: Page) -> None:
+def test_nothing_can_be_sent_to_a_server_that_is_loading_or_gone(page: Page) -> None:
+    page.wait(page.is_idle)
+    script = "showHead({state: arguments[0], model: 'tiny'}); return [$('send').disabled, $('state-of-all').className]"
+    assert page.browser.execute_script(script, "loading") == [True, "column"]
+    assert page.browser.execute_script(script, "no answer") == [True, "column away"]
+    page.wait(page.is_idle)
+
+
+def test_a_prompt_that_was_refused_is_back_in_the_box(page: Page) -> None:
+    page.ask("y" * 20000, effort="none")
+    page.wait(lambda: "prompt is too long" in page.text("talk"))
+    page.wait(page.is_idle)
+    assert page.find("text").get_attribute("value") == "y" * 20000
+    page.browser.execute_script("$('text').value = ''")
+    page.find("again").click()
+
+
+def test_it_fits_a_phone_with_the_chat_first(page: Page) -> None:
     page.browser.set_window_size(420, 900)
     widths = page.browser.execute_script(
         "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
     assert widths[0] <= widths[1]
+    tops = [page.find(name).location["y"] for name in ("talk", "send", "stop", "requests")]
+    assert tops[0] < tops[1] == tops[2] < tops[3], "the buttons on one line, what the server does below"
     page.browser.set_window_size(1400, 1000)

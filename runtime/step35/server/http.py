@@ -108,11 +108,10 @@ async def unless_left(work: Awaitable[Any], receive: Receive) -> tuple[Any, bool
 
 async def collect(job: Job) -> list[Event]:
     """Returns all events of a job."""
-    events = []
+    events: list[Event] = []
     async with aclosing(job.feed.follow(POLL_S)) as followed:
-        async for event in followed:
-            if event is not None:
-                events.append(event)
+        async for new in followed:
+            events += new
     return events
 
 
@@ -150,9 +149,9 @@ class EventStream(Response):
         await out(self._writer.open())
         progress, last_sent = None, time.monotonic()
         async with aclosing(self._job.feed.follow(POLL_S)) as followed:
-            async for event in followed:
-                progress = event if isinstance(event, Progress) else progress
-                written = self._writer.event(event) if event is not None else []
+            async for new in followed:
+                progress = next((event for event in reversed(new) if isinstance(event, Progress)), progress)
+                written = [sse for event in new for sse in self._writer.event(event)]
                 if not written and time.monotonic() - last_sent >= PING_S:
                     written = self._writer.ping(progress)
                 if written:

@@ -48,21 +48,23 @@ class Feed:
         for changed in self._changed:
             changed.set()
 
-    async def follow(self, timeout: float) -> AsyncIterator[Event | None]:
-        """Yields every event from the first on, and None whenever none came for `timeout` seconds."""
+    async def follow(self, timeout: float) -> AsyncIterator[Sequence[Event]]:
+        """Yields all events from the first on, those there are at a time; none whenever none came for `timeout` seconds."""
         changed, n_seen = asyncio.Event(), 0
         self._changed.add(changed)
         try:
             while n_seen < len(self._events) or not self.is_ended:
                 if n_seen < len(self._events):
-                    n_seen += 1
-                    yield self._events[n_seen - 1]
+                    new = self._events[n_seen:]
+                    n_seen += len(new)
+                    yield new
                     continue
                 changed.clear()
                 try:
-                    await asyncio.wait_for(changed.wait(), timeout)
+                    async with asyncio.timeout(timeout):  # cheaper than wait_for, which makes a task for every token
+                        await changed.wait()
                 except TimeoutError:
-                    yield None
+                    yield ()
         finally:
             self._changed.discard(changed)
 

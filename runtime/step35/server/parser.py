@@ -321,22 +321,22 @@ class Parser:
 
     def _taken(self) -> list[Event]:
         events, self._events = self._events, []
-        return _merged(events)
+        return merged(events)
 
 
 def _text(piece: str | Tag) -> str:
     return piece.text if isinstance(piece, Tag) else piece
 
 
-def _merged(events: list[Event]) -> list[Event]:
+def merged(events: list[Event]) -> list[Event]:
     """Joins neighbours of the same kind."""
-    merged: list[Event] = []
+    joined: list[Event] = []
     for kind, group in groupby(events, type):
         if kind in (ReasoningDelta, ContentDelta):
-            merged.append(kind("".join(event.text for event in group)))
+            joined.append(kind("".join(event.text for event in group)))
         elif kind is ToolCallArguments:
             fragments = list(group)
-            merged.append(ToolCallArguments(fragments[0].index, "".join(event.fragment for event in fragments)))
+            joined.append(ToolCallArguments(fragments[0].index, "".join(event.fragment for event in fragments)))
         else:
-            merged += group
-    return merged
+            joined += group
+    return joined

@@ -29,7 +29,7 @@ from step35.server.conversations import Conversations
 from step35.server.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_request
 from step35.server.job import Job
 from step35.server.metrics import Metrics
-from step35.server.parser import Parser
+from step35.server.parser import Parser, merged
 from step35.server.reasoning import watch
 from step35.server.turns import TurnMap, known_turn
 
@@ -78,7 +78,8 @@ class Scheduler:
         self._last_active = self._last_save = clock()
         self._drain_until = float("inf")
         self._ids: tuple[int | None, frozenset[int]] = (None, frozenset())
-        self._speed: deque[tuple[float, int]] = deque()
+        self._recent: deque[tuple[float, int]] = deque()
+        self._n_recent = 0
         self.decode_tps = 0.0
         """Tokens a second of all answers, in the last seconds."""
 
@@ -354,7 +355,7 @@ class Scheduler:
             job.n_seen += 1
         self._count(job, job.n_seen - n_before)
         if events:
-            job.feed.publish(events)
+            job.feed.publish(merged(events))
         if job.answer.is_over or turn.finish:
             self._complete(job, "stop" if job.answer.is_over else turn.finish)
         elif self._is_endless(job):
@@ -372,7 +373,8 @@ class Scheduler:
             job.first_token = self._clock()
             self.metrics.first_token.observe(job.first_token - job.arrived)
         self.metrics.generated_tokens.inc(n_new)
-        self._speed.append((self._clock(), n_new))
+        self._recent.append((self._clock(), n_new))
+        self._n_recent += n_new
 
     # ending
 
@@ -430,9 +432,9 @@ class Scheduler:
         self.metrics.queue.set(len(self.waiting))
         self.metrics.running.set(len(self.running))
         self.metrics.cells_used.set(self.engine.n_ctx - self.engine.n_free_cells)
-        while self._speed and self._speed[0][0] < self._clock() - SPEED_WINDOW_S:
-            self._speed.popleft()
-        self.decode_tps = sum(n for _, n in self._speed) / SPEED_WINDOW_S
+        while self._recent and self._recent[0][0] < self._clock() - SPEED_WINDOW_S:
+            self._n_recent -= self._recent.popleft()[1]
+        self.decode_tps = self._n_recent / SPEED_WINDOW_S
         self.metrics.decode_tps.set(self.decode_tps)
 
 
