@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cache
+from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -182,12 +183,12 @@ def measure(url: str, n_long: int, n_predict: int, number: int) -> dict[str, flo
         four_s = time.perf_counter() - started
     return {
         "n_prompt": cold.n_prompt,
-        "cold_s": cold.first_s,
-        "next_s": following.first_s,
+        "cold_s": _first_s(cold),
+        "next_s": _first_s(following),
         "next_cached": following.n_cached,
-        "other_s": other.first_s,
-        "loop_s": median(heard.first_s for heard in loop),
-        "after_s": after.first_s,
+        "other_s": _first_s(other),
+        "loop_s": median(map(_first_s, loop)),
+        "after_s": _first_s(after),
         "after_cached": after.n_cached,
         "one_tps": (_n_tokens(one, n_predict) - 1) / (one.total_s - one.first_s),
         "four_tps": sum(_n_tokens(heard, n_predict) for heard in four) / four_s,
@@ -204,6 +205,10 @@ def _agent(chat: Callable[..., Heard], number: int) -> tuple[list[Heard], Heard]
     turns.append(chat(*messages))
     said = {"role": "assistant", "content": _said(turns[-1])}
     return turns[1:], chat(*messages, said, {"role": "user", "content": "And what did you see?"})
+
+
+def _first_s(heard: Heard) -> float:
+    return heard.first_s if heard.status == 200 else float("nan")  # a request that a server refuses is no time
 
 
 def _said(heard: Heard) -> str:
@@ -282,7 +287,8 @@ def _show_model(model: str, lines: Sequence[dict[str, str]]) -> None:
 
 
 def _medians(lines: Iterable[dict[str, str]], columns: Iterable[str]) -> list[str]:
-    return [f"{median(float(line[column]) for line in lines):.4g}" for column in columns]
+    values = [median(float(line[column]) for line in lines) for column in columns]
+    return ["-" if isnan(value) else f"{value:.4g}" for value in values]
 
 
 if __name__ == "__main__":
