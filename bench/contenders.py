@@ -4,19 +4,24 @@ All get the same file, the same tokens as a prompt, the same threads, context, b
 counts the tokens after the first, which comes with the prompt's logits, and the time after the prompt.
 """
 
+import ctypes
 import json
+import mmap
+import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import build_peers
+import numpy as np
 from step35 import Engine, EngineOptions, Sampling
 from step35.chooser import Chooser
 from step35.generation import begin, generate
@@ -69,12 +74,24 @@ class Contender(Protocol):
     """A loaded model that runs tasks, one after the other."""
 
     name: str
+    setup: Setup
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
 
     def run(self, task: Task) -> Run: ...
+
+
+@contextmanager
+def hold_in_memory(path: Path) -> Iterator[None]:
+    """Locks a file's pages, which all contenders map: none waits for a page that the kernel took back meanwhile."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        start = np.frombuffer(pages, np.uint8)
+        if ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(start.ctypes.data), ctypes.c_size_t(len(pages))):
+            print(f"{path} may leave the memory: {os.strerror(ctypes.get_errno())}; see ulimit -l", file=sys.stderr)
+        del start  # a mapping with a view can't be closed
+        yield
 
 
 # step35

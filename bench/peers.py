@@ -1,10 +1,10 @@
 """step35 beside llama-server and llama-bench: the same GGUF, tokens, threads, context and kernels.
 
-Four parts: `tiny` (the bundled checkpoint: acceptance per head), `widened` (the same text from a 2 GB
+Four parts: `tiny` (the bundled checkpoint: acceptance per head), `widened` (the same text from a 4 GB
 model: tokens per second at temperature 0 and 1), `slice` (five layers of the real width, random weights:
 milliseconds per decode, per verification, per draft cycle, prefill), `wrecked` (heads of noise: automatic
-drafting must not lose). In every round each contender loads the model, runs one task that doesn't count,
-then the tasks; every second round goes in the other order. Numbers are medians over the rounds.
+drafting must not lose). The contenders stay loaded and run each task in turns, so that a machine whose
+speed drifts is alike to all; of the slice only one fits into memory at a time. Numbers are medians over the rounds.
 The machine must be quiet. Needs 24 GB of memory and 20 GB of disk for the slice.
 """
 
@@ -14,13 +14,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import click
 import numpy as np
-from contenders import Contender, LlamaServer, Run, Setup, Step35, Task, llama_bench
+from contenders import Contender, LlamaServer, Run, Setup, Step35, Task, hold_in_memory, llama_bench
 from rich.console import Console
 from rich.table import Table
 from step35.rows import Rows
@@ -73,15 +74,17 @@ def at_temperatures(tasks: Iterable[Task], temperatures: Iterable[float]) -> lis
 
 
 def play(part: str, contenders: Sequence[Contender], tasks: Sequence[Task], rounds: int) -> Iterator[Result]:
-    """Runs all tasks by all contenders; a round has seeds of its own."""
-    for number in range(1, rounds + 1):
-        for contender in contenders[:: 1 if number % 2 else -1]:
-            with contender:
-                contender.run(tasks[0])
-                for task in tasks:
-                    task = replace(task, seed=task.seed + 1000 * number)
+    """Runs all tasks by all contenders, who take turns at each task; a round has seeds of its own."""
+    with ExitStack() as stack:
+        for contender in contenders:
+            stack.enter_context(hold_in_memory(contender.setup.model))
+            stack.enter_context(contender).run(tasks[0])
+        for number in range(1, rounds + 1):
+            for i, task in enumerate(tasks):
+                task = replace(task, seed=task.seed + 1000 * number)
+                for contender in contenders[:: 1 if (number + i) % 2 else -1]:
                     yield Result(part, number, contender.name, task, contender.run(task))
-            click.echo(f"{part} round {number}: {contender.name}", err=True)
+            click.echo(f"{part}: round {number} of {rounds}", err=True)
 
 
 # numbers
@@ -165,16 +168,17 @@ class Bench:
     work: Path
     rounds: int
     n_threads: int
+    skipped: tuple[str, ...] = ()
 
     def tiny(self) -> list[Result]:
         setup = Setup(self._tiny_model(), n_threads=self.n_threads)
         tasks = at_temperatures(make_tasks(4, 6, 192), (0.0, 1.0))
-        return list(play("tiny", _all_contenders(setup), tasks, self.rounds))
+        return list(play("tiny", self._contenders(setup), tasks, self.rounds))
 
     def widened(self) -> list[Result]:
         setup = Setup(self._widened_model(), n_threads=self.n_threads)
         tasks = at_temperatures(make_tasks(2, 4, 64), (0.0, 1.0))
-        return list(play("widened", _all_contenders(setup), tasks, self.rounds))
+        return list(play("widened", self._contenders(setup), tasks, self.rounds))
 
     def wrecked(self) -> list[Result]:
         results = []
@@ -185,6 +189,10 @@ class Bench:
             results += play(part, [Step35(setup, draft) for draft in ("off", "auto")], tasks, self.rounds)
         return results
 
+    def _contenders(self, setup: Setup) -> list[Contender]:
+        contenders = [*(Step35(setup, draft) for draft in OURS), *(LlamaServer(setup, depth) for depth in (0, *DEPTHS))]
+        return [contender for contender in contenders if contender.name not in self.skipped]
+
     def slice(self) -> "list[Timing]":
         model = self._made(self.work / "slice-Q4_K_S.gguf", real_width.write_model)
         setup = Setup(model, n_ctx=LONG_PROMPT + 512, n_threads=self.n_threads)
@@ -194,13 +202,13 @@ class Bench:
         return self._made(self.work / "tiny-Q8_0.gguf", lambda path: _convert(BUNDLED, path, "Q8_0"))
 
     def _widened_model(self) -> Path:
-        return self._made(self.work / "widened-BF16.gguf", self._make_widened)
+        return self._made(self.work / "widened-F32.gguf", self._make_widened)
 
     def _make_widened(self, path: Path) -> None:
-        """BF16: one decode is bound by memory, and a wider one costs what it does on the boxes step35 is for."""
+        """F32: on a CPU too a decode is bound by memory then, and a wider one costs what it does on step35's boxes."""
         checkpoint = path.with_suffix(".checkpoint")
         shutil.rmtree(checkpoint, ignore_errors=True)
-        _convert(widen.widen_checkpoint(BUNDLED, checkpoint, widen.Factors()), path, "BF16")
+        _convert(widen.widen_checkpoint(BUNDLED, checkpoint, widen.Factors()), path, "F32")
         shutil.rmtree(checkpoint)
 
     @staticmethod
@@ -214,10 +222,6 @@ class Bench:
 def _convert(checkpoint: Path, out: Path, type_name: str) -> None:
     command = [sys.executable, "-m", "convert_step35", "run", str(checkpoint), str(out), "--type", type_name]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def _all_contenders(setup: Setup) -> list[Contender]:
-    return [*(Step35(setup, draft) for draft in OURS), *(LlamaServer(setup, depth) for depth in (0, *DEPTHS))]
 
 
 # the slice of the real width
@@ -351,12 +355,13 @@ PARTS = ("tiny", "widened", "slice", "wrecked")
 @click.command(help=__doc__)
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Rounds, each in the other order.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Which parts; default all.")
+@click.option("--skip", multiple=True, metavar="NAME", help="A contender to leave out, such as 'step35 1'.")
 @click.option("--work", default=ROOT / "build" / "peers", type=click.Path(path_type=Path), show_default="build/peers", help="Folder for the models; they stay there.")
 @click.option("--results", default=ROOT / "bench" / "results", type=click.Path(path_type=Path), show_default="bench/results", help="Folder for peers-PART.csv.")
 @click.option("--threads", default=len(os.sched_getaffinity(0)), show_default="all cores", help="CPU threads of every contender.")
-def main(rounds: int, only: tuple[str, ...], work: Path, results: Path, threads: int) -> None:
+def main(rounds: int, only: tuple[str, ...], skip: tuple[str, ...], work: Path, results: Path, threads: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(work, rounds, threads)
+    bench = Bench(work, rounds, threads, skip)
     for part in only or PARTS:
         csv_path = results / f"peers-{part}.csv"
         if part == "slice":

@@ -7,7 +7,7 @@ Factors are powers of two, so that the division is exact in bfloat16. Attention 
 (a wider head would have other rotary frequencies). Copies quantize alike where a type's blocks don't
 cross them.
 
-With the default factors the bundled checkpoint becomes 2 GB of BF16 whose shares resemble the real
+With the default factors the bundled checkpoint becomes 4 GB of F32 whose shares resemble the real
 model's: 40 % of a decode's weights are routed experts, and an MTP head has 0.13 of a decode's.
 """
 

@@ -1,6 +1,6 @@
 """Wrecks a GGUF's MTP heads: their matrices become noise, and nothing they draft is ever right.
 
-The blocks of every quantized matrix in an MTP layer change places at random. The trunk stays as it is.
+The blocks of every matrix in an MTP layer change places at random. The trunk stays as it is.
 """
 
 import re
@@ -11,6 +11,8 @@ import click
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFReader, ReaderTensor
 
+RUN = 32  # weights that stay together, where a block has only one
+
 
 def wreck(source: Path, out: Path) -> Path:
     """Writes the wrecked copy and returns its path."""
@@ -19,7 +21,7 @@ def wreck(source: Path, out: Path) -> Path:
     n_layers, n_heads = (_number(reader, f"step35.{key}") for key in ("block_count", "nextn_predict_layers"))
     for tensor in reader.tensors:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)
-        if layer and int(layer[1]) >= n_layers - n_heads and tensor.data.dtype == np.uint8:
+        if layer and int(layer[1]) >= n_layers - n_heads and len(tensor.shape) > 1:
             _shuffle_blocks(tensor)
     reader.data.flush()
     return out
@@ -30,7 +32,8 @@ def _number(reader: GGUFReader, key: str) -> int:
 
 
 def _shuffle_blocks(tensor: ReaderTensor) -> None:
-    blocks = tensor.data.reshape(-1, GGML_QUANT_SIZES[tensor.tensor_type][1])
+    n_weights, n_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
+    blocks = tensor.data.view(np.uint8).reshape(-1, n_bytes * max(1, RUN // n_weights))
     blocks[:] = np.random.default_rng(len(blocks)).permutation(blocks)
 
 
