@@ -102,6 +102,7 @@ class FakeContext:
         self.script, self.head = script, head
         self.n_batch, self.n_ctx = options.n_batch, options.n_ctx
         self.n_outputs_max = options.n_outputs or options.n_batch
+        self.n_rows = 0
         self.cells: dict[int, dict[int, Cell]] = {}
         self.decodes: list[list[Rows]] = []
         self._extracts, self._cancelled = False, False
@@ -123,8 +124,8 @@ class FakeContext:
     # decoding
 
     def decode(self, rows: Sequence[Rows]) -> None:
-        n_rows = sum(len(r.tokens) for r in rows)
-        assert 0 < n_rows <= self.n_batch, f"{n_rows} rows in a batch of {self.n_batch}"
+        self.n_rows = sum(len(r.tokens) for r in rows)
+        assert 0 < self.n_rows <= self.n_batch, f"{self.n_rows} rows in a batch of {self.n_batch}"
         n_outputs = sum(r.outputs for r in rows)
         assert n_outputs <= self.n_outputs_max
         self.script.on_decode(self)

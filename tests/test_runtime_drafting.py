@@ -29,11 +29,13 @@ class Ticks:
         return self.now
 
 
-def engine(script: Script, draft: str = "3", **options) -> Engine:
+def engine(script: Script, draft: str = "3", clock: Ticks | None = None, **options) -> Engine:
+    """An engine past its calibration; on such a clock a run of a head takes the same time with any number of rows."""
     defaults = {"n_ctx": 1024, "n_batch": 32, "n_sessions": 1}
-    return Engine(
-        EngineOptions(Path("fake"), draft=draft, **defaults | options), load_model=loader(script), clock=Ticks()
-    )
+    e = Engine(EngineOptions(Path("fake"), draft=draft, **defaults | options), load_model=loader(script), clock=clock or Ticks())
+    for context in script.contexts:
+        context.decodes.clear()
+    return e
 
 
 def prompt_of(n: int) -> list[int]:
@@ -81,10 +83,12 @@ def test_right_heads_are_always_accepted_and_a_cycle_runs_each_head_once(depth):
     assert [len(c.decodes) for c in heads] == [10 + warm_up] * depth
 
 
+@pytest.mark.parametrize("n_least", [1, REDONE])
 @pytest.mark.parametrize("rejected", [0, 1, 2])
-def test_after_a_rejection_at_any_place_the_chain_is_exact_again(rejected):
+def test_after_a_rejection_at_any_place_the_chain_is_exact_again(rejected, n_least):
     script = Script(is_wrong=lambda head, position: head == rejected and position % 3 == 0)
     e = engine(script)
+    e.drafter.heads.n_least = n_least
     with e.open_session() as session:
         turn = begin(session, prompt_of(20), Chooser(GREEDY), 60)
         while turn.finish is None:
@@ -94,12 +98,43 @@ def test_after_a_rejection_at_any_place_the_chain_is_exact_again(rejected):
         assert 0 < turn.stats.n_accepted < turn.stats.n_drafted
 
 
-def test_a_caught_up_head_decodes_a_constant_number_of_rows():
+def test_where_rows_cost_nothing_a_head_decodes_a_constant_number_of_them():
     script = Script(is_wrong=lambda head, position: position % 3 == 0)
     e = engine(script)
     run(e, prompt_of(20), 100)
     for context in script.contexts[1:]:
         assert {len(rows[0].tokens) for rows in context.decodes[3:]} == {REDONE}
+
+
+def test_where_rows_cost_time_a_head_decodes_no_more_than_it_must():
+    """On a CPU four rows take four times as long as one, and each cycle paid for four."""
+    clock = Ticks()
+
+    def spend(context):
+        clock.now += 1e-2 * context.n_rows
+
+    script = Script(is_wrong=lambda head, position: True, on_decode=spend)
+    assert run(engine(script, clock=clock), prompt_of(20), 100) == expected(prompt_of(20), 100)
+    for context in script.contexts[1:]:
+        # the new row, and those that read rejected drafts of the heads before
+        assert {len(rows[0].tokens) for rows in context.decodes[3:]} == {1 + context.head}
+
+
+def test_reading_a_prompt_is_no_reason_to_rest_from_drafting():
+    """Nothing was drafted while a prompt was read, and so each answer began with eight plain steps."""
+    clock = Ticks()
+
+    def spend(context):
+        clock.now += 1.0 if context.head is None else 1e-2
+
+    e = engine(Script(on_decode=spend), "auto", clock)
+    with e.open_session() as session:
+        turn = begin(session, prompt_of(70), Chooser(GREEDY), 20)
+        while session.n_kv < 70:
+            step(e, [turn])
+        assert not turn.stats.n_drafted
+        step(e, [turn])
+        assert turn.stats.accepted_per_head == [1, 1, 1]
 
 
 def test_the_heads_see_the_prompts_last_window_only():

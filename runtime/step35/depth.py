@@ -144,7 +144,6 @@ class DepthController:
         self._has_run = False
         self._next_probe_is_deep = True
         self._tokens = self._seconds = 0.0
-        self._drafting_rate: dict[str, float] = {}
 
     # before a cycle
 
@@ -237,7 +236,17 @@ class DepthController:
         if not n:
             return 0
         rate = sum(chance**i for i in range(n + 1)) / self.costs.verify(n + 1)
-        return n if rate > self._drafting_rate.get("mtp", 0.0) else 0
+        return n if rate > self._heads_rate() else 0
+
+    def _heads_rate(self) -> float:
+        """Returns the tokens a second of the heads at their best depth, with the usual chances."""
+        best, chance, n_tokens, draft_s = 0.0, 1.0, 1.0, 0.0
+        for head, acceptance in enumerate(self._heads):
+            chance *= acceptance.mean_chance()
+            n_tokens += chance
+            draft_s += self.costs.draft(head)
+            best = max(best, n_tokens / (draft_s + self.costs.verify(head + 2)))
+        return best
 
     def _lookup_chance(self, match_length: int) -> float:
         return self._lookup(match_length).chance(_lookup_margin(match_length))
@@ -258,16 +267,14 @@ class DepthController:
         for i in range(min(n_accepted + 1, n_drafted)):
             self._lookup(match_length).observe(margin, i < n_accepted)
 
-    def learn_cycle(self, kind: str, n_tokens: int, seconds: float) -> None:
-        """Learns what a cycle of one sequence took in all: `kind` is plain, mtp or ngram."""
+    def learn_cycle(self, n_tokens: int, seconds: float) -> None:
+        """Learns what a cycle of one sequence took in all."""
         if self._probe is not None:
             self._budget_s -= max(0.0, seconds - n_tokens * self.token_value_s())
             self._probe = None
         self._tokens = self._tokens * DECAY + n_tokens
         self._seconds = self._seconds * DECAY + seconds
         self._budget_s += PROBE_SHARE * seconds
-        rate = self._drafting_rate.get(kind, n_tokens / seconds)
-        self._drafting_rate[kind] = rate + 0.05 * (n_tokens / seconds - rate)
 
 
 def _best(lines: Sequence[tuple[float, float]], chance: float) -> float:
@@ -275,4 +282,5 @@ def _best(lines: Sequence[tuple[float, float]], chance: float) -> float:
 
 
 def _lookup_margin(match_length: int) -> float:
-    return math.log2(match_length)
+    """Before anything is known, two matching tokens promise as much as a toss of a coin, and each doubling more."""
+    return math.log2(match_length / 2)

@@ -73,10 +73,12 @@ class Drafter:
     # before the trunk's decode
 
     def propose(self, cycles: Sequence[Cycle]) -> None:
-        """Fills in the drafts of each cycle."""
+        """Fills in the drafts of each cycle; where there is none, as while a prompt is read, nothing was decided."""
+        if not cycles:
+            return
         if self._fixed_depth is not None:
             self._run_heads(cycles)
-        elif self.controller.begin_cycle(max(map(self._n_behind, cycles), default=0)):
+        elif self.controller.begin_cycle(max(map(self._n_behind, cycles))):
             started = self._clock()
             self._consider(cycles)
             seconds = self._clock() - started
@@ -155,4 +157,4 @@ class Drafter:
         if is_alone:
             if not self.controller.is_resting:
                 self.controller.costs.observe_verify(len(cycle.drafts) + 1, verify_s)
-            self.controller.learn_cycle(cycle.source, n_tokens, cycle.seconds + verify_s)
+            self.controller.learn_cycle(n_tokens, cycle.seconds + verify_s)

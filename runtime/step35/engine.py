@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
 CALIBRATED_WIDTHS = (1, 2, 3, 4, 8)
+USUAL_ROWS = 2  # of a head's run: the new one, and one accepted or redone
 
 
 def _load(options: ModelOptions) -> "Model":
@@ -88,6 +89,8 @@ class Engine:
         self.drafter = Drafter(options.draft, self._open_heads(load_model) if wants_heads else None, self.clock)
         self._free_sequences = list(range(options.n_sessions))[::-1]
         self._sessions: list[Session] = []
+        if self.drafter.heads:
+            self._choose_padding(self.drafter.heads)
         if options.draft in ("auto", "ngram"):
             self._calibrate()
 
@@ -212,9 +215,22 @@ class Engine:
         for width in CALIBRATED_WIDTHS:
             tokens = [i * self.model.n_vocab // width for i in range(width)]  # unlike ones touch other experts
             costs.observe_verify(width, self._time(self.trunk, Rows(0, 0, tokens, outputs=width)))
-        hidden = np.zeros((REDONE, self.model.n_embd), np.float32)
         for head, context in enumerate(self.drafter.heads.contexts if self.drafter.heads else ()):
-            costs.observe_draft(head, self._time(context, Rows(0, 0, [0] * REDONE, REDONE, hidden)))
+            costs.observe_draft(head, self._time(context, self._head_rows(max(USUAL_ROWS, self.drafter.heads.n_least))))
+
+    def _choose_padding(self, heads: Heads) -> None:
+        """Pads a head's runs to one shape where that is faster than to build a graph for each number of rows.
+
+        It is where a row costs next to nothing. On a CPU it costs what a row of a prompt does.
+        """
+        context = heads.contexts[0]
+        padded_s = self._time(context, self._head_rows(REDONE))
+        varied = [[self._time_once(context, self._head_rows(n)) for n in range(1, REDONE)] for _ in range(3)]
+        if sum(map(min, zip(*varied, strict=True))) < padded_s * (REDONE - 1):
+            heads.n_least = 1
+
+    def _head_rows(self, n: int) -> Rows:
+        return Rows(0, 0, [0] * n, n, np.zeros((n, self.model.n_embd), np.float32))
 
     def _time(self, context: "Context", rows: Rows) -> float:
         """Returns the seconds of a decode: the least of three, after one that builds the graph."""

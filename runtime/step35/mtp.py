@@ -5,9 +5,9 @@ trunk), and proposes token t+2+k. With x the known tokens (the last one, x[n], n
 trunk) and d the drafts so far, head k's last row is n-1 and its token is d[k-1] (k = 0: x[n]).
 
 A cycle runs each head once: rows that were accepted since its last run, rows whose token was a
-rejected draft, and the new row, all in one decode. At least REDONE rows are decoded even where fewer
-would do, so the shape stays the same and llama.cpp reuses its graph. A head is first run over the
-last window of the prompt only: it can't see farther back.
+rejected draft, and the new row, all in one decode. Where rows cost little (a GPU), REDONE rows are decoded
+even if fewer would do, so the shape stays the same and llama.cpp reuses its graph. A head is first run
+over the last window of the prompt only: it can't see farther back.
 """
 
 from collections.abc import Sequence
@@ -55,11 +55,12 @@ class Chain:
 
 
 class Heads:
-    """The heads' contexts, in the order of the chain."""
+    """The heads' contexts, in the order of the chain; `n_least` is how many rows a run has at least, 1 to REDONE."""
 
     def __init__(self, contexts: "Sequence[Context]", window: int, n_embd: int) -> None:
         self.contexts = contexts
         self.window = window
+        self.n_least = REDONE
         self._n_embd = n_embd
 
     def __len__(self) -> int:
@@ -112,7 +113,7 @@ class Heads:
         """Drops the rows to be decoded from the head's cache; returns the first of them."""
         track, n = chain.tracks[head], chain.n_rows
         oldest = max(track.inputs.start, n - self.window, 0)
-        first = max(min(track.n_final, n - REDONE), oldest)
+        first = max(min(track.n_final, n - self.n_least), oldest)
         # llama.cpp wants consecutive positions: after a gap the cache starts anew.
         self.contexts[head].truncate(chain.seq, first if first <= track.n_final else 0)
         return first
