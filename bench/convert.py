@@ -3,7 +3,8 @@
 The checkpoint is random, with one dense and one MoE layer of the real model's shapes: 9.9 GB of
 bfloat16. Each contender starts with the checkpoint out of the page cache. Both use all cores.
 The converter's time includes its fsync; upstream does none. With --libggml the converter runs once more
-with libggml's quantizers, as where no compiler was at hand.
+with libggml's quantizers, as where no compiler was at hand. Two limits are measured too: the cold checkpoint read by
+the converter's readers and nothing else, and the quantizer of the preset's main type in all threads on as many weights.
 """
 
 import csv
@@ -25,6 +26,8 @@ sys.path.insert(0, str(ROOT / "tests"))  # the tests' checkpoint generator and u
 
 import upstream  # noqa: E402
 from checkpoints import REAL, Shape, random_tensors, tensor_shapes, write_checkpoint  # noqa: E402
+from convert_step35.chunks import CHUNK_WEIGHTS  # noqa: E402
+from convert_step35.presets import PRESETS  # noqa: E402
 from convert_step35.quantizers import SWITCH  # noqa: E402
 from measure import Usage, measure  # noqa: E402
 
@@ -36,10 +39,42 @@ import upstream
 upstream.quantize(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], n_threads=int(sys.argv[5]))
 """
 
+READ = """
+import sys
+from pathlib import Path
+from threading import Thread
+from convert_step35.reading import N_READERS, SPAN_BYTES, Item, Place, ReadAhead
+files = [(path, path.stat().st_size) for path in sorted(Path(sys.argv[1]).glob("*.safetensors"))]
+places = [Place(path, at, min(SPAN_BYTES, size - at)) for path, size in files for at in range(0, size, SPAN_BYTES)]
+ahead = ReadAhead((Item(0, None, place) for place in places), 0, 1)
+for _ in range(N_READERS):
+    Thread(target=ahead.read).start()
+while (loaded := ahead.take()) is not None:
+    ahead.give_back(loaded)
+"""
+
+ONLY_QUANTIZE = """
+import sys
+from threading import Thread
+import numpy as np
+from gguf import GGMLQuantizationType
+from convert_step35.quantizers import load_quantizers
+kind, n_chunks, n_threads = GGMLQuantizationType[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3])
+quantizers = load_quantizers()
+quantizers.prepare({kind})
+def run():
+    rows = np.random.default_rng(35).normal(0, 0.02, (64, 4096)).astype(np.float32)
+    out = np.empty(rows.nbytes, np.uint8)
+    for _ in range(n_chunks // n_threads):
+        quantizers.quantize(kind, rows, out, None)
+for _ in range(n_threads):
+    Thread(target=run).start()
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One measured command of a contender: `upstream` in two steps, or `step35` or `step35-libggml` in one."""
+    """One measured command: `upstream` has two steps, `step35` and `step35-libggml` one, `limit` the two limits."""
 
     round: int
     contender: str
@@ -120,14 +155,25 @@ class Bench:
         quantize = ["-c", QUANTIZE, tests, str(middle), str(out), self.preset, n_threads]
         yield self._step(number, "upstream", "quantize", quantize, out)
 
+    def limits(self, number: int) -> Iterator[Step]:
+        yield Step(number, "limit", "read", self._measured("limit-read", ["-c", READ, str(self.checkpoint)]), 0, "")
+        os.environ[SWITCH] = "native"
+        n_chunks = sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors")) // 2 // CHUNK_WEIGHTS
+        numbers = [str(n_chunks), str(len(os.sched_getaffinity(0)))]
+        command = ["-c", ONLY_QUANTIZE, PRESETS[self.preset].default.name, *numbers]
+        yield Step(number, "limit", "quantize", self._measured("limit-quantize", command), 0, "")
+
+    def _measured(self, name: str, arguments: list[str]) -> Usage:
+        return measure([sys.executable, *arguments], self.work / f"{name}.log")
+
     def _step(self, number: int, contender: str, name: str, arguments: list[str], out: Path) -> Step:
-        usage = measure([sys.executable, *arguments], self.work / f"{contender}-{name}.log")
+        usage = self._measured(f"{contender}-{name}", arguments)
         digest = "" if name == "convert" else tensors_sha256(out)
         return Step(number, contender, name, usage, out.stat().st_size, digest)
 
     def run_round(self, number: int) -> Iterator[Step]:
         """Runs all contenders, in the other order in every second round."""
-        contenders: list[Callable[[int], Iterator[Step]]] = [self.step35, self.upstream]
+        contenders: list[Callable[[int], Iterator[Step]]] = [self.step35, self.upstream, self.limits]
         if self.with_libggml:
             contenders.append(self.step35_libggml)
         for contender in contenders[:: 1 if number % 2 else -1]:
@@ -160,7 +206,7 @@ def show(steps: list[Step], source_bytes: int) -> None:
     table = Table("round, step", "wall s", "CPU s", "GB/s in", "own GB", "RSS GB", "out GB")
     for step in steps:
         table.add_row(f"{step.round} {step.contender} {step.step}", *_cells(step.usage, source_bytes))
-    contenders = list(dict.fromkeys(step.contender for step in steps))
+    contenders = [name for name in dict.fromkeys(step.contender for step in steps) if name != "limit"]
     bests = {contender: best(steps, contender) for contender in contenders}
     for contender, usage in bests.items():
         table.add_row(f"best {contender}", *_cells(usage, source_bytes))

@@ -6,12 +6,13 @@ Files are read by the independent gguf.GGUFReader. Order in the file is not comp
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command import convert_step35
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 import upstream
@@ -28,8 +29,6 @@ OUR_KEYS = frozenset(f"convert_step35.{name}" for name in ("version", "recipe", 
     "tokenizer.ggml.eom_token_id"
 }
 OUR_VALUES = frozenset({"general.name"})
-# What the llama-quantize tool adds around `llama_model_quantize`, which alone is our oracle.
-IMATRIX_KEYS = frozenset(f"quantize.imatrix.{name}" for name in ("file", "dataset", "entries_count", "chunks_count"))
 
 Convert = Callable[..., Path]
 
@@ -72,12 +71,14 @@ def _metadata(reader: GGUFReader) -> dict[str, tuple]:
     return {k: (tuple(t.name for t in f.types), f.contents()) for k, f in fields.items()}
 
 
-def _metadata_differences(ours: GGUFReader, theirs: GGUFReader, added: frozenset[str]) -> Iterator[str]:
+def _metadata_differences(
+    ours: GGUFReader, theirs: GGUFReader, added: frozenset[str], ignored: Set[str] = frozenset()
+) -> Iterator[str]:
     mine, other = _metadata(ours), _metadata(theirs)
     for key in sorted(added):
         if key not in mine or key in other:
             yield f"{key}: expected in our file alone"
-    for key in sorted((mine.keys() | other.keys()) - added):
+    for key in sorted((mine.keys() | other.keys()) - added - ignored):
         if not _agree(key, mine.get(key), other.get(key)):
             yield f"{key}: upstream {str(other.get(key))[:200]}, ours {str(mine.get(key))[:200]}"
 
@@ -134,6 +135,48 @@ def test_file_without_or_with_only_mtp_is_upstreams(mode, flag, preset, upstream
     assert differences(ours, theirs) == []
 
 
+def test_separate_files_are_upstreams(upstream_gguf, tmp_path):
+    ours = our_gguf(BUNDLED, tmp_path / "ours.gguf", "Q4_K_M", "--mtp", "separate")
+    for file, flag in ((ours, "--no-mtp"), (ours.with_name("mtp-ours.gguf"), "--mtp")):
+        theirs = upstream.quantize(upstream_gguf(BUNDLED, "bf16", flag), tmp_path / "theirs.gguf", "Q4_K_M")
+        assert differences(file, theirs) == []
+
+
+def test_overridden_types_are_upstreams(upstream_gguf, tmp_path):
+    """The first match wins, and the counters of the rules stand still for what is forced."""
+    types = {"ffn_(up|gate)_exps": "IQ4_XS", r"blk\.[12]\.attn_v": "Q3_K", "attn_v": "Q8_0", "ffn_down_shexp": "Q4_K", "token_embd": "Q6_K"}
+    forced = {pattern: GGMLQuantizationType[kind].value for pattern, kind in types.items()}
+    theirs = upstream.quantize(upstream_gguf(BUNDLED, "bf16"), tmp_path / "theirs.gguf", "Q4_K_M", tensor_types=forced)
+    flags = [flag for pattern, kind in types.items() for flag in ("--tensor-type", f"{pattern}={kind}")]
+    assert differences(our_gguf(BUNDLED, tmp_path / "ours.gguf", "Q4_K_M", *flags), theirs) == []
+
+
+def test_shards_hold_what_upstreams_hold(upstream_gguf, tmp_path):
+    """Where a shard ends is each tool's own choice; keys and tensors of all shards together are the same."""
+    whole = upstream.quantize(upstream_gguf(BUNDLED, "bf16"), tmp_path / "whole.gguf", "Q4_K_M")
+    upstream.convert(BUNDLED, tmp_path / "split.gguf", "bf16", "--split-max-size", "12M")
+    first = sorted(tmp_path.glob("split-00001-of-*.gguf"))[0]
+    upstream.quantize(first, tmp_path / "theirs", "Q4_K_M", keep_split=True)
+    their_shards = sorted(tmp_path.glob("theirs-0*.gguf"))
+    assert convert_step35("run", BUNDLED, tmp_path / "ours.gguf", "--type", "Q4_K_M", "--split-max-size", "4MB").exit_code == 0
+    our_shards = sorted(tmp_path.glob("ours-0*.gguf"))
+    assert len(our_shards) > 1 < len(their_shards)
+    mine, theirs = ([GGUFReader(path) for path in paths] for paths in (our_shards, their_shards))
+    split = {"split.no", "split.count", "split.tensors.count"}
+    for i, shard in enumerate(mine):
+        assert {key: types for key, (types, _) in _metadata(shard).items() if key in split} == {key: types for key, (types, _) in _metadata(theirs[0]).items() if key in split}
+        assert [_metadata(shard)[key][1] for key in sorted(split)] == [len(mine), i, len(GGUFReader(whole).tensors)]
+    assert [*_metadata_differences(mine[0], theirs[0], OUR_KEYS, split)] == []
+    assert [*_tensor_differences(_Tensors(mine), _Tensors(theirs))] == [*_tensor_differences(_Tensors(mine), GGUFReader(whole))] == []
+
+
+class _Tensors:
+    """The tensors of all shards."""
+
+    def __init__(self, shards: list[GGUFReader]) -> None:
+        self.tensors = [tensor for shard in shards for tensor in shard.tensors]
+
+
 # importance matrices
 
 
@@ -175,11 +218,13 @@ def _random_statistics(name: str, shape: np.ndarray) -> tuple[np.ndarray, np.nda
 @pytest.mark.parametrize("preset", IMATRIX_PRESETS)
 def test_file_quantized_with_an_imatrix_is_upstreams(preset, imatrix, upstream_gguf, tmp_path):
     file, weights = imatrix
-    theirs = upstream.quantize(
-        upstream_gguf(BUNDLED, "bf16"), tmp_path / "theirs.gguf", preset, imatrix=weights
-    )
+    # What the llama-quantize tool adds around `llama_model_quantize`, started in the imatrix's folder.
+    told = {"file": file.name, "dataset": "random", "entries_count": len(weights), "chunks_count": 1}
+    keys = {f"quantize.imatrix.{name}": value for name, value in told.items()}
+    source = upstream_gguf(BUNDLED, "bf16")
+    theirs = upstream.quantize(source, tmp_path / "theirs.gguf", preset, imatrix=weights, keys=keys)
     ours = our_gguf(BUNDLED, tmp_path / "ours.gguf", preset, "--imatrix", str(file))
-    assert differences(ours, theirs, added=OUR_KEYS | IMATRIX_KEYS) == []
+    assert differences(ours, theirs) == []
 
 
 # other forms of the checkpoint, with random weights

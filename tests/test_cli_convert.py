@@ -60,13 +60,14 @@ def refused(*arguments: object, exit_code: int, message: str) -> None:
 def test_without_arguments_it_shows_its_commands_and_examples() -> None:
     done = convert_step35()
     assert (done.exit_code, done.err) == (0, "") and done.out == convert_step35("--help").out
-    assert all(f"  {name} " in done.out for name in ("plan", "run", "verify", "inspect", "recipes"))
+    assert all(f"  {name} " in done.out for name in ("plan", "run", "verify", "inspect", "recipes", "mtp"))
+    assert convert_step35("mtp").out == convert_step35("mtp", "--help").out
     assert "convert-step35 run   Step-3.5-Flash step35.gguf --target-size 105GiB" in done.out
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "verify", "inspect", "recipes"])
+@pytest.mark.parametrize("command", ["plan", "run", "verify", "inspect", "recipes", "mtp", "mtp requantize"])
 def test_every_command_explains_itself_in_80_columns(command: str) -> None:
-    done = convert_step35(command, "-h")
+    done = convert_step35(*command.split(), "-h")
     assert done.exit_code == 0 and max(map(len, done.out.splitlines())) <= 80
 
 
@@ -433,6 +434,7 @@ def test_the_real_plan_fits_80_columns_without_a_folded_row(real: Path) -> None:
 
 
 def test_the_tables_fit_80_columns(checkpoint: Path, made: Path, tmp_path: Path) -> None:
+    assert max(map(len, convert_step35("recipes").out.partition("\n\n")[0].splitlines())) <= 80
     for arguments in (["recipes"], ["inspect", made], ["verify", made], ["run", checkpoint, tmp_path / "a.gguf", "--type", "Q4_K_M"]):
         assert max(map(len, lines(on_terminal(*arguments)))) <= 80, arguments
 

@@ -52,6 +52,8 @@ def test_planning_the_real_checkpoint_takes_a_moment(tmp_path: Path) -> None:
         ("MOE_Q4_K", 108.84),
         ("MOE_IQ4_XS_Q4_K", 105.15),
         ("MOE_IQ4_XS", 103.30),
+        ("MOE_IQ4_XS_REST_Q6_K", 101.25),
+        ("MOE_IQ4_XS_REST_Q5_K", 100.13),
         ("MOE_IQ3_S_Q4_K", 93.15),
         ("MOE_IQ3_S_IQ4_XS", 91.31),
     ],

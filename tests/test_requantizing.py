@@ -149,6 +149,8 @@ def test_heads_that_were_lossy_are_not_held_against_the_checkpoint(checkpoint: P
     out, twice = tmp_path / "out.gguf", tmp_path / "twice.gguf"
     convert_step35("mtp", "requantize", made["q8"], out, "--type", "Q6_K")
     convert_step35("mtp", "requantize", out, twice, "--type", "Q4_K")
+    back = convert_step35("mtp", "requantize", twice, tmp_path / "back.gguf", "--type", "Q8_0")
+    assert "note: Q8_0 takes more room than that, and brings back nothing of what was lost" in back.err
     done = convert_step35("verify", twice, "--against", checkpoint)
     assert done.exit_code == 0 and "note: the MTP heads were quantized again from Q8_0, then Q6_K: not compared" in done.out
 

@@ -128,6 +128,36 @@ def test_the_pre_tokenizer_is_recognised_in_either_spelling(tmp_path: Path, word
     assert read(tmp_path, changed("pre_tokenizer", to=pre_tokenizer(words))) == read(tmp_path)
 
 
+# What llama.cpp does otherwise
+
+
+def test_a_tokenizer_that_llama_cpp_follows_has_no_notes(tmp_path: Path) -> None:
+    assert read(tmp_path).notes == () == read(tmp_path, changed("normalizer", to=None)).notes
+
+
+@pytest.mark.parametrize(
+    ("data", "note"),
+    [
+        (changed("normalizer", to={"type": "NFC"}), "normalizer 'NFC' changes the text before it is split"),
+        (changed("normalizer", "normalizers", to=[{"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}]), "normalizer 'Lowercase' changes"),
+        (changed("model", "ignore_merges", to=True), "ignore_merges takes whole words from the vocabulary"),
+        (changed("model", "end_of_word_suffix", to="</w>"), "model.end_of_word_suffix expected none, got '</w>'"),
+        (changed("added_tokens", 3, "rstrip", to=True), "1 added tokens such as '<|im_end|>' have lstrip, rstrip, single_word set"),
+    ],
+)
+def test_what_llama_cpp_does_otherwise_is_noted(tmp_path: Path, data: dict[str, Any], note: str) -> None:
+    (found,) = read(tmp_path, data).notes
+    assert found.startswith("tokenizer.json: ") and note in found
+
+
+def test_bytes_without_a_token_are_noted_with_what_was_meant_for_them(tmp_path: Path) -> None:
+    data = tokenizer_json()
+    del data["model"]["vocab"]["Ā"], data["model"]["vocab"]["é"]
+    assert read(tmp_path, data).notes == ("tokenizer.json: 2 of 256 bytes have no token: llama.cpp drops them from a text",)
+    data["model"]["byte_fallback"] = True
+    assert "byte_fallback would spell them, and llama.cpp drops them" in read(tmp_path, data).notes[0]
+
+
 def step(i: int, **changes: Any) -> dict[str, Any]:
     pre = pre_tokenizer()
     pre["pretokenizers"][i] |= changes

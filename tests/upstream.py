@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -70,11 +71,39 @@ def convert(checkpoint: Path, out: Path, outtype: str, *flags: str) -> Path:
 
 
 def quantize(
-    source: Path, out: Path, preset: str, *, imatrix: Mapping[str, np.ndarray] | None = None, n_threads: int = 2
+    source: Path,
+    out: Path,
+    preset: str,
+    *,
+    imatrix: Mapping[str, np.ndarray] | None = None,
+    tensor_types: Mapping[str, int] | None = None,
+    keys: Mapping[str, int | str] | None = None,
+    keep_split: bool = False,
+    n_threads: int = 2,
 ) -> Path:
-    """Quantizes a GGUF with `llama_model_quantize` and returns `out`."""
-    _run_quantizer(source, out, preset, imatrix or {}, n_threads=n_threads)
+    """Quantizes a GGUF with `llama_model_quantize` and returns `out`.
+
+    `tensor_types` are --tensor-type's, from pattern to ggml type; `keys` are set as --override-kv sets them.
+    """
+    extra = llama_cpp.llama_model_quantize_default_params()
+    if tensor_types:
+        overrides = [llama_cpp.llama_model_tensor_override(k.encode(), v) for k, v in tensor_types.items()]
+        extra.tt_overrides = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))(*overrides)
+    if keys:
+        entries = [_kv_override(key, value) for key, value in keys.items()]
+        extra.kv_overrides = (llama_cpp.llama_model_kv_override * (len(entries) + 1))(*entries)
+    extra.keep_split = keep_split
+    _run_quantizer(source, out, preset, imatrix or {}, n_threads=n_threads, params=extra)
     return out
+
+
+def _kv_override(key: str, value: int | str) -> llama_cpp.llama_model_kv_override:
+    entry = llama_cpp.llama_model_kv_override(key=key.encode())
+    if isinstance(value, str):
+        entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+    else:
+        entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    return entry
 
 
 def planned_types(source: Path, preset: str, *, imatrix: Mapping[str, np.ndarray] | None = None) -> dict[str, str]:
@@ -91,8 +120,9 @@ def _run_quantizer(
     *,
     n_threads: int = 1,
     dry_run: bool = False,
+    params: Any = None,
 ) -> str:
-    params = llama_cpp.llama_model_quantize_default_params()
+    params = params or llama_cpp.llama_model_quantize_default_params()
     params.ftype = ftype(preset)
     params.nthread = n_threads
     params.dry_run = dry_run

@@ -52,7 +52,8 @@ class Imatrix:
         if self.datasets:
             keys.append(Entry("quantize.imatrix.dataset", V.STRING, self.datasets[0]))
         keys.append(Entry("quantize.imatrix.entries_count", V.UINT32, len(self.entries)))
-        keys.append(Entry("quantize.imatrix.chunks_count", V.UINT32, self.n_chunks))
+        if self.n_chunks:
+            keys.append(Entry("quantize.imatrix.chunks_count", V.UINT32, self.n_chunks))
         return tuple(keys)
 
 

@@ -19,9 +19,12 @@ from convert_step35.requantizing import requantize as requantize_heads
 from convert_step35.tables import heads_summary
 
 
-@click.group()
-def mtp() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def mtp(context: click.Context) -> None:
     """Work on the MTP heads of a finished GGUF."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @mtp.command()

@@ -11,6 +11,7 @@ import numpy as np
 
 from convert_step35.errors import DiskFullError, OutputError
 from convert_step35.plan import PlannedFile
+from convert_step35.sizes import format_size
 
 PARTIAL = ".partial"
 
@@ -106,7 +107,7 @@ def require_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise DiskFullError(
-            f"disk full: {folder} expected {n_bytes} bytes free ({n_bytes / 2**30:.1f} GiB), got {free} ({free / 2**30:.1f} GiB)"
+            f"disk full: {folder} expected {format_size(n_bytes)} free ({n_bytes} bytes), got {format_size(free)} ({free}); free the room, or write to another disk"
         )
 
 

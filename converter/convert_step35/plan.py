@@ -124,7 +124,7 @@ def make_plan(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe]) -> P
     check_overrides(wishes.overrides, [tensor for _, tensors, _ in parts for tensor in tensors])
     name = wishes.type_name if wishes.type_name is not None else _fitting(subject, wishes, recipes, parts)
     files: list[PlannedFile] = []
-    notes = _mtp_notes(subject, wishes)
+    notes = [*subject.tokenizer.notes, *_mtp_notes(subject, wishes)]
     for path, tensors, with_mtp in parts:
         choice = _choose(subject, wishes, recipes, name, tensors)
         notes += _imatrix_notes(subject, choice, tensors)

@@ -42,6 +42,8 @@ def bytes_bar(what: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
         lock = Lock()
 
         def advance(n: int) -> None:
+            if bar.disable:
+                return
             with lock:
                 bar.update(task, advance=n, done_bytes=bar.tasks[0].fields["done_bytes"] + n)
 
@@ -66,6 +68,9 @@ def progress_bar(plan: Plan) -> Iterator[Callable[[PlannedTensor, Chunk], None]]
         lock = Lock()
 
         def advance(tensor: PlannedTensor, chunk: Chunk) -> None:
+            # Nobody looks, and the threads have better to do.
+            if bar.disable:
+                return
             n_bytes = chunk.n_rows * row_bytes(tensor.kind, tensor.mapped.row_size)
             # Several threads report at once, and none may take back what another added.
             with lock:

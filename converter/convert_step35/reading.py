@@ -14,7 +14,7 @@ from convert_step35.direct import DirectFile, read_buffer
 # Reads of this size keep a disk busy, two at a time leave it no pause, and the ring is small beside any model.
 SPAN_BYTES = 8 * 1024**2
 N_READERS = 2
-N_BUFFERS = 8
+N_BUFFERS = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,8 @@ def _notes(changes: Sequence[Change]) -> Iterator[str]:
             f"the heads are {' and '.join(lossy)}: quantized again from those values, so with a little more error than"
             " from the checkpoint (run --mtp only --mtp-type)"
         )
+        if sum(c.n_bytes for c in changes) > sum(c.stored.n_bytes for c in changes):
+            yield f"{changes[0].kind.name} takes more room than that, and brings back nothing of what was lost"
 
 
 def _entries(plan: HeadsPlan, kind: GgmlType) -> list[Entry]:

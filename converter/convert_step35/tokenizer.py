@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint, read from tokenizer.json and tokenizer_config.json as llama.cpp needs it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ _SPLITS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 PRE_TOKENIZER = "deepseek-v3"
+# How byte-level BPE spells the 256 bytes: those that print as themselves, the others from U+0100 on.
+_PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_LETTERS = tuple(map(chr, (*_PRINTED, *range(0x100, 0x100 + 256 - len(_PRINTED)))))
+# What an added token may want of the text around it.
+_EAGER = ("lstrip", "rstrip", "single_word")
 
 # Tokens that llama.cpp ends generation at by their text alone (llama-vocab.cpp, special_eog_ids).
 END_OF_TURN = "<|im_end|>"
@@ -31,7 +37,8 @@ class Tokenizer:
     """A BPE vocabulary of exactly `vocab_size` rows, unused ones included.
 
     `merges` has one "left right" string each. `special_ids` maps bos, eos, pad, ... to ids; `add_flags` says
-    which of them llama.cpp adds to a prompt. `end_ids` are the ids that end generation.
+    which of them llama.cpp adds to a prompt. `end_ids` are the ids that end generation. `notes` say where llama.cpp
+    may split a text into other tokens than tokenizer.json means.
     """
 
     tokens: tuple[str, ...]
@@ -41,6 +48,7 @@ class Tokenizer:
     add_flags: dict[str, bool]
     end_ids: tuple[int, ...]
     chat_template: str | None
+    notes: tuple[str, ...] = ()
 
 
 def read_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...], config: dict[str, Any]) -> Tokenizer:
@@ -60,7 +68,35 @@ def read_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
         add_flags=_add_flags(data.get("post_processor"), settings),
         end_ids=tuple(sorted({*eos_token_ids, special_ids["eos"]})),
         chat_template=_chat_template(folder, settings),
+        notes=tuple(_notes(data, model, added)),
     )
+
+
+def _notes(data: dict[str, Any], model: dict[str, Any], added: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What of tokenizer.json llama.cpp's `deepseek-v3` does not do."""
+    if (name := _normalizer(data.get("normalizer"))) is not None:
+        yield f"tokenizer.json: normalizer {quoted(name)} changes the text before it is split, and llama.cpp does not: some texts become other tokens"
+    if model.get("ignore_merges") is True:
+        yield "tokenizer.json: ignore_merges takes whole words from the vocabulary, and llama.cpp merges: some words become other tokens"
+    missing = sum(letter not in model["vocab"] for letter in _BYTE_LETTERS)
+    if missing:
+        fallback = "byte_fallback would spell them, and " if model.get("byte_fallback") is True else ""
+        yield f"tokenizer.json: {missing} of 256 bytes have no token: {fallback}llama.cpp drops them from a text"
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            yield f"tokenizer.json: model.{key} expected none, got {quoted(model[key])}: llama.cpp adds none, so words become other tokens"
+    if eager := [text for text, entry in added.items() if any(entry.get(key) is True for key in _EAGER)]:
+        yield f"tokenizer.json: {len(eager)} added tokens such as {quoted(eager[0])} have {', '.join(_EAGER)} set, which llama.cpp does not heed"
+
+
+def _normalizer(entry: Any) -> str | None:
+    """The type of a normalizer that does something."""
+    if not isinstance(entry, dict):
+        return None
+    parts = entry.get("normalizers")
+    if entry.get("type") == "Sequence" and isinstance(parts, list):
+        return next((name for name in map(_normalizer, parts) if name is not None), None)
+    return str(entry.get("type"))
 
 
 def _bpe(data: dict[str, Any]) -> dict[str, Any]:
