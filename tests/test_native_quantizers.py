@@ -272,7 +272,7 @@ def test_report_and_summary_say_what_quantized(tmp_path: Path) -> None:
         report = json.loads(report_path(out).read_text())
         assert report["quantizers"]["F32"] == "libggml" and report["quantizers"]["Q4_K"].startswith(wish)
         assert (f"{SWITCH}=libggml" in done.stderr) == (wish == "libggml")
-        assert report["quantizers"]["Q4_K"] in done.stdout
+        assert f"Q4_K  {wish} " in done.stdout
         said.add(report["quantizers"]["Q4_K"])
         digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
     assert len(said) == 2 and len(digests) == 1
