@@ -38,6 +38,8 @@ class Setup:
     n_ctx: int = 4096
     n_batch: int = 512
     n_threads: int = 2
+    mtp: Path | None = None
+    """A side file of heads, for step35."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class Step35:
 
     def __enter__(self) -> Self:
         s = self.setup
-        self.engine = Engine(EngineOptions(s.model, draft=self.draft, n_ctx=s.n_ctx, n_batch=s.n_batch, n_threads=s.n_threads))
+        self.engine = Engine(EngineOptions(s.model, s.mtp, self.draft, n_ctx=s.n_ctx, n_batch=s.n_batch, n_threads=s.n_threads))
         for context in self.engine.drafter.heads.contexts if self.engine.drafter.heads else ():
             context.decode = self._counted(context.decode)
         return self

@@ -34,13 +34,13 @@ POOL_BLOCKS = 4096
 CHUNK_BLOCKS = 1 << 19
 
 
-def write_model(out: Path, *, preset: str = PRESET) -> Path:
+def write_model(out: Path, *, preset: str = PRESET, mtp: MtpMode = MtpMode.KEEP) -> Path:
     """Writes the GGUF and returns its path."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder) / "step35-slice", SHAPE, sparse=True)
         models = load_models()
-        workspace = open_workspace(checkpoint, models, mtp=MtpMode.KEEP)
-        (planned,) = workspace.plan(Wishes(out=out, type_name=preset), models).files
+        workspace = open_workspace(checkpoint, models, mtp=mtp)
+        (planned,) = workspace.plan(Wishes(out=out, type_name=preset, mtp=mtp), models).files
     _write(planned, {Kind.ROPE_FREQS: rope_freqs(workspace.checkpoint.arch)})
     return out
 

@@ -13,10 +13,13 @@ from convert_step35.output import write_atomically
 from convert_step35.progress import bytes_bar
 from convert_step35.quantizers import load_quantizers
 from convert_step35.recipes import ggml_type
-from convert_step35.report import heads_report, report_path, to_json
+from convert_step35.report import heads_report, report_path, to_json, trim_report
 from convert_step35.requantizing import HeadsPlan, plan_heads
 from convert_step35.requantizing import requantize as requantize_heads
+from convert_step35.sizes import format_size
 from convert_step35.tables import heads_summary
+from convert_step35.trimming import plan_trim
+from convert_step35.trimming import trim as trim_heads
 
 
 @click.group(invoke_without_command=True)
@@ -47,6 +50,31 @@ def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: 
         print(to_json(report), end="")
         return
     console().print(heads_summary(out, report))
+
+
+@mtp.command()
+@click.argument("file", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--vocab", "n_kept", type=click.IntRange(1), metavar="N", required=True, help="Tokens that can be drafted, such as 32768.")
+@click.option("--counts", type=PATH, required=True, help="What step35 count-tokens wrote of a text like the model's work.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole.")
+@json_option
+def trim(file: Path, out: Path, n_kept: int, counts: Path, overwrite: bool, as_json: bool) -> None:
+    """Make OUT (.gguf), a side file of FILE's MTP heads that draft the N most frequent tokens only.
+
+    Drafts get cheaper and some fewer are accepted; the text stays the same. step35 runs it with --mtp OUT.
+    """
+    plan = plan_trim(file, n_kept, counts)
+    _refuse_existing(file, output_path(out), overwrite)
+    with bytes_bar("writing", plan.n_bytes) as on_bytes:
+        written = trim_heads(plan, out, load_quantizers(), on_bytes)
+    report = trim_report(out, plan, written)
+    write_atomically(report_path(out), to_json(report))
+    if as_json:
+        print(to_json(report), end="")
+        return
+    size = format_size(report["files"][0]["bytes"])
+    print(f"wrote {out}  {size}; {n_kept} of {plan.n_vocab} tokens, {plan.share:.2%} of the text that was counted")
 
 
 def _requantize(plan: HeadsPlan, out: Path, kind: Any, n_threads: int) -> dict[str, Any]:

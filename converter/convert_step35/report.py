@@ -12,6 +12,7 @@ from convert_step35.measure import Errors
 from convert_step35.plan import Plan, PlannedTensor
 from convert_step35.requantizing import HeadsPlan, Requantized
 from convert_step35.rewriting import Written
+from convert_step35.trimming import TrimPlan
 
 REPORT_SUFFIX = ".report.json"
 
@@ -43,6 +44,18 @@ def heads_report(out: Path, plan: HeadsPlan, done: Requantized) -> dict[str, Any
         "files": [{"name": out.name, "bytes": out.stat().st_size, "tensors": len(tensors)}],
         "source_bytes": plan.file.n_bytes,
         "tensors": tensors,
+    }
+
+
+def trim_report(out: Path, plan: TrimPlan, written: Sequence[Written]) -> dict[str, Any]:
+    """The report of a side file of trimmed heads."""
+    return {
+        "source": plan.file.path.name,
+        "n_vocab": plan.n_vocab,
+        "n_kept": len(plan.kept),
+        "share_of_counted": round(plan.share, 6),
+        "files": [{"name": out.name, "bytes": out.stat().st_size, "tensors": len(written)}],
+        "tensors": [_written(out, tensor, None, None) for tensor in written],
     }
 
 

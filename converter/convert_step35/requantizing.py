@@ -68,7 +68,7 @@ class Requantized:
 
 def plan_heads(path: Path, kind: GgmlType) -> HeadsPlan:
     """Open a GGUF, with or without a trunk, and choose what to quantize again; refuses what has no whole heads."""
-    file, mapped = _open_heads(path)
+    file, mapped = open_heads(path)
     changes = tuple(
         Change(t, file.tensors[t.name], fit_to_row(kind, t.row_size))
         for t in mapped
@@ -93,7 +93,7 @@ def requantize(
     return Requantized(tuple(written), errors)
 
 
-def _open_heads(path: Path) -> tuple[GgufFile, list[MappedTensor]]:
+def open_heads(path: Path) -> tuple[GgufFile, list[MappedTensor]]:
     """One whole file and the matrices of its heads, each there and of its shape."""
     if is_shard_name(path.name):
         raise GgufError(

@@ -11,6 +11,7 @@ import click
 
 from step35 import __version__
 from step35.backend.cli import backend, rpc_server
+from step35.count_cli import count_tokens
 from step35.doctor_cli import doctor
 from step35.errors import Step35Error
 from step35.launch_cli import launch
@@ -205,6 +206,7 @@ cli.add_command(launch)
 cli.add_command(backend)
 cli.add_command(rpc_server)
 cli.add_command(mtp)
+cli.add_command(count_tokens)
 
 
 def main() -> None:

@@ -136,7 +136,8 @@ class Drafter:
             self.controller.costs.observe_draft(head, self._clock() - started)
 
     def _add_draft(self, head: int, cycle: Cycle, logits) -> None:
-        token, margin = choose_with_margin(logits, cycle.sampling, len(cycle.tokens) + head)
+        names = self.heads.vocabulary.tokens if self.heads.vocabulary else None
+        token, margin = choose_with_margin(logits, cycle.sampling, len(cycle.tokens) + head, names)
         if self._fixed_depth is None and not self.controller.keeps(head, cycle.chance, margin):
             return
         cycle.source = "mtp"

@@ -123,7 +123,7 @@ class Engine:
         for head in range(min(depth, model.n_heads)):
             contexts.append(model.open_head(head, self.options.context(n_batch=n_batch, n_outputs=n_batch)))
             self._closers.append(contexts[-1].close)
-        return Heads(contexts, self.window, self.model.n_embd)
+        return Heads(contexts, self.window, self.model.n_embd, model.draft_vocabulary)
 
     def _head_model(self, load_model: "Callable[[ModelOptions], Model]") -> "Model":
         if self.options.mtp is None:

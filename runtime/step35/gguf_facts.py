@@ -17,6 +17,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from step35 import draft_vocabulary
 from step35.errors import ModelError
 
 ARCHITECTURE = "step35"
@@ -80,6 +81,8 @@ class ModelShape:
     n_expert: int
     n_expert_used: int
     n_vocab: int
+    n_head_vocab: int
+    """Logits of a head: n_vocab, or less where heads were trimmed."""
     head_dim: int
     window: int
     n_ctx_train: int
@@ -117,7 +120,7 @@ def read_header(path: Path) -> Header:
     files = [_read_file(path)]
     files += [_read_file(shard) for shard in _other_shards(path, files[0].metadata.get("split.count", 1))]
     metadata = files[0].metadata
-    if metadata.get("general.architecture") != ARCHITECTURE:
+    if metadata.get("general.architecture") not in (ARCHITECTURE, draft_vocabulary.ARCHITECTURE):
         raise ModelError(
             f"not a Step-3.5 model: {path} expected general.architecture={ARCHITECTURE}, "
             f"got {metadata.get('general.architecture')!r}; convert a checkpoint with convert-step35"
@@ -152,7 +155,7 @@ def with_side(header: Header, side: Header) -> Header:
         raise ModelError(
             f"no MTP heads: {side.path} expected some, got none; make it with convert-step35 run --mtp only"
         )
-    shape = replace(header.shape, n_heads=side.shape.n_heads, layers=header.shape.trunk + side.shape.heads)
+    shape = replace(header.shape, n_heads=side.shape.n_heads, n_head_vocab=side.shape.n_vocab, layers=header.shape.trunk + side.shape.heads)
     trunk = tuple(_idle(tensor) for tensor in header.tensors if not is_skipped(tensor))
     heads = tuple(_of_head(tensor, shape.n_trunk) for tensor in side.tensors)
     return replace(header, shape=shape, tensors=trunk + heads)
@@ -215,6 +218,7 @@ def _shape(path: Path, metadata: dict[str, Any], shapes: dict[str, tuple[int, ..
         n_expert=keys.number("expert_count"),
         n_expert_used=keys.number("expert_used_count"),
         n_vocab=shapes["token_embd.weight"][0],
+        n_head_vocab=shapes["token_embd.weight"][0],
         head_dim=head_dim,
         window=keys.number("attention.sliding_window"),
         n_ctx_train=keys.number("context_length"),

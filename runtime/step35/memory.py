@@ -6,7 +6,7 @@ buffers are counted as if on one device; `placement` says which.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from step35 import graph_memory
@@ -90,6 +90,7 @@ def trunk_context(shape: ModelShape, run: Run) -> ContextBytes:
 @cache
 def head_context(shape: ModelShape, run: Run) -> ContextBytes:
     """Returns the buffers of one head's context; llama.cpp keeps cells for all heads in each."""
+    shape = replace(shape, n_vocab=shape.n_head_vocab)
     n_batch = min(run.head_rows, run.n_ctx)
     n_ring = ring_cells(shape, run, n_batch)
     kv = [cell_bytes(shape, layer, run.kv_type) * n_ring for layer in shape.heads]

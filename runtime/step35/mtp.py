@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from step35.draft_vocabulary import DraftVocabulary
 from step35.hidden import HiddenRows
 from step35.rows import Rows
 
@@ -57,10 +58,18 @@ class Chain:
 class Heads:
     """The heads' contexts, in the order of the chain; `n_least` is how many rows a run has at least, 1 to REDONE."""
 
-    def __init__(self, contexts: "Sequence[Context]", window: int, n_embd: int) -> None:
+    def __init__(
+        self,
+        contexts: "Sequence[Context]",
+        window: int,
+        n_embd: int,
+        vocabulary: DraftVocabulary | None = None,
+    ) -> None:
         self.contexts = contexts
         self.window = window
         self.n_least = REDONE
+        self.vocabulary = vocabulary
+        """Of trimmed heads; None if they know all of the model's tokens."""
         self._n_embd = n_embd
 
     def __len__(self) -> int:
@@ -89,7 +98,7 @@ class Heads:
             tracks[head + 1].inputs.truncate(max(0, n_final))
 
     def run(self, head: int, chains: Sequence[Chain]) -> list[np.ndarray]:
-        """Runs one head for several sequences; returns each one's logits (n_vocab,) of its new row."""
+        """Runs one head for several sequences; returns each one's logits of its new row, by the heads' own ids."""
         context = self.contexts[head]
         rows = []
         for chain in chains:
@@ -132,6 +141,7 @@ class Heads:
     def _rows(self, head: int, chain: Chain, first: int, end: int) -> Rows:
         tokens = chain.row_tokens(head, first, end)
         n_outputs = len(tokens) if head + 1 < len(self) else int(end == chain.n_rows)
+        tokens = self.vocabulary.known(tokens) if self.vocabulary else tokens
         return Rows(chain.seq, first, tokens, n_outputs, chain.tracks[head].inputs.get(first, end))
 
     def _keep_hidden(self, head: int, chains: Sequence[Chain], rows: Sequence[Rows]) -> None:

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from step35 import draft_vocabulary
 from step35.backend.chosen import check_identity, chosen_libraries, describe
+from step35.draft_vocabulary import DraftVocabulary
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
 from step35.long_runs import cut_long_runs
 from step35.machine import DISCRETE, INTEGRATED, Device
@@ -145,7 +147,10 @@ _gguf_kv_type = _bind("gguf_get_kv_type", "", [_p, ctypes.c_int64], ctypes.c_int
 _gguf_u16 = _bind("gguf_get_val_u16", "", [_p, ctypes.c_int64], ctypes.c_uint16)
 _gguf_u32 = _bind("gguf_get_val_u32", "", [_p, ctypes.c_int64], ctypes.c_uint32)
 _gguf_str = _bind("gguf_get_val_str", "", [_p, ctypes.c_int64], ctypes.c_char_p)
-_GGUF_U16, _GGUF_U32, _GGUF_STRING = 2, 4, 8
+_gguf_array_type = _bind("gguf_get_arr_type", "", [_p, ctypes.c_int64], ctypes.c_int)
+_gguf_array_length = _bind("gguf_get_arr_n", "", [_p, ctypes.c_int64], ctypes.c_size_t)
+_gguf_array_data = _bind("gguf_get_arr_data", "", [_p, ctypes.c_int64], _p)
+_GGUF_U16, _GGUF_U32, _GGUF_I32, _GGUF_STRING, _GGUF_ARRAY = 2, 4, 5, 8, 9
 
 
 # the file
@@ -162,6 +167,8 @@ class FileFacts:
     n_declared_heads: int
     n_heads: int
     """MTP heads whose tensors are in the file: all declared ones or none."""
+    draft_vocabulary: DraftVocabulary | None = None
+    """Of trimmed heads."""
 
 
 def read_facts(path: Path) -> FileFacts:
@@ -169,7 +176,8 @@ def read_facts(path: Path) -> FileFacts:
     _check_file(path)
     with _open_gguf(path) as gguf:
         architecture = _text(gguf, "general.architecture")
-        if architecture != ARCHITECTURE:
+        is_trimmed = architecture == draft_vocabulary.ARCHITECTURE
+        if architecture != ARCHITECTURE and not is_trimmed:
             raise ModelError(
                 f"not a Step-3.5 model: {path} expected general.architecture={ARCHITECTURE}, "
                 f"got {architecture!r}; convert a checkpoint with convert-step35"
@@ -178,8 +186,14 @@ def read_facts(path: Path) -> FileFacts:
         n_heads = _number(gguf, f"{ARCHITECTURE}.nextn_predict_layers", 0)
         n_ctx = _number(gguf, f"{ARCHITECTURE}.context_length")
         shards = _shards(path, _number(gguf, "split.count", 1))
+        vocabulary = _draft_vocabulary(path, gguf) if is_trimmed else None
     n_found, has_trunk = _find_blocks(path, n_layers - n_heads, n_heads, shards)
-    return FileFacts(path, n_layers - n_heads, n_ctx, has_trunk, n_heads, n_found)
+    return FileFacts(path, n_layers - n_heads, n_ctx, has_trunk, n_heads, n_found, vocabulary)
+
+
+def _draft_vocabulary(path: Path, gguf: int) -> DraftVocabulary:
+    tokens, stand_ins = (_integers(gguf, f"{ARCHITECTURE}.draft.{name}") for name in ("tokens", "stand_ins"))
+    return draft_vocabulary.checked(path, tokens, stand_ins, _text(gguf, f"{ARCHITECTURE}.draft.vocab_sha256"))
 
 
 def _check_file(path: Path) -> None:
@@ -243,6 +257,14 @@ def _number(gguf: int, key: str, default: int | None = None) -> int:
     )
 
 
+def _integers(gguf: int, key: str) -> np.ndarray:
+    index = _gguf_find_key(gguf, key.encode())
+    if index < 0 or _gguf_kv_type(gguf, index) != _GGUF_ARRAY or _gguf_array_type(gguf, index) != _GGUF_I32:
+        raise ModelError(f"bad metadata: {key} expected an array of int32, got nothing or another type")
+    n, address = _gguf_array_length(gguf, index), _gguf_array_data(gguf, index)
+    return np.array((ctypes.c_int32 * n).from_address(address), np.int32) if n else np.zeros(0, np.int32)
+
+
 def _text(gguf: int, key: str) -> str:
     index = _gguf_find_key(gguf, key.encode())
     if index < 0 or _gguf_kv_type(gguf, index) != _GGUF_STRING:
@@ -259,9 +281,12 @@ class Model:
     def __init__(self, options: ModelOptions) -> None:
         _start_backend()
         self.facts = read_facts(options.path)
-        self._handle = _load(options)
+        self._handle = _load(options, self.facts.draft_vocabulary is not None)
         self._vocab = C.llama_model_get_vocab(self._handle)
-        self.n_vocab: int = C.llama_vocab_n_tokens(self._vocab)
+        self.draft_vocabulary = self.facts.draft_vocabulary
+        self.n_logits: int = C.llama_vocab_n_tokens(self._vocab)
+        """Logits of a row: one a token of the vocabulary, or of the trimmed heads' own."""
+        self.n_vocab = len(self.draft_vocabulary.stand_ins) if self.draft_vocabulary else self.n_logits
         self.n_embd: int = C.llama_model_n_embd(self._handle)
         self.n_swa: int = C.llama_model_n_swa(self._handle)
         self.n_ctx_train: int = C.llama_model_n_ctx_train(self._handle)
@@ -271,7 +296,7 @@ class Model:
         self.bos: int = C.llama_vocab_bos(self._vocab)
         self.eos: int = C.llama_vocab_eos(self._vocab)
         self.add_bos: bool = C.llama_vocab_get_add_bos(self._vocab)
-        self.turn_start = self._single_token(b"<|im_start|>")
+        self.turn_start = None if self.draft_vocabulary else self._single_token(b"<|im_start|>")
         """The token that begins a message; None in a vocabulary without chat tokens."""
 
     def close(self) -> None:
@@ -318,6 +343,8 @@ class Model:
     @property
     def vocab_digest(self) -> str:
         """A short digest of all token texts: equal for files of the same checkpoint."""
+        if self.draft_vocabulary:
+            return self.draft_vocabulary.digest
         texts = (C.llama_vocab_get_text(self._vocab, token) or b"" for token in range(self.n_vocab))
         return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
@@ -377,7 +404,7 @@ def _start_backend() -> None:
         _started = True
 
 
-def _load(options: ModelOptions) -> object:
+def _load(options: ModelOptions, is_trimmed: bool) -> object:
     for endpoint in options.rpc:
         add_rpc_server(endpoint)
     if options.spreads_numa:
@@ -389,11 +416,22 @@ def _load(options: ModelOptions) -> object:
     overrides, shares = _overrides(options.overrides), _shares(options.tensor_split)  # llama.cpp borrows both
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p) if overrides else None
     params.tensor_split = shares
+    params.kv_overrides = _renamed() if is_trimmed else None
+    params.vocab_only = options.vocab_only
     _last_errors.clear()
     handle = C.llama_model_load_from_file(os.fsencode(options.path), params)
     if not handle:
         raise ModelError(f"can't load {options.path}: {_reason()}; if a download was cut short, fetch the file again")
     return handle
+
+
+@cache  # llama.cpp borrows it
+def _renamed() -> "ctypes.Array[C.llama_model_kv_override]":
+    """Makes llama.cpp load trimmed heads as what they are but for the ids."""
+    entries = (C.llama_model_kv_override * 2)()
+    entries[0].tag, entries[0].key = C.LLAMA_KV_OVERRIDE_TYPE_STR, b"general.architecture"
+    entries[0].value.val_str = ARCHITECTURE.encode()
+    return entries
 
 
 @cache
@@ -710,8 +748,8 @@ class Context:
         raise NativeError(f"llama_decode of {n_rows} tokens failed with code {code}: {reason}")
 
     def logits(self) -> np.ndarray:
-        """Returns a view (n_outputs, n_vocab) float32 of the last decode's output rows, in batch order."""
-        return _view(C.llama_get_logits(self._ctx), self._n_outputs, self.model.n_vocab)
+        """Returns a view (n_outputs, n_logits) float32 of the last decode's output rows, in batch order."""
+        return _view(C.llama_get_logits(self._ctx), self._n_outputs, self.model.n_logits)
 
     def hidden(self) -> np.ndarray:
         """Returns a view (rows, n_embd) float32 of pre-norm hidden states.

@@ -27,6 +27,7 @@ class ModelOptions:
     """HOST:PORT of rpc-servers, whose GPUs come first."""
     spreads_numa: bool = False
     """For the whole process, from the first such load on."""
+    vocab_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

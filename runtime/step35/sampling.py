@@ -189,17 +189,23 @@ def _able_to_win(scores: np.ndarray, seed: int, position: int, ids: np.ndarray) 
     return np.flatnonzero((scores > floor) | (_uniform(seed, position, ids) >= needed))
 
 
-def choose_with_margin(logits: np.ndarray, sampling: Sampling, position: int) -> tuple[int, float]:
-    """Returns a draft for a position, and the distance of the two best (noised) scores."""
+def choose_with_margin(
+    logits: np.ndarray, sampling: Sampling, position: int, names: np.ndarray | None = None
+) -> tuple[int, float]:
+    """Returns a draft for a position, and the distance of the two best (noised) scores.
+
+    `names` has the token ids where they aren't the places in `logits`.
+    """
     ids = np.flatnonzero(logits >= logits.max() + np.log(DRAFT_MIN_P) * max(sampling.temperature, 1.0))
     scores = logits[ids].astype(np.float64)
     if sampling.temperature > 0:
         kept = truncate(scores, sampling)
         ids = ids[kept]
-        scores = scores[kept] / sampling.temperature + gumbel(sampling.seed, position, ids)
+        tokens = ids if names is None else names[ids]
+        scores = scores[kept] / sampling.temperature + gumbel(sampling.seed, position, tokens)
     best = int(scores.argmax())
     lead, scores[best] = float(scores[best]), -np.inf
-    return int(ids[best]), lead - float(scores.max())
+    return int(ids[best] if names is None else names[ids[best]]), lead - float(scores.max())
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
