@@ -57,7 +57,7 @@ def test_what_went_elsewhere_or_grew_is_said(old, new, said):
 def test_a_remote_devices_buffers_carry_its_address():
     """They were taken for the host's: every run over rpc said that all its weights lay on the wrong box."""
     lines = [line.replace("CUDA0", "RPC0[10.0.0.2:50052]") for line in LOG]
-    assert differences(PLANNED, read_buffers(lines), ["RPC0"]) == []
+    assert differences(PLANNED, read_buffers(lines), ["RPC0[10.0.0.2:50052]", "RPC0[10.0.0.3:50052]"]) == []
 
 
 def test_weights_in_a_mapped_file_are_not_compared():

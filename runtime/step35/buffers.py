@@ -56,8 +56,7 @@ def _devices(planned: Usage, real: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _device(name: str, gpus: Sequence[str]) -> str:
-    own = name.partition("[")[0]  # RPC0's buffers are called RPC0[HOST:PORT]
-    return next((gpu_name(i) for i, gpu in enumerate(gpus) if own == gpu), HOST)
+    return next((gpu_name(i) for i, gpu in enumerate(gpus) if name == gpu), HOST)
 
 
 def _difference(planned: Usage, device: str, kind: str, sizes: Sequence[int]) -> str | None:

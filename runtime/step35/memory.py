@@ -52,6 +52,8 @@ class ContextBytes:
     compute: int
     inputs: int
     """The part of `compute` that comes from the host at every step."""
+    embedded: int
+    """The rows of the token embedding that the host looks up: it holds no other part of a graph that runs elsewhere."""
     outputs: int
     """Logits and hidden states, on the host."""
 
@@ -84,7 +86,9 @@ def trunk_context(shape: ModelShape, run: Run) -> ContextBytes:
     step = _step(run, n_batch, min(n_batch, VERIFY_ROWS * run.n_sessions), n_ring)
     outputs = F32 * (shape.n_vocab * step.n_outputs + shape.n_embd * n_batch)
     compute = graph_memory.n_bytes(trunk_graph(shape, step))
-    return ContextBytes((*kv, *[0] * len(shape.heads)), compute, _inputs(shape, step), outputs)
+    embedded = F32 * shape.n_embd * step.n_tokens
+    inputs = _mask_bytes(step, step.n_cells + step.n_ring_cells) + embedded
+    return ContextBytes((*kv, *[0] * len(shape.heads)), compute, inputs, embedded, outputs)
 
 
 @cache
@@ -97,7 +101,9 @@ def head_context(shape: ModelShape, run: Run) -> ContextBytes:
     step = _step(run, n_batch, n_batch, n_ring)
     outputs = F32 * (shape.n_vocab + shape.n_embd) * step.n_outputs
     compute = graph_memory.n_bytes(head_graph(shape, step))
-    return ContextBytes((*[0] * shape.n_trunk, *kv), compute, _inputs(shape, step), outputs)
+    embedded = F32 * shape.n_embd * step.n_tokens
+    inputs = _mask_bytes(step, step.n_ring_cells) + embedded
+    return ContextBytes((*[0] * shape.n_trunk, *kv), compute, inputs, embedded, outputs)
 
 
 def _step(run: Run, n_batch: int, n_outputs: int, n_ring: int) -> Step:
@@ -106,9 +112,8 @@ def _step(run: Run, n_batch: int, n_outputs: int, n_ring: int) -> Step:
     return Step(n_tokens, min(n_tokens, n_outputs), run.n_cells, n_ring, run.has_flash_attention, is_quantized)
 
 
-def _inputs(shape: ModelShape, step: Step) -> int:
-    mask = F16 if step.has_flash_attention else F32
-    return step.n_tokens * (mask * (step.n_cells + step.n_ring_cells) + F32 * shape.n_embd)
+def _mask_bytes(step: Step, n_cells: int) -> int:
+    return step.n_tokens * n_cells * (F16 if step.has_flash_attention else F32)
 
 
 def checkpoint_bytes(shape: ModelShape, run: Run) -> int:

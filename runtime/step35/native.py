@@ -496,12 +496,16 @@ def devices() -> list[Device]:
 
 
 def gpu_names() -> list[str]:
-    """Returns ggml's names of the GPUs that a model is loaded to, such as CUDA0, in the order of a plan's."""
+    """Returns the names that buffers on the GPUs have, such as CUDA0 or RPC0[HOST:PORT], in the order of a plan's.
+
+    ggml counts remote devices through, but their buffers anew for each server.
+    """
     gpus = list(_gpus())
-    remote = [gpu for gpu in gpus if gpu.name.startswith(_RPC)]
-    own = [gpu for gpu in gpus if gpu not in remote]
+    remote = [gpu.description.decode() for gpu in gpus if gpu.name.startswith(_RPC)]
+    names = [f"RPC{remote[:i].count(endpoint)}[{endpoint}]" for i, endpoint in enumerate(remote)]
+    own = [gpu for gpu in gpus if not gpu.name.startswith(_RPC)]
     cards = [gpu for gpu in own if _GPU_KINDS[gpu.type] == DISCRETE]
-    return [gpu.name.decode() for gpu in (*remote, *(cards or own))]
+    return [*names, *(gpu.name.decode() for gpu in cards or own)]
 
 
 def _gpus() -> Iterator[_DeviceProps]:

@@ -13,7 +13,7 @@ from step35.memory import Run, checkpoints_bytes, head_context, loaded_tensors, 
 HOST = "CPU"
 MATRICES = ("gate", "up", "down")
 N_PIPELINE_COPIES = 4
-"""Inputs that ggml keeps on each of several GPUs when whole layers are split over them."""
+"""Sets of inputs that ggml keeps, on the host and on each GPU, where a box has several and they hold all layers."""
 
 
 class Purpose(StrEnum):
@@ -90,7 +90,7 @@ def usage(header: Header, machine: Machine, run: Run, layout: Layout, loading: L
     for (device, purpose), n in _weights(header, bool(run.n_heads), layout).items():
         counted[device][purpose] += n
     _add_cells(counted, header, run, layout)
-    _add_buffers(counted, header, run, layout)
+    _add_buffers(counted, header, run, layout, len(machine.gpus))
     _add_rest(counted, header, machine, run, layout, loading)
     return {device: {p: sizes[p] for p in Purpose if sizes[p]} for device, sizes in sorted(counted.items())}
 
@@ -115,20 +115,20 @@ def _add_cells(counted: dict, header: Header, run: Run, layout: Layout) -> None:
             counted[device][Purpose.HEAD_KV] += run.n_heads * n
 
 
-def _add_buffers(counted: dict, header: Header, run: Run, layout: Layout) -> None:
+def _add_buffers(counted: dict, header: Header, run: Run, layout: Layout, n_gpus: int) -> None:
     """Compute buffers: a whole graph's wherever a part of it may run, its inputs on a host that runs none."""
-    trunk = trunk_context(header.shape, run)
     is_split = layout.host_experts or HOST in layout.layers
-    counted[HOST][Purpose.COMPUTE] += trunk.compute if is_split else trunk.inputs
+    n_copies = N_PIPELINE_COPIES if n_gpus > 1 and not is_split else 1
+    trunk = trunk_context(header.shape, run)
+    counted[HOST][Purpose.COMPUTE] += trunk.compute if is_split else n_copies * trunk.inputs + trunk.embedded
     counted[HOST][Purpose.OUTPUTS] += trunk.outputs
-    n_copies = N_PIPELINE_COPIES - 1 if len(layout.gpus) > 1 and not is_split else 0
     for device in layout.gpus:
-        counted[device][Purpose.COMPUTE] += trunk.compute + n_copies * trunk.inputs
+        counted[device][Purpose.COMPUTE] += trunk.compute + (n_copies - 1) * trunk.inputs
     if run.n_heads:
         head, device = head_context(header.shape, run), layout.layers[-1]
         counted[HOST][Purpose.OUTPUTS] += run.n_heads * head.outputs
-        counted[device][Purpose.COMPUTE] += run.n_heads * head.compute
-        counted[HOST][Purpose.COMPUTE] += run.n_heads * head.inputs if device != HOST else 0
+        counted[device][Purpose.COMPUTE] += run.n_heads * (head.compute + (n_copies - 1) * (head.inputs + head.embedded))
+        counted[HOST][Purpose.COMPUTE] += run.n_heads * (n_copies * head.inputs + head.embedded) if device != HOST else 0
 
 
 def _add_rest(counted: dict, header: Header, machine: Machine, run: Run, layout: Layout, loading: Loading) -> None:
