@@ -39,7 +39,7 @@ def test_what_does_not_fit_says_what_to_try_and_exits_1(model):
     done = step35("plan", model, "--machine", "dgx-spark", "--ctx", 262144)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith("does not fit; try ctx 2")
-    assert "or recipe MOE_IQ3_S_" in done.stdout
+    assert "or recipe MOE_" in done.stdout  # that it fits: test_placement
 
 
 def test_a_plan_file_that_no_longer_fits_says_what_a_new_one_could(model, tmp_path):
