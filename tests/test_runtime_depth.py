@@ -142,3 +142,40 @@ def test_looking_up_gives_way_to_heads_that_are_right():
     world = World(0.3, 0.5 * PLAIN_S, 0.0)
     world.run(300)
     assert world.controller.lookup_depth(match_length=16, n_available=7) > 0
+
+
+def test_a_head_that_missed_rows_runs_once_its_gains_pay_for_them():
+    """A head that was seldom worth it read up to a window of rows each time it was."""
+    controller = DepthController(1)
+    for width, seconds in ((1, 0.050), (2, 0.055)):
+        controller.costs.observe_verify(width, seconds)
+    controller.costs.observe_draft(0, 0.005)
+    controller.costs.row_s = 0.001
+    assert controller.runs_head(0, 1.0, n_behind=512), "at first it is trusted"
+    answers = [controller.runs_head(0, 1.0, n_behind=100) for _ in range(20)]
+    assert answers.index(True) == pytest.approx(0.100 / 0.025, abs=2)
+    assert controller.runs_head(0, 1.0), "a head that is caught up needs no savings"
+
+
+def test_a_new_text_is_not_measured_by_the_speed_of_the_last():
+    """After text that look-ups drafted at three tokens a decode, no head seemed worth its time in the next chat."""
+    controller = DepthController(1)
+    controller.costs.observe_verify(1, 0.050)
+    for _ in range(100):
+        controller.learn_cycle(7, 0.070)
+    assert controller.token_value_s() == pytest.approx(0.010)
+    controller.wake()
+    assert controller.token_value_s() == 0.050
+
+
+def test_plain_probes_are_paid_for_and_need_heads():
+    """After a new prompt a plain decode seemed to cost nothing: it was probed without end, and nothing looked up."""
+    for n_heads in (0, 1):
+        controller = DepthController(n_heads)
+        controller.costs.observe_verify(1, 0.050)
+        controller._budget_s, n_probes = 1.0, 0
+        for _ in range(200):
+            controller.begin_cycle()
+            n_probes += controller._probe == 0
+            controller.learn_cycle(1, 0.050)
+        assert n_probes <= 1.0 / 0.050 + 1 if n_heads else n_probes == 0

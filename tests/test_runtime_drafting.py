@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step35.chooser import Chooser
+from step35.drafting import Memory
 from step35.engine import Engine
 from step35.errors import Cancelled, ContextFull
 from step35.generation import begin, generate, step
@@ -293,3 +294,13 @@ def test_token_ids_outside_the_vocabulary_are_refused():
 
     with engine(Script()).open_session() as session, pytest.raises(SettingsError, match="bad token"):
         session.sync([1, N_VOCAB])
+
+
+def test_look_ups_reach_farther_in_a_text_while_they_are_right():
+    """In a text that only resembled itself, seven wrong tokens were verified at a time."""
+    memory = Memory([])
+    reached = [memory.reach]
+    for n_accepted in (2, 4, 7, 7, 3, 3, 0, 1):
+        memory.learn_reach(memory.reach, n_accepted)
+        reached.append(memory.reach)
+    assert reached == [2, 4, 7, 7, 7, 3, 6, 1, 2]

@@ -6,6 +6,10 @@ a second token in a decode may be dear and the third nearly free. A token is wor
 present: the time of a plain decode, or less where drafting already beats it. A head is worth running
 when the gain expected over the margins it usually shows exceeds its own time.
 
+A head that has not run for a while first has to catch up with the rows it missed. That is bought on credit: what
+a head was expected to gain, run or not, is saved for it, and it runs when its savings pay for the rows. So a
+head that gains little seldom does, and one that gains much waits for a few cycles at most.
+
 What isn't done can't be measured, so a probe cycle now and then drafts at full depth or not at all.
 Probes are paid from a budget of PROBE_SHARE of the time spent, so they can't cost more than that.
 """
@@ -22,7 +26,7 @@ MARGIN_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PRIOR_WEIGHT = 4.0
 DECAY = 0.98
 N_SAMPLES = 15
-ROWS_PER_RUN = 4  # rows of a measured head run
+SAVED_ROWS = 512  # a head saves for so many rows at most: its window in the real model
 REST = 8  # cycles after one that ran no head before drafting is considered again
 
 
@@ -34,6 +38,8 @@ class Costs:
     _draft: dict[int, deque[float]] = field(default_factory=dict)
     _verify_s: dict[int, float] = field(default_factory=dict)
     _draft_s: dict[int, float] = field(default_factory=dict)
+    row_s: float = 0.0
+    """Seconds of a row that a head has to catch up with."""
 
     def observe_verify(self, width: int, seconds: float) -> None:
         _add(self._verify, width, seconds)
@@ -138,6 +144,7 @@ class DepthController:
         self.costs = Costs()
         self._heads = [Acceptance() for _ in range(n_heads)]
         self._lookups: dict[int, Acceptance] = {}
+        self._saved_s = [math.inf] * n_heads  # as much as may be saved: at first a head is trusted
         self._budget_s = 0.0
         self._probe: int | None = None
         self._n_resting = 0
@@ -158,7 +165,7 @@ class DepthController:
             self._n_resting -= 1
             return False
         depth = len(self._heads) if self._next_probe_is_deep else 0
-        if self._budget_s > self._probe_cost(depth, n_behind) > 0:
+        if self._heads and self._budget_s > self._probe_cost(depth, n_behind) > 0:
             self._probe = depth
             self._next_probe_is_deep = not self._next_probe_is_deep
         return True
@@ -168,17 +175,21 @@ class DepthController:
         if not n_drafted and not self._has_run and self._probe is None:
             self._n_resting = REST
 
+    def wake(self) -> None:
+        """Ends a rest and forgets what a token has cost of late: another text may be easier to draft, or harder."""
+        self._n_resting = 0
+        self._tokens = self._seconds = 0.0
+
     @property
     def is_resting(self) -> bool:
         return self._n_resting > 0
 
     def _probe_cost(self, depth: int, n_behind: int) -> float:
-        """Returns the seconds a probe may lose. Rows to catch up with come in batches: half price."""
+        """Returns the seconds a probe may lose."""
         plain = self.costs.verify(1)
         if depth == 0:
             return plain
-        n_runs = 1 + n_behind / ROWS_PER_RUN / 2
-        return self.costs.verify(depth + 1) - plain + n_runs * sum(self.costs.draft(h) for h in range(depth))
+        return self.costs.verify(depth + 1) - plain + sum(self.costs.draft(h) + n_behind * self.costs.row_s for h in range(depth))
 
     def token_value_s(self) -> float:
         """Returns the seconds that one more token is worth."""
@@ -187,15 +198,23 @@ class DepthController:
             return plain
         return min(plain, self._seconds / self._tokens)
 
-    def runs_head(self, head: int, chain_chance: float) -> bool:
-        """Whether to run a head, given the chance that all drafts before it are accepted."""
+    def runs_head(self, head: int, chain_chance: float, n_behind: int = 0) -> bool:
+        """Whether to run a head, given the chance that all drafts before it are accepted, and the rows it missed."""
         if self._probe is not None:
             return head < self._probe
         lines = self._outlook(head)
         gain = self._heads[head].expectation(lambda chance: max(0.0, _best(lines, chain_chance * chance)))
-        is_worth = gain > self.costs.draft(head)
+        net = gain - self.costs.draft(head)
+        is_worth = net > 0
         self._has_run |= is_worth
-        return is_worth
+        return is_worth and self._pays_for(head, net, n_behind * self.costs.row_s)
+
+    def _pays_for(self, head: int, net_s: float, price_s: float) -> bool:
+        """Saves what a head gains, up to the price of the next catching up, and takes the price if it suffices."""
+        saved = min(self._saved_s[head] + net_s, max(price_s, SAVED_ROWS * self.costs.row_s))
+        is_enough = saved >= price_s
+        self._saved_s[head] = saved - price_s if is_enough else saved
+        return is_enough
 
     def keeps(self, head: int, chain_chance: float, margin: float) -> bool:
         """Whether a head's token is worth verifying."""
@@ -270,7 +289,7 @@ class DepthController:
     def learn_cycle(self, n_tokens: int, seconds: float) -> None:
         """Learns what a cycle of one sequence took in all."""
         if self._probe is not None:
-            self._budget_s -= max(0.0, seconds - n_tokens * self.token_value_s())
+            self._budget_s -= max(0.0, seconds - n_tokens * self.token_value_s()) if self._probe else seconds
             self._probe = None
         self._tokens = self._tokens * DECAY + n_tokens
         self._seconds = self._seconds * DECAY + seconds
@@ -282,5 +301,5 @@ def _best(lines: Sequence[tuple[float, float]], chance: float) -> float:
 
 
 def _lookup_margin(match_length: int) -> float:
-    """Before anything is known, two matching tokens promise as much as a toss of a coin, and each doubling more."""
-    return math.log2(match_length / 2)
+    """Before anything is known, four matching tokens promise as much as a toss of a coin, and each doubling more."""
+    return math.log2(match_length / 4)

@@ -12,7 +12,7 @@ from step35.mtp import Chain, Heads, Track
 from step35.ngram import NgramIndex
 from step35.sampling import Sampling, choose_with_margin
 
-LONGEST_LOOKUP = 7
+LONGEST_LOOKUP, FIRST_REACH = 7, 2
 
 
 @dataclass(slots=True)
@@ -21,6 +21,11 @@ class Memory:
 
     tracks: list[Track]
     index: NgramIndex = field(default_factory=NgramIndex)
+    reach: int = FIRST_REACH
+    """Tokens a look-up may draft: doubled when all were right, else as many as were. Texts differ much in it."""
+
+    def learn_reach(self, n_drafted: int, n_accepted: int) -> None:
+        self.reach = min(2 * self.reach, LONGEST_LOOKUP) if n_accepted == n_drafted else max(1, n_accepted)
 
 
 @dataclass(slots=True)
@@ -73,8 +78,9 @@ class Drafter:
     # before the trunk's decode
 
     def propose(self, cycles: Sequence[Cycle]) -> None:
-        """Fills in the drafts of each cycle; where there is none, as while a prompt is read, nothing was decided."""
+        """Fills in the drafts of each cycle; there is none while a prompt is read, and after it drafting gets a new chance."""
         if not cycles:
+            self.controller.wake()
             return
         if self._fixed_depth is not None:
             self._run_heads(cycles)
@@ -93,13 +99,14 @@ class Drafter:
         self.controller.end_proposal(sum(len(c.drafts) for c in cycles))
 
     def _n_behind(self, cycle: Cycle) -> int:
-        """Returns how many rows the heads would have to catch up with."""
-        if not self.heads:
-            return 0
-        return min(len(cycle.tokens) - cycle.memory.tracks[0].n_final, self.heads.window)
+        """Returns how many rows the head that is farthest behind would have to catch up with."""
+        return max((self._n_missed(head, cycle) for head in range(len(self.heads or ()))), default=0)
+
+    def _n_missed(self, head: int, cycle: Cycle) -> int:
+        return self.heads.n_behind(head, cycle.memory.tracks, len(cycle.tokens) - 1)
 
     def _look_up(self, cycle: Cycle) -> None:
-        n_max = min(LONGEST_LOOKUP, cycle.n_max)
+        n_max = min(cycle.memory.reach, cycle.n_max)
         match = cycle.memory.index.find(cycle.tokens, n_max) if n_max > 0 else None
         if match is None:
             return
@@ -124,7 +131,7 @@ class Drafter:
     def _runs(self, head: int, cycle: Cycle) -> bool:
         if self._fixed_depth is not None:
             return head < self._fixed_depth
-        return self.controller.runs_head(head, cycle.chance)
+        return self.controller.runs_head(head, cycle.chance, self._n_missed(head, cycle))
 
     def _run_head(self, head: int, cycles: Sequence[Cycle]) -> None:
         is_usual = len(cycles) == 1 and self.heads.is_caught_up(head, cycles[0].chain)
@@ -155,6 +162,7 @@ class Drafter:
             self.controller.learn_heads(cycle.drafts, n_accepted)
         elif cycle.source == "ngram":
             self.controller.learn_lookup(cycle.match_length, len(cycle.drafts), n_accepted)
+            cycle.memory.learn_reach(len(cycle.drafts), n_accepted)
         if is_alone:
             if not self.controller.is_resting:
                 self.controller.costs.observe_verify(len(cycle.drafts) + 1, verify_s)

@@ -215,8 +215,16 @@ class Engine:
         for width in CALIBRATED_WIDTHS:
             tokens = [i * self.model.n_vocab // width for i in range(width)]  # unlike ones touch other experts
             costs.observe_verify(width, self._time(self.trunk, Rows(0, 0, tokens, outputs=width)))
-        for head, context in enumerate(self.drafter.heads.contexts if self.drafter.heads else ()):
-            costs.observe_draft(head, self._time(context, self._head_rows(max(USUAL_ROWS, self.drafter.heads.n_least))))
+        if self.drafter.heads:
+            self._calibrate_heads(self.drafter.heads)
+
+    def _calibrate_heads(self, heads: Heads) -> None:
+        costs, n_usual = self.drafter.controller.costs, max(USUAL_ROWS, heads.n_least)
+        for head, context in enumerate(heads.contexts):
+            costs.observe_draft(head, self._time(context, self._head_rows(n_usual)))
+        first = heads.contexts[0]
+        many_s = self._time(first, self._head_rows(first.n_batch))
+        costs.row_s = max(0.0, many_s - costs.draft(0)) / (first.n_batch - n_usual)
 
     def _choose_padding(self, heads: Heads) -> None:
         """Pads a head's runs to one shape where that is faster than to build a graph for each number of rows.

@@ -116,7 +116,11 @@ class Heads:
 
     def is_caught_up(self, head: int, chain: Chain) -> bool:
         """Whether the next run takes only the usual few rows."""
-        return chain.n_rows - chain.tracks[head].n_final <= REDONE
+        return not self.n_behind(head, chain.tracks, chain.n_rows)
+
+    def n_behind(self, head: int, tracks: Sequence[Track], n_rows: int) -> int:
+        """Returns how many rows more than the usual few the next run takes."""
+        return max(0, min(n_rows - tracks[head].n_final, self.window) - REDONE)
 
     def _rewind(self, head: int, chain: Chain) -> int:
         """Drops the rows to be decoded from the head's cache; returns the first of them."""
