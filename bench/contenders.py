@@ -162,7 +162,7 @@ class LlamaServer:
         return f"llama-server {self.depth or 'off'}"
 
     def __enter__(self) -> Self:
-        port = _free_port()
+        port = free_port()
         self._url = f"http://127.0.0.1:{port}"
         log = self._stack.enter_context(self.setup.model.with_suffix(".server.log").open("wb"))
         process = subprocess.Popen(
@@ -203,7 +203,8 @@ class LlamaServer:
         return [values["llamacpp:spec_decode_num_drafts_total"], *accepted]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -76,8 +76,9 @@ def at_temperatures(tasks: Iterable[Task], temperatures: Iterable[float]) -> lis
 def play(part: str, contenders: Sequence[Contender], tasks: Sequence[Task], rounds: int) -> Iterator[Result]:
     """Runs all tasks by all contenders, who take turns at each task; a round has seeds of its own."""
     with ExitStack() as stack:
+        for model in {contender.setup.model for contender in contenders}:
+            stack.enter_context(hold_in_memory(model))
         for contender in contenders:
-            stack.enter_context(hold_in_memory(contender.setup.model))
             stack.enter_context(contender).run(tasks[0])
         for number in range(1, rounds + 1):
             for i, task in enumerate(tasks):

@@ -19,7 +19,6 @@ its usage.
 import csv
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from server import CHAT, ROOT, TEXT, Heard, ask
 sys.path.insert(0, str(ROOT / "tests"))  # the server as a process, the text
 
 import build_peers
+from contenders import free_port
 from live_server import LiveServer
 from reference.corpus import split_sources, standard_library
 
@@ -92,7 +92,7 @@ def _ours(stack: ExitStack, s: Setup, draft: str) -> str:
 
 
 def _llama_server(stack: ExitStack, s: Setup, draft: str) -> str:
-    port = _free_port()
+    port = free_port()
     command = [str(build_peers.program("llama-server")), "-m", str(s.model), "--port", str(port), "--jinja"]
     command += ["-c", str(s.n_ctx), "-b", str(s.n_batch), "-ub", str(s.n_batch), "-np", str(s.n_parallel), "-kvu"]
     command += ["-t", str(s.n_threads), "-tb", str(s.n_threads)]
@@ -101,7 +101,7 @@ def _llama_server(stack: ExitStack, s: Setup, draft: str) -> str:
 
 
 def _python_server(stack: ExitStack, s: Setup, draft: str) -> str:
-    port = _free_port()
+    port = free_port()
     model = {
         "path": str(s.model), "n_ctx": s.n_ctx, "n_seq_max": s.n_parallel + 2, "n_batch": s.n_batch, "n_ubatch": s.n_batch,
         "threads": s.n_threads, "threads_batch": s.n_threads, "kv_unified": True, "max_output_tokens": s.n_ctx,
@@ -113,12 +113,6 @@ def _python_server(stack: ExitStack, s: Setup, draft: str) -> str:
     command = [sys.executable, str(build_peers.python_server()), "-C", str(config)]
     environment = os.environ | {"PYTHONPATH": str(build_peers.PYTHON_PACKAGES)}
     return stack.enter_context(_Program(command, environment, port, "/healthz")).url
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class _Program(AbstractContextManager):

@@ -189,7 +189,8 @@ class DepthController:
         plain = self.costs.verify(1)
         if depth == 0:
             return plain
-        return self.costs.verify(depth + 1) - plain + sum(self.costs.draft(h) + n_behind * self.costs.row_s for h in range(depth))
+        heads_s = sum(self.costs.draft(head) + n_behind * self.costs.row_s for head in range(depth))
+        return self.costs.verify(depth + 1) - plain + heads_s
 
     def token_value_s(self) -> float:
         """Returns the seconds that one more token is worth."""
