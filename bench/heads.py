@@ -33,6 +33,8 @@ from reference.chats import generate_chats  # noqa: E402
 from reference.corpus import split_sources, standard_library  # noqa: E402
 
 N_CTX, N_BATCH = 1024, 32
+RUNS = ((REDONE, REDONE), (REDONE, 2), (REDONE, 1), (REDONE, 0), (2, 2), (2, 1), (N_BATCH, N_BATCH), (N_BATCH, 0))
+"""Rows and output rows of a run: stock llama.cpp returns no hidden state without logits."""
 
 
 @click.group(help=__doc__)
@@ -57,19 +59,22 @@ def costs(files: tuple[Path, ...], rounds: int) -> None:
     taken: dict[tuple[str, int], list[float]] = {}
     for _ in range(rounds):
         for name, head in heads.items():
-            for n_outputs in (REDONE, 2, 1, 0):
-                taken.setdefault((name, n_outputs), []).extend(_times(head, models[name].n_embd, n_outputs))
-    base = min(next(iter(taken.values())))
-    for (name, n_outputs), seconds in taken.items():
+            for n_rows, n_outputs in RUNS:
+                taken.setdefault((name, n_rows, n_outputs), []).extend(_times(head, models[name].n_embd, n_rows, n_outputs))
+    for (name, n_rows, n_outputs), seconds in taken.items():
+        base = min(taken[next(iter(models)), n_rows, n_rows])
         low, middle = min(seconds), median(seconds)
-        click.echo(f"{name}, {n_outputs} outputs: {1e3 * low:.2f} ms at best, median {1e3 * middle:.2f}, {low / base:.3f} of the first")
+        click.echo(
+            f"{name}, {n_rows} rows, {n_outputs} outputs: {1e3 * low:.2f} ms at best, median {1e3 * middle:.2f}, "
+            f"{low / base:.3f} of all outputs of the first file"
+        )
 
 
-def _times(head: Context, n_embd: int, n_outputs: int) -> Iterator[float]:
-    hidden = np.random.default_rng(0).standard_normal((REDONE, n_embd), np.float32)
+def _times(head: Context, n_embd: int, n_rows: int, n_outputs: int) -> Iterator[float]:
+    hidden = np.random.default_rng(0).standard_normal((n_rows, n_embd), np.float32)
     for i in range(4):
         started = time.thread_time()
-        head.decode([Rows(0, 0, range(5, 5 + REDONE), n_outputs, hidden)])
+        head.decode([Rows(0, 0, range(5, 5 + n_rows), n_outputs, hidden)])
         if i:  # the first one builds the graph
             yield time.thread_time() - started
         head.truncate(0, 0)

@@ -34,6 +34,8 @@ class Script:
     is_wrong: Callable[[int, int], bool] = lambda head, position: False
     ends_at: int | None = None
     flatness: float = 0.0
+    returns_all_rows: bool = False
+    """As with our own llama.cpp: a head's hidden states of all rows, with logits or without."""
     on_decode: Callable[["FakeContext"], None] = lambda context: None
     contexts: list["FakeContext"] = field(default_factory=list)
 
@@ -102,6 +104,7 @@ class FakeContext:
     def __init__(self, script: Script, options: ContextOptions, head: int | None) -> None:
         self.script, self.head = script, head
         self.n_batch, self.n_ctx = options.n_batch, options.n_ctx
+        self.returns_all_rows = head is None or script.returns_all_rows
         self.n_outputs_max = options.n_outputs or options.n_batch
         self.n_rows = 0
         self.cells: dict[int, dict[int, Cell]] = {}
@@ -138,7 +141,7 @@ class FakeContext:
         is_output = [i >= len(r.tokens) - r.outputs for r in rows for i in range(len(r.tokens))]
         outputs = [result for result, wanted in zip(results, is_output, strict=True) if wanted]
         self._logits = np.array([logits for logits, _ in outputs], np.float32).reshape(n_outputs, N_VOCAB)
-        hidden_of = results if self.head is None else outputs
+        hidden_of = results if self.returns_all_rows else outputs
         self._hidden = np.array([hidden for _, hidden in hidden_of], np.float32).reshape(len(hidden_of), N_EMBD)
 
     def _row(self, r: Rows, i: int) -> tuple[np.ndarray, list[float]]:

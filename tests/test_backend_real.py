@@ -45,7 +45,12 @@ def step35(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def greedy(folder: Path) -> dict:
-    command = [sys.executable, str(TESTS / "greedy.py"), str(tiny_gguf()), *DRAFTS]
+    return run_with(folder, "greedy.py", *DRAFTS)
+
+
+def run_with(folder: Path, script: str, *arguments: str) -> dict:
+    """Runs a script of the tests on the tiny model with a backend; returns the JSON of its last line."""
+    command = [sys.executable, str(TESTS / script), str(tiny_gguf()), *arguments]
     environment = os.environ | {VARIABLE: str(folder)}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -62,6 +67,16 @@ def test_ours_and_stock_give_the_same_text_with_drafting_on_and_off(our_backend_
 def test_the_logits_are_the_stock_builds_to_the_bit(our_backend_folder: Path) -> None:
     """The same sources, flags and compiler: our build is the wheel's, and no patch touches the trunk's arithmetic."""
     assert np.array_equal(logits_of(our_backend_folder), logits_of(stock_folder()))
+
+
+def test_a_head_returns_hidden_states_of_rows_without_logits(our_backend_folder: Path) -> None:
+    """The next head needs every row and only the new one's logits: the stock build runs the output matrix for all."""
+    ours, stock = run_with(our_backend_folder, "head_rows.py"), run_with(stock_folder(), "head_rows.py")
+    assert ours["all_rows"] and not stock["all_rows"]
+    wanted = stock["4"]["hidden"]
+    assert [ours[n]["hidden"] for n in ("4", "2", "1", "0")] == [wanted] * 4
+    assert [stock[n]["hidden"] for n in ("2", "1")] == [wanted[-2:], wanted[-1:]]
+    assert {tuple(ours[n]["best"]) for n in ("4", "2", "1")} == {tuple(stock["4"]["best"])}
 
 
 def test_every_command_runs_the_chosen_build_and_doctor_says_so(chosen: Path) -> None:

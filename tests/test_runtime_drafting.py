@@ -84,10 +84,13 @@ def test_right_heads_are_always_accepted_and_a_cycle_runs_each_head_once(depth):
     assert [len(c.decodes) for c in heads] == [10 + warm_up] * depth
 
 
+@pytest.mark.parametrize("returns_all_rows", [False, True])
 @pytest.mark.parametrize("n_least", [1, REDONE])
 @pytest.mark.parametrize("rejected", [0, 1, 2])
-def test_after_a_rejection_at_any_place_the_chain_is_exact_again(rejected, n_least):
-    script = Script(is_wrong=lambda head, position: head == rejected and position % 3 == 0)
+def test_after_a_rejection_at_any_place_the_chain_is_exact_again(rejected, n_least, returns_all_rows):
+    script = Script(
+        is_wrong=lambda head, position: head == rejected and position % 3 == 0, returns_all_rows=returns_all_rows
+    )
     e = engine(script)
     e.drafter.heads.n_least = n_least
     with e.open_session() as session:
@@ -119,6 +122,24 @@ def test_where_rows_cost_time_a_head_decodes_no_more_than_it_must():
     for context in script.contexts[1:]:
         # the new row, and those that read rejected drafts of the heads before
         assert {len(rows[0].tokens) for rows in context.decodes[3:]} == {1 + context.head}
+
+
+@pytest.mark.parametrize(("returns_all_rows", "wanted"), [(False, {0: 36, 1: 36, 2: 1}), (True, {0: 1, 1: 1, 2: 1})])
+def test_only_new_rows_have_logits_where_hidden_states_come_without_them(returns_all_rows, wanted):
+    """The output matrix is two thirds of a head; stock llama.cpp runs it for every row that the next head reads."""
+    script = Script(n_swa=36, returns_all_rows=returns_all_rows)
+    e = engine(script, "3")
+    with e.open_session() as session:
+        step_to_first_draft(e, session, prompt_of(40))
+    heads = {context.head: context.decodes for context in script.contexts if context.head is not None}
+    n_outputs = {head: sum(r.outputs for rows in decodes[-2:] for r in rows) for head, decodes in heads.items()}
+    assert n_outputs == wanted
+
+
+def step_to_first_draft(e, session, prompt):
+    turn = begin(session, prompt, Chooser(GREEDY), 9)
+    while not turn.stats.n_drafted:
+        step(e, [turn])
 
 
 def test_reading_a_prompt_is_no_reason_to_rest_from_drafting():

@@ -221,9 +221,9 @@ class Engine:
     def _calibrate_heads(self, heads: Heads) -> None:
         costs, n_usual = self.drafter.controller.costs, max(USUAL_ROWS, heads.n_least)
         for head, context in enumerate(heads.contexts):
-            costs.observe_draft(head, self._time(context, self._head_rows(n_usual)))
+            costs.observe_draft(head, self._time(context, self._head_rows(heads, head, n_usual)))
         first = heads.contexts[0]
-        many_s = self._time(first, self._head_rows(first.n_batch))
+        many_s = self._time(first, self._head_rows(heads, 0, first.n_batch))
         costs.row_s = max(0.0, many_s - costs.draft(0)) / (first.n_batch - n_usual)
 
     def _choose_padding(self, heads: Heads) -> None:
@@ -232,13 +232,14 @@ class Engine:
         It is where a row costs next to nothing. On a CPU it costs what a row of a prompt does.
         """
         context = heads.contexts[0]
-        padded_s = self._time(context, self._head_rows(REDONE))
-        varied = [[self._time_once(context, self._head_rows(n)) for n in range(1, REDONE)] for _ in range(3)]
+        padded_s = self._time(context, self._head_rows(heads, 0, REDONE))
+        varied = [[self._time_once(context, self._head_rows(heads, 0, n)) for n in range(1, REDONE)] for _ in range(3)]
         if sum(map(min, zip(*varied, strict=True))) < padded_s * (REDONE - 1):
             heads.n_least = 1
 
-    def _head_rows(self, n: int) -> Rows:
-        return Rows(0, 0, [0] * n, n, np.zeros((n, self.model.n_embd), np.float32))
+    def _head_rows(self, heads: Heads, head: int, n: int) -> Rows:
+        n_outputs = heads.n_outputs(head, n, has_new=True)
+        return Rows(0, 0, [0] * n, n_outputs, np.zeros((n, self.model.n_embd), np.float32))
 
     def _time(self, context: "Context", rows: Rows) -> float:
         """Returns the seconds of a decode: the least of three, after one that builds the graph."""

@@ -8,6 +8,9 @@ A cycle runs each head once: rows that were accepted since its last run, rows wh
 rejected draft, and the new row, all in one decode. Where rows cost little (a GPU), REDONE rows are decoded
 even if fewer would do, so the shape stays the same and llama.cpp reuses its graph. A head is first run
 over the last window of the prompt only: it can't see farther back.
+
+The next head needs the hidden state of every row, and only the new row's logits are used. Stock llama.cpp returns
+the one with the other, and runs the large output matrix for all rows; our own build runs it for the new one.
 """
 
 from collections.abc import Sequence
@@ -103,7 +106,8 @@ class Heads:
         rows = []
         for chain in chains:
             first = self._rewind(head, chain)
-            rows.append(self._rows(head, chain, self._catch_up(head, chain, first), chain.n_rows))
+            first = self._catch_up(head, chain, first, self._n_last(context, len(chains)))
+            rows.append(self._rows(head, chain, first, chain.n_rows))
         context.decode(rows)
         self._keep_hidden(head, chains, rows)
         ends = np.cumsum([r.outputs for r in rows])
@@ -131,10 +135,14 @@ class Heads:
         self.contexts[head].truncate(chain.seq, first if first <= track.n_final else 0)
         return first
 
-    def _catch_up(self, head: int, chain: Chain, first: int) -> int:
-        """Decodes all but the last few rows, a batch at a time; returns the first row left."""
+    def _n_last(self, context: "Context", n_chains: int) -> int:
+        """Returns how many rows of a chain the last decode may have: of one shape, or what fits into a batch."""
+        return REDONE if self.n_least == REDONE else context.n_batch // n_chains
+
+    def _catch_up(self, head: int, chain: Chain, first: int, n_last: int) -> int:
+        """Decodes all but the last rows, a batch at a time; returns the first row left."""
         context, n = self.contexts[head], chain.n_rows
-        while n - first > REDONE:
+        while n - first > n_last:
             end = min(first + context.n_batch, n - REDONE)
             rows = self._rows(head, chain, first, end)
             context.decode([rows])
@@ -144,9 +152,14 @@ class Heads:
 
     def _rows(self, head: int, chain: Chain, first: int, end: int) -> Rows:
         tokens = chain.row_tokens(head, first, end)
-        n_outputs = len(tokens) if head + 1 < len(self) else int(end == chain.n_rows)
+        n_outputs = self.n_outputs(head, len(tokens), has_new=end == chain.n_rows)
         tokens = self.vocabulary.known(tokens) if self.vocabulary else tokens
         return Rows(chain.seq, first, tokens, n_outputs, chain.tracks[head].inputs.get(first, end))
+
+    def n_outputs(self, head: int, n_rows: int, *, has_new: bool) -> int:
+        """Returns how many of the last of a head's rows must return logits; with the new row that one at least."""
+        needs_hidden = head + 1 < len(self) and not self.contexts[head].returns_all_rows
+        return n_rows if needs_hidden else int(has_new)
 
     def _keep_hidden(self, head: int, chains: Sequence[Chain], rows: Sequence[Rows]) -> None:
         for chain, r in zip(chains, rows, strict=True):
@@ -155,5 +168,6 @@ class Heads:
             return
         hidden, at = self.contexts[head].hidden(), 0
         for chain, r in zip(chains, rows, strict=True):
-            chain.tracks[head + 1].inputs.put(r.start, hidden[at : at + r.outputs])
-            at += r.outputs
+            end = at + len(r.tokens)
+            chain.tracks[head + 1].inputs.put(r.start, hidden[at:end])
+            at = end

@@ -117,6 +117,10 @@ _set_head = _bind(
 )
 
 
+HEADS_RETURN_ALL_ROWS = getattr(C._lib, "step35_heads_return_all_rows", None) is not None
+"""Whether this llama.cpp has the patch by which a head returns hidden states of rows without logits."""
+
+
 def _identity() -> str:
     """Returns what a library of patches/src says of itself; "" for any other."""
     said = getattr(C._lib, "step35_build", None)
@@ -654,11 +658,12 @@ class Context:
         self._abort = ctypes.create_string_buffer(b"", 2)
         self._stop_decode = C.ggml_abort_callback(_abort_address())
         C.llama_set_abort_callback(self._ctx, self._stop_decode, ctypes.cast(self._abort, ctypes.c_void_p))
-        self._hidden_rows_are_outputs = head is not None
+        self.returns_all_rows = head is None or HEADS_RETURN_ALL_ROWS
+        """Whether `hidden` has every row, not only those that return logits."""
         self._extracts_hidden = False
         if head is not None:
             _set_head(self._ctx, head)
-            _set_nextn(self._ctx, True, True)
+            _set_nextn(self._ctx, True, not self.returns_all_rows)
 
     @staticmethod
     def _open(model: Model, options: ContextOptions, head: int | None, watch: object = None) -> object:
@@ -758,9 +763,9 @@ class Context:
     def hidden(self) -> np.ndarray:
         """Returns a view (rows, n_embd) float32 of pre-norm hidden states.
 
-        The trunk returns every row of the last decode, a head its output rows; both in batch order.
+        Those of every row of the last decode, or of its output rows where not `returns_all_rows`; in batch order.
         """
-        n_rows = self._n_outputs if self._hidden_rows_are_outputs else self._n_rows
+        n_rows = self._n_rows if self.returns_all_rows else self._n_outputs
         return _view(_get_nextn(self._ctx), n_rows, self.model.n_embd)
 
     # the KV cache
