@@ -144,17 +144,37 @@ def test_looking_up_gives_way_to_heads_that_are_right():
     assert world.controller.lookup_depth(match_length=16, n_available=7) > 0
 
 
-def test_a_head_that_missed_rows_runs_once_its_gains_pay_for_them():
-    """A head that was seldom worth it read up to a window of rows each time it was."""
+def test_a_head_that_missed_rows_runs_where_it_is_likely_to_win_them_back():
+    """A head that was worth it in one cycle of seven read each time what it had missed, and lost by that."""
     controller = DepthController(1)
     for width, seconds in ((1, 0.050), (2, 0.055)):
         controller.costs.observe_verify(width, seconds)
     controller.costs.observe_draft(0, 0.005)
     controller.costs.row_s = 0.001
-    assert controller.runs_head(0, 1.0, n_behind=512), "at first it is trusted"
-    answers = [controller.runs_head(0, 1.0, n_behind=100) for _ in range(20)]
-    assert answers.index(True) == pytest.approx(0.100 / 0.025, abs=2)
-    assert controller.runs_head(0, 1.0), "a head that is caught up needs no savings"
+    gain_s = controller._heads[0].mean_chance() * 0.050 - 0.005 - 0.005
+    assert controller.runs_head(0, 1.0, n_behind=int(9 * gain_s / 0.001)), "at first it is trusted for ten cycles"
+    assert not controller.runs_head(0, 1.0, n_behind=int(12 * gain_s / 0.001))
+    for cycle in range(70):
+        controller.begin_cycle()
+        if cycle % 7 == 0:
+            controller.runs_head(0, 1.0, n_behind=0)
+        controller.learn_cycle(1, 0.050)
+    assert not controller.runs_head(0, 1.0, n_behind=int(3 * gain_s / 0.001)), "it will soon have a gap again"
+    assert controller.runs_head(0, 1.0), "a head that is caught up runs for this cycle alone"
+
+
+def test_short_answers_are_no_reason_to_read_a_long_prompt():
+    """Every answer of ten tokens paid for a window of rows."""
+    controller = DepthController(1)
+    for width, seconds in ((1, 0.050), (2, 0.055)):
+        controller.costs.observe_verify(width, seconds)
+    controller.costs.row_s = 0.001
+    assert controller.runs_head(0, 1.0, n_behind=250)
+    for _ in range(20):
+        for _ in range(5):
+            controller.learn_cycle(2, 0.060)
+        controller.wake()
+    assert not controller.runs_head(0, 1.0, n_behind=250)
 
 
 def test_a_new_text_is_not_measured_by_the_speed_of_the_last():

@@ -6,9 +6,8 @@ a second token in a decode may be dear and the third nearly free. A token is wor
 present: the time of a plain decode, or less where drafting already beats it. A head is worth running
 when the gain expected over the margins it usually shows exceeds its own time.
 
-A head that has not run for a while first has to catch up with the rows it missed. That is bought on credit: what
-a head was expected to gain, run or not, is saved for it, and it runs when its savings pay for the rows. So a
-head that gains little seldom does, and one that gains much waits for a few cycles at most.
+A head that has not run for a while first has to catch up with the rows it missed. It does so where that is won back
+over the cycles in a row that it is likely to run in: as many as is usual of late, and as are left of a usual answer.
 
 What isn't done can't be measured, so a probe cycle now and then drafts at full depth or not at all.
 Probes are paid from a budget of PROBE_SHARE of the time spent, so they can't cost more than that.
@@ -20,14 +19,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import mul
 
 PROBE_SHARE = 0.01
 MARGIN_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PRIOR_WEIGHT = 4.0
 DECAY = 0.98
 N_SAMPLES = 15
-SAVED_ROWS = 512  # a head saves for so many rows at most: its window in the real model
 REST = 8  # cycles after one that ran no head before drafting is considered again
+USUAL_ANSWER = 64.0  # tokens, before one has ended
+ANSWER_DECAY = 0.8
+FREQUENT = 0.9  # share of cycles in which a head is worth its time, before any
+FREQUENCY_DECAY = 0.9
 
 
 @dataclass(slots=True)
@@ -129,6 +132,22 @@ class Acceptance:
 _MIDDLES = [(a + b) / 2 for a, b in zip((0.0, *MARGIN_EDGES), (*MARGIN_EDGES, 8.0))]
 
 
+@dataclass(slots=True)
+class Answers:
+    """How many tokens an answer has; recent answers count more."""
+
+    mean: float = USUAL_ANSWER
+    _n_now: int = 0
+
+    def add(self, n_tokens: int) -> None:
+        self._n_now += n_tokens
+
+    def end(self) -> None:
+        if self._n_now:
+            self.mean = self.mean * ANSWER_DECAY + self._n_now * (1 - ANSWER_DECAY)
+            self._n_now = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Drafted:
     """A proposed token with the margin of its choice."""
@@ -144,11 +163,12 @@ class DepthController:
         self.costs = Costs()
         self._heads = [Acceptance() for _ in range(n_heads)]
         self._lookups: dict[int, Acceptance] = {}
-        self._saved_s = [math.inf] * n_heads  # as much as may be saved: at first a head is trusted
+        self._frequency = [FREQUENT] * n_heads
+        self._n_worth = 0  # heads of this cycle that are worth their time, whatever they have to catch up with
+        self._answers = Answers()
         self._budget_s = 0.0
         self._probe: int | None = None
         self._n_resting = 0
-        self._has_run = False
         self._next_probe_is_deep = True
         self._tokens = self._seconds = 0.0
 
@@ -160,7 +180,7 @@ class DepthController:
         A probe is at full depth, or without a draft; `n_behind` rows must be decoded by each head
         before it. Cycles after one that ran no head rest: thinking takes time, too.
         """
-        self._probe, self._has_run = None, False
+        self._probe, self._n_worth = None, 0
         if self._n_resting:
             self._n_resting -= 1
             return False
@@ -172,11 +192,12 @@ class DepthController:
 
     def end_proposal(self, n_drafted: int) -> None:
         """Takes a rest when not even running a head was worth it."""
-        if not n_drafted and not self._has_run and self._probe is None:
+        if not n_drafted and not self._n_worth and self._probe is None:
             self._n_resting = REST
 
     def wake(self) -> None:
         """Ends a rest and forgets what a token has cost of late: another text may be easier to draft, or harder."""
+        self._answers.end()
         self._n_resting = 0
         self._tokens = self._seconds = 0.0
 
@@ -206,16 +227,19 @@ class DepthController:
         lines = self._outlook(head)
         gain = self._heads[head].expectation(lambda chance: max(0.0, _best(lines, chain_chance * chance)))
         net = gain - self.costs.draft(head)
-        is_worth = net > 0
-        self._has_run |= is_worth
-        return is_worth and self._pays_for(head, net, n_behind * self.costs.row_s)
+        if net <= 0:
+            return False
+        self._n_worth = max(self._n_worth, head + 1)
+        return net * self._cycles_in_a_row(head) >= n_behind * self.costs.row_s
 
-    def _pays_for(self, head: int, net_s: float, price_s: float) -> bool:
-        """Saves what a head gains, up to the price of the next catching up, and takes the price if it suffices."""
-        saved = min(self._saved_s[head] + net_s, max(price_s, SAVED_ROWS * self.costs.row_s))
-        is_enough = saved >= price_s
-        self._saved_s[head] = saved - price_s if is_enough else saved
-        return is_enough
+    def _cycles_in_a_row(self, head: int) -> float:
+        """Returns in how many cycles, from this one on, a head is likely to run without a gap."""
+        in_answer = max(1.0, self._answers.mean / self._tokens_a_cycle())
+        return min(in_answer, 1 / max(1e-9, 1 - self._frequency[head]))
+
+    def _tokens_a_cycle(self) -> float:
+        """Returns how many tokens come of a cycle in which all heads run."""
+        return 1.0 + sum(accumulate((head.mean_chance() for head in self._heads), mul))
 
     def keeps(self, head: int, chain_chance: float, margin: float) -> bool:
         """Whether a head's token is worth verifying."""
@@ -289,12 +313,21 @@ class DepthController:
 
     def learn_cycle(self, n_tokens: int, seconds: float) -> None:
         """Learns what a cycle of one sequence took in all."""
+        self._answers.add(n_tokens)
+        if self._probe is None:
+            self._learn_frequency()
         if self._probe is not None:
             self._budget_s -= max(0.0, seconds - n_tokens * self.token_value_s()) if self._probe else seconds
             self._probe = None
         self._tokens = self._tokens * DECAY + n_tokens
         self._seconds = self._seconds * DECAY + seconds
         self._budget_s += PROBE_SHARE * seconds
+
+
+    def _learn_frequency(self) -> None:
+        """Learns in which share of cycles each head is worth its time."""
+        for head, share in enumerate(self._frequency):
+            self._frequency[head] = share * FREQUENCY_DECAY + (head < self._n_worth) * (1 - FREQUENCY_DECAY)
 
 
 def _best(lines: Sequence[tuple[float, float]], chance: float) -> float:
