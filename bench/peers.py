@@ -43,6 +43,7 @@ CODE_CHARS, HELD_OUT_SEED = 500, 53
 DEPTHS = (1, 2, 3)
 OURS = ("off", "auto", "1", "2", "3", "ngram")
 LONG_PROMPT = 4096
+FIRST_TOKEN, PREFILL = "first token of a long prompt", "long prompt and four tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,7 @@ class Bench:
     rounds: int
     n_threads: int
     skipped: tuple[str, ...] = ()
+    n_long: int = LONG_PROMPT
 
     def tiny(self) -> list[Result]:
         setup = Setup(self._tiny_model(), n_threads=self.n_threads)
@@ -205,8 +207,8 @@ class Bench:
 
     def slice(self) -> "list[Timing]":
         model = self._made(self.work / "slice-Q4_K_S.gguf", real_width.write_model)
-        setup = Setup(model, n_ctx=LONG_PROMPT + 512, n_threads=self.n_threads)
-        return [timing for number in range(1, self.rounds + 1) for timing in time_slice(setup, number)]
+        setup = Setup(model, n_ctx=self.n_long + 512, n_threads=self.n_threads)
+        return [timing for number in range(1, self.rounds + 1) for timing in time_slice(setup, number, self.n_long)]
 
     def _tiny_model(self) -> Path:
         return self._made(self.work / "tiny-Q8_0.gguf", lambda path: _convert(BUNDLED, path, "Q8_0"))
@@ -237,9 +239,13 @@ def _convert(checkpoint: Path, out: Path, type_name: str) -> None:
 # the slice of the real width
 
 
+Job = Callable[[], Iterator[tuple[str, str, float]]]
+"""Yields contenders, what was timed, and seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds of one thing, by one contender, in one round."""
+    """Milliseconds of one thing, by one contender, in one round; a round may have several."""
 
     round: int
     contender: str
@@ -247,17 +253,22 @@ class Timing:
     ms: float
 
 
-def time_slice(setup: Setup, number: int) -> Iterator[Timing]:
-    """Times everything once, in the other order in every second round."""
+def time_slice(setup: Setup, number: int, n_long: int) -> Iterator[Timing]:
+    """Times everything once, in the other order in every second round, and plain decodes before, between and after."""
     random = np.random.default_rng(number)
     short = Task("random", _random_tokens(random, 64), 48)
-    long = Task("random", _random_tokens(random, LONG_PROMPT), 4)  # four tokens: the heads read the prompt for the second
-    jobs: list[Callable[[], Iterator[tuple[str, str, float]]]] = [
+    plain: list[Job] = [
         lambda: _time_llama_bench(setup),
-        *(lambda draft=draft: _time_contender(Step35(setup, draft), short, long) for draft in ("off", "1", "2", "3", "auto")),
-        *(lambda depth=depth: _time_contender(LlamaServer(setup, depth), short, long) for depth in (0, *DEPTHS)),
-        lambda: _time_verification(setup, random),
+        lambda: _time_cycle(Step35(setup, "off"), short),
+        lambda: _time_cycle(LlamaServer(setup, 0), short),
     ]
+    ours: list[Job] = [lambda draft=draft: _time_cycle(Step35(setup, draft), short) for draft in ("1", "2", "3", "auto")]
+    theirs: list[Job] = [lambda depth=depth: _time_cycle(LlamaServer(setup, depth), short) for depth in DEPTHS]
+    jobs = [*plain, *ours, lambda: _time_verification(setup, random), *plain, *theirs, *plain]
+    if n_long:
+        long = Task("random", _random_tokens(random, n_long), 4)  # four tokens: the heads read the prompt for the second
+        contenders = [Step35(setup, "off"), Step35(setup, "3"), LlamaServer(setup, 0), LlamaServer(setup, 3)]
+        jobs += [lambda contender=contender: _time_prefill(contender, long) for contender in contenders]
     for job in jobs[:: 1 if number % 2 else -1]:
         for contender, what, seconds in job():
             yield Timing(number, contender, what, 1e3 * seconds)
@@ -269,20 +280,24 @@ def _random_tokens(random: np.random.Generator, n: int) -> tuple[int, ...]:
 
 
 def _time_llama_bench(setup: Setup) -> Iterator[tuple[str, str, float]]:
-    for (n_prompt, n_gen), seconds in llama_bench(setup, ["-p", "2,3,4", "-n", "48", "-r", "3"]).items():
+    for (n_prompt, n_gen), seconds in llama_bench(setup, ["-p", "0", "-n", "48", "-r", "3"]).items():
         yield "llama-bench", "decode" if n_gen else f"verify {n_prompt}", median(seconds) / max(n_gen, 1)
 
 
-def _time_contender(contender: Contender, short: Task, long: Task) -> Iterator[tuple[str, str, float]]:
-    """Times a decode cycle after a short prompt; where drafting is off or at its deepest, also a long prompt."""
+def _time_cycle(contender: Contender, short: Task) -> Iterator[tuple[str, str, float]]:
+    """Times decode cycles after a short prompt, three times."""
     with contender:
         contender.run(replace(short, n_predict=8))
-        run = contender.run(short)
-        yield contender.name, "cycle", run.decode_s / (run.n_decoded - run.n_accepted)
-        yield contender.name, "token", run.decode_s / run.n_decoded
-        if contender.name.endswith(("off", "3")):
-            run = contender.run(long)
-            yield contender.name, f"prefill {LONG_PROMPT}", run.prefill_s + run.decode_s
+        runs = [contender.run(short) for _ in range(3)]
+        yield contender.name, "cycle", median(run.decode_s / (run.n_decoded - run.n_accepted) for run in runs)
+        yield contender.name, "token", median(run.decode_s / run.n_decoded for run in runs)
+
+
+def _time_prefill(contender: Contender, long: Task) -> Iterator[tuple[str, str, float]]:
+    with contender:
+        run = contender.run(long)
+        yield contender.name, FIRST_TOKEN, run.prefill_s
+        yield contender.name, PREFILL, run.prefill_s + run.decode_s
 
 
 def _time_verification(setup: Setup, random: np.random.Generator) -> Iterator[tuple[str, str, float]]:
@@ -318,14 +333,15 @@ def show_slice(timings: Sequence[Timing]) -> None:
 
 def _slice_verdicts(ms: dict[tuple[str, str], float]) -> Iterator[str]:
     plain = ms["step35 off", "cycle"]
-    yield f"  plain decode: {plain / ms['llama-bench', 'decode'] - 1:+.1%} of llama-bench (wanted +2 % at most)"
+    for peer, what in (("llama-bench", "decode"), ("llama-server off", "cycle")):
+        yield f"  plain decode: {plain / ms[peer, what] - 1:+.1%} of {peer} (wanted +2 % of llama-bench at most)"
     for depth in DEPTHS:
         ours, theirs = (_mtp_ms(ms, name, depth) for name in ("step35", "llama-server"))
         yield f"  MTP of a cycle, depth {depth}: {ours:.1f} ms, llama-server {theirs:.1f} ms: {ours / theirs - 1:+.1%} (wanted -15 %)"
-    prefill = f"prefill {LONG_PROMPT}"
-    for name in ("step35", "llama-server"):
-        more = ms[f"{name} 3", prefill] / ms[f"{name} off", prefill] - 1
-        yield f"  prefill of {LONG_PROMPT} with MTP: {name} {more:+.1%}" + (" (wanted +2 % at most)" if name == "step35" else "")
+    for name in ("step35", "llama-server") if ("step35 3", PREFILL) in ms else ():
+        for what in (FIRST_TOKEN, PREFILL):
+            more = ms[f"{name} 3", what] / ms[f"{name} off", what] - 1
+            yield f"  {what}, with MTP: {name} {more:+.1%} (wanted +2 % at most)"
     yield f"  auto / plain: {ms['step35 off', 'token'] / ms['step35 auto', 'token']:.3f}x (wanted 0.98x or more)"
 
 
@@ -366,12 +382,13 @@ PARTS = ("tiny", "widened", "slice", "wrecked")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Rounds, each in the other order.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Which parts; default all.")
 @click.option("--skip", multiple=True, metavar="NAME", help="A contender to leave out, such as 'step35 1'.")
+@click.option("--long", "n_long", default=LONG_PROMPT, show_default=True, type=click.IntRange(0), help="Tokens of the slice's long prompt; 0 leaves it out.")
 @click.option("--work", default=ROOT / "build" / "peers", type=click.Path(path_type=Path), show_default="build/peers", help="Folder for the models; they stay there.")
 @click.option("--results", default=ROOT / "bench" / "results", type=click.Path(path_type=Path), show_default="bench/results", help="Folder for peers-PART.csv.")
 @click.option("--threads", default=len(os.sched_getaffinity(0)), show_default="all cores", help="CPU threads of every contender.")
-def main(rounds: int, only: tuple[str, ...], skip: tuple[str, ...], work: Path, results: Path, threads: int) -> None:
+def main(rounds: int, only: tuple[str, ...], skip: tuple[str, ...], n_long: int, work: Path, results: Path, threads: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(work, rounds, threads, skip)
+    bench = Bench(work, rounds, threads, skip, n_long)
     for part in only or PARTS:
         csv_path = results / f"peers-{part}.csv"
         if part == "slice":
