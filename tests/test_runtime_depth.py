@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from step35.depth import Costs, DepthController, Drafted
+from step35.depth import CAUTION, LEAST_READ, READ_SHARE, Costs, DepthController, Drafted
 
 PLAIN_S = 0.040
 
@@ -36,7 +36,7 @@ class World:
         c, drafts, chance, elapsed = self.controller, [], 1.0, 0.0
         thinks = c.begin_cycle()
         for head in range(3 if thinks or depth is not None else 0):
-            if not (head < depth if depth is not None else c.runs_head(head, chance)):
+            if not (head < depth if depth is not None else c.rows_to_read(head, chance) is not None):
                 break
             elapsed += self.draft_s
             margin = self.rng.exponential(3.0 * self.skill + 0.05)
@@ -144,37 +144,48 @@ def test_looking_up_gives_way_to_heads_that_are_right():
     assert world.controller.lookup_depth(match_length=16, n_available=7) > 0
 
 
-def test_a_head_that_missed_rows_runs_where_it_is_likely_to_win_them_back():
-    """A head that was worth it in one cycle of seven read each time what it had missed, and lost by that."""
+def dear_rows() -> tuple[DepthController, float]:
+    """Returns a controller of one head, and the seconds that a cycle with it is believed to gain."""
     controller = DepthController(1)
     for width, seconds in ((1, 0.050), (2, 0.055)):
         controller.costs.observe_verify(width, seconds)
     controller.costs.observe_draft(0, 0.005)
     controller.costs.row_s = 0.001
-    gain_s = controller._heads[0].mean_chance() * 0.050 - 0.005 - 0.005
-    assert controller.runs_head(0, 1.0, n_behind=int(9 * gain_s / 0.001)), "at first it is trusted for ten cycles"
-    assert not controller.runs_head(0, 1.0, n_behind=int(12 * gain_s / 0.001))
+    return controller, CAUTION * (controller._heads[0].mean_chance() * 0.050 - 0.005) - 0.005
+
+
+def test_a_head_reads_as_many_of_the_rows_it_missed_as_it_is_likely_to_win_back():
+    """A head that was worth it in one cycle of seven read each time all that it had missed, and lost by that."""
+    controller, gain_s = dear_rows()
+    n_paid = int(READ_SHARE * 10 * gain_s / 0.001)
+    assert controller.rows_to_read(0, 1.0, n_paid) == n_paid, "at first it is trusted for ten cycles"
+    assert controller.rows_to_read(0, 1.0, n_paid + 100) == pytest.approx(n_paid, abs=1), "and reads the last ones"
     for cycle in range(70):
         controller.begin_cycle()
         if cycle % 7 == 0:
-            controller.runs_head(0, 1.0, n_behind=0)
+            controller.rows_to_read(0, 1.0)
         controller.learn_cycle(1, 0.050)
-    assert not controller.runs_head(0, 1.0, n_behind=int(3 * gain_s / 0.001)), "it will soon have a gap again"
-    assert controller.runs_head(0, 1.0), "a head that is caught up runs for this cycle alone"
+    assert controller.rows_to_read(0, 1.0, n_paid) < n_paid / 5, "it will soon have a gap again"
+    assert controller.rows_to_read(0, 1.0) == 0, "a head that is caught up runs for this cycle alone"
+
+
+def test_a_head_that_could_read_next_to_nothing_does_not_run():
+    controller, gain_s = dear_rows()
+    controller.costs.row_s = READ_SHARE * 10 * gain_s / (LEAST_READ - 1)
+    assert controller.rows_to_read(0, 1.0, 100) is None
+    controller.costs.row_s = READ_SHARE * 10 * gain_s / (LEAST_READ + 1)
+    assert controller.rows_to_read(0, 1.0, 100) in (LEAST_READ, LEAST_READ + 1)
 
 
 def test_short_answers_are_no_reason_to_read_a_long_prompt():
     """Every answer of ten tokens paid for a window of rows."""
-    controller = DepthController(1)
-    for width, seconds in ((1, 0.050), (2, 0.055)):
-        controller.costs.observe_verify(width, seconds)
-    controller.costs.row_s = 0.001
-    assert controller.runs_head(0, 1.0, n_behind=250)
+    controller, _ = dear_rows()
+    at_first = controller.rows_to_read(0, 1.0, 512)
     for _ in range(20):
         for _ in range(5):
             controller.learn_cycle(2, 0.060)
         controller.wake()
-    assert not controller.runs_head(0, 1.0, n_behind=250)
+    assert controller.rows_to_read(0, 1.0, 512) < 0.7 * at_first
 
 
 def test_a_new_text_is_not_measured_by_the_speed_of_the_last():

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step35.chooser import Chooser
+from step35.depth import LEAST_READ
 from step35.drafting import Memory
 from step35.engine import Engine
 from step35.errors import Cancelled, ContextFull
@@ -140,6 +141,21 @@ def step_to_first_draft(e, session, prompt):
     turn = begin(session, prompt, Chooser(GREEDY), 9)
     while not turn.stats.n_drafted:
         step(e, [turn])
+
+
+def test_where_rows_are_dear_a_head_reads_the_end_of_the_prompt_only():
+    """A short answer never won back what reading the whole window had taken."""
+    clock = Ticks()
+
+    def spend(context):
+        clock.now += 0.1 if context.head is None else 0.01 + 0.02 * context.n_rows
+
+    script = Script(n_swa=36, on_decode=spend)
+    e = engine(script, "auto", clock=clock)
+    assert run(e, prompt_of(60), 100) == expected(prompt_of(60), 100)
+    first = script.contexts[1].decodes[0][0]
+    assert 60 - 36 < first.start < 60 - LEAST_READ
+    assert first.start + len(first.tokens) == 60
 
 
 def test_reading_a_prompt_is_no_reason_to_rest_from_drafting():

@@ -4,10 +4,12 @@ A draft token is worth verifying when its chance of acceptance, times what a tok
 the time it adds to the verification, or when it does so together with the drafts that usually follow:
 a second token in a decode may be dear and the third nearly free. A token is worth what one costs at
 present: the time of a plain decode, or less where drafting already beats it. A head is worth running
-when the gain expected over the margins it usually shows exceeds its own time.
+when the gain expected over the margins it usually shows exceeds its own time. Chances are estimates, and heads
+run where they are high: so only CAUTION of a gain is believed.
 
-A head that has not run for a while first has to catch up with the rows it missed. It does so where that is won back
-over the cycles in a row that it is likely to run in: as many as is usual of late, and as are left of a usual answer.
+A head that has not run for a while first has to catch up with the rows it missed. It may spend READ_SHARE of what it is
+likely to gain over the cycles in a row in which it runs: as many as is usual of late, and as are left of a usual
+answer. Where that doesn't pay for all rows it reads the last ones only, which serve it almost as well.
 
 What isn't done can't be measured, so a probe cycle now and then drafts at full depth or not at all.
 Probes are paid from a budget of PROBE_SHARE of the time spent, so they can't cost more than that.
@@ -26,6 +28,9 @@ MARGIN_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PRIOR_WEIGHT = 4.0
 DECAY = 0.98
 N_SAMPLES = 15
+CAUTION = 0.9
+READ_SHARE = 0.5
+LEAST_READ = 8  # rows: with fewer a head guesses
 REST = 8  # cycles after one that ran no head before drafting is considered again
 USUAL_ANSWER = 64.0  # tokens, before one has ended
 ANSWER_DECAY = 0.8
@@ -220,17 +225,26 @@ class DepthController:
             return plain
         return min(plain, self._seconds / self._tokens)
 
-    def runs_head(self, head: int, chain_chance: float, n_behind: int = 0) -> bool:
-        """Whether to run a head, given the chance that all drafts before it are accepted, and the rows it missed."""
+    def rows_to_read(self, head: int, chain_chance: float, n_behind: int = 0) -> int | None:
+        """Returns how many of the rows that a head missed it is to read, the last ones; None if it is not to run.
+
+        `chain_chance` is the chance that all drafts before the head's are accepted.
+        """
         if self._probe is not None:
-            return head < self._probe
+            return n_behind if head < self._probe else None
         lines = self._outlook(head)
         gain = self._heads[head].expectation(lambda chance: max(0.0, _best(lines, chain_chance * chance)))
-        net = gain - self.costs.draft(head)
+        net = CAUTION * gain - self.costs.draft(head)
         if net <= 0:
-            return False
+            return None
         self._n_worth = max(self._n_worth, head + 1)
-        return net * self._cycles_in_a_row(head) >= n_behind * self.costs.row_s
+        return self._affordable(n_behind, READ_SHARE * net * self._cycles_in_a_row(head))
+
+    def _affordable(self, n_behind: int, seconds: float) -> int | None:
+        if n_behind * self.costs.row_s <= seconds:
+            return n_behind
+        n = int(seconds / self.costs.row_s)
+        return n if n >= LEAST_READ else None
 
     def _cycles_in_a_row(self, head: int) -> float:
         """Returns in how many cycles, from this one on, a head is likely to run without a gap."""

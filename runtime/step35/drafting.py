@@ -42,6 +42,7 @@ class Cycle:
     match_length: int = 0
     chain: Chain | None = None
     chance: float = 1.0
+    n_read: int | None = None
     seconds: float = 0.0
 
     @property
@@ -131,10 +132,13 @@ class Drafter:
     def _runs(self, head: int, cycle: Cycle) -> bool:
         if self._fixed_depth is not None:
             return head < self._fixed_depth
-        return self.controller.runs_head(head, cycle.chance, self._n_missed(head, cycle))
+        cycle.n_read = self.controller.rows_to_read(head, cycle.chance, self._n_missed(head, cycle))
+        return cycle.n_read is not None
 
     def _run_head(self, head: int, cycles: Sequence[Cycle]) -> None:
         is_usual = len(cycles) == 1 and self.heads.is_caught_up(head, cycles[0].chain)
+        for cycle in cycles:
+            cycle.chain.n_read = cycle.n_read
         started = self._clock()
         logits = self.heads.run(head, [cycle.chain for cycle in cycles])
         for cycle, row in zip(cycles, logits, strict=True):

@@ -49,6 +49,8 @@ class Chain:
     n_rows: int
     tracks: Sequence[Track]
     drafts: list[int] = field(default_factory=list)
+    n_read: int | None = None
+    """How many of the rows that the next head missed it reads, the last ones; None for all of its window."""
 
     def row_tokens(self, head: int, first: int, end: int) -> list[int]:
         """Returns the tokens that head's rows [first, end) take."""
@@ -129,7 +131,8 @@ class Heads:
     def _rewind(self, head: int, chain: Chain) -> int:
         """Drops the rows to be decoded from the head's cache; returns the first of them."""
         track, n = chain.tracks[head], chain.n_rows
-        oldest = max(track.inputs.start, n - self.window, 0)
+        reach = self.window if chain.n_read is None else min(self.window, REDONE + chain.n_read)
+        oldest = max(track.inputs.start, n - reach, 0)
         first = max(min(track.n_final, n - self.n_least), oldest)
         # llama.cpp wants consecutive positions: after a gap the cache starts anew.
         self.contexts[head].truncate(chain.seq, first if first <= track.n_final else 0)
