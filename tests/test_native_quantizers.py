@@ -22,7 +22,7 @@ from convert_step35.chunks import CHUNK_WEIGHTS, chunk_at
 from convert_step35.errors import OptionError
 from convert_step35.ggml import block_size, load_ggml, row_bytes
 from convert_step35.mapping import Kind, map_tensors
-from convert_step35.measure import sums
+from convert_step35.measure import Sums, sums
 from convert_step35.quantizers import (
     SWITCH,
     Native,
@@ -186,33 +186,144 @@ def test_native_kernels_see_every_weight_that_is_not_finite() -> None:
                     assert not Native(native_path(), lanes).all_finite(rows)
 
 
-@pytest.mark.parametrize("kind", [GgmlType.IQ4_NL, GgmlType.IQ4_XS], ids=lambda kind: kind.name)
-def test_native_dequantization_of_any_bytes_gives_libggmls_numbers(kind: GgmlType) -> None:
-    data = np.random.default_rng(4).integers(0, 256, 64 * row_bytes(kind, 512), dtype=np.uint8)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("n_rows", [1, 3, 64])
+def test_native_dequantization_of_any_bytes_gives_libggmls_numbers(kind: GgmlType, n_rows: int) -> None:
+    n = n_rows * 512
+    data = np.random.default_rng(4).integers(0, 256, row_bytes(kind, n), dtype=np.uint8)
     GGML.prepare({kind})
-    expected, got = np.zeros((2, 64 * 512), np.float32)
+    expected = np.zeros(n, np.float32)
     GGML.dequantize(kind, data, expected)
     for lanes in widths():
-        assert Native(native_path(), lanes).dequantize(kind, data, got)
-        np.testing.assert_array_equal(got, expected)
+        got = np.full(n + 16, 7, np.float32)
+        Native(native_path(), lanes).dequantize(kind, data, got[:n])
+        np.testing.assert_array_equal(got[:n], expected)
+        assert (got[n:] == 7).all()
+
+
+def halves_of(rows: Rows) -> tuple[Rows, Rows]:
+    """The rows cut to bfloat16, in uint16, and what those are in float32."""
+    halves = np.ascontiguousarray(np.ascontiguousarray(rows, np.float32).view("<u2")[:, 1::2])
+    return halves, (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def packed_and_measured(native: Native, kind: GgmlType, rows: Rows, weights: Rows | None) -> tuple[Rows, Sums | None]:
+    out = np.full(len(rows) * row_bytes(kind, rows.shape[1]), 0xA5, np.uint8)
+    found = native.pack(kind, rows, out, weights)
+    return out.reshape(len(rows), -1), found
+
+
+def restored_by_libggml(kind: GgmlType, packed: Rows, shape: tuple[int, ...]) -> Rows:
+    GGML.prepare({kind})
+    restored = np.zeros(shape, np.float32)
+    GGML.dequantize(kind, packed.reshape(-1), restored)
+    return restored
+
+
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_bfloat16_rows_become_libggmls_bytes_of_the_same_rows_in_float32(kind: GgmlType, importance: str) -> None:
+    rng = np.random.default_rng(2)
+    weights = IMPORTANCE[importance](rng)
+    weights = None if weights is None else weights.astype(np.float32)
+    halves, rows = halves_of(np.concatenate([make(rng) for make in ADVERSARIAL.values()]))
+    expected = quantized(GGML, kind, rows, weights)
+    for lanes in widths():
+        native = Native(native_path(), lanes)
+        for got in (quantized(native, kind, halves, weights), packed_and_measured(native, kind, halves, weights)[0]):
+            differing = np.flatnonzero((got != expected).any(axis=1))
+            assert not len(differing), f"{kind.name}, {lanes} lanes: rows {differing.tolist()} of {len(rows)}"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_what_one_call_measures_is_what_libggmls_bytes_lost(kind: GgmlType, name: str) -> None:
+    rng = np.random.default_rng(3)
+    halves, rows = halves_of(ADVERSARIAL[name](rng)[:5])
+    restored = restored_by_libggml(kind, quantized(GGML, kind, rows, None), rows.shape)
+    wide = rows.astype(np.float64)
+    for lanes in widths():
+        for given_rows in (rows, halves):
+            found = packed_and_measured(Native(native_path(), lanes), kind, given_rows, None)[1]
+            assert is_sum(found.squared_sum, (wide**2).sum())
+            assert is_sum(found.squared_error, ((restored - wide) ** 2).sum())
+            if np.isfinite(restored).all():
+                assert found.max_error == np.abs(restored - rows).max()
+
+
+def is_sum(got: float, exact: float) -> bool:
+    """Whether a sum in float32 is what it should be; not finite where float32 can't hold it, or a scale is NaN or infinite."""
+    if not np.isfinite(got):
+        return not exact < 1e37
+    return got == pytest.approx(exact, rel=1e-5, abs=1e-37)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_one_call_sees_every_weight_that_is_not_finite(kind: GgmlType) -> None:
+    ordinary = np.full((5, 512), 3e38, np.float32)
+    for lanes in widths():
+        native = Native(native_path(), lanes)
+        for given_rows in (ordinary, halves_of(ordinary)[0]):
+            assert packed_and_measured(native, kind, given_rows, None)[1] is not None
+        for at in (0, 1, 31, 255, 1300, ordinary.size - 1):
+            for bad in (np.nan, -np.nan, np.inf, -np.inf):
+                rows = ordinary.copy()
+                rows.reshape(-1)[at] = bad
+                for given_rows in (rows, halves_of(rows)[0]):
+                    assert packed_and_measured(native, kind, given_rows, None)[1] is None
+
+
+def test_bfloat16_rows_may_start_at_an_odd_byte() -> None:
+    """A checkpoint's data starts wherever its header ends."""
+    halves, rows = halves_of(np.random.default_rng(5).standard_normal((7, 512)))
+    odd = np.empty(halves.nbytes + 1, np.uint8)
+    odd[1:] = halves.reshape(-1).view(np.uint8)
+    got, _ = packed_and_measured(Native(native_path()), GgmlType.Q4_K, odd[1:].view("<u2").reshape(halves.shape), None)
+    assert np.array_equal(got, quantized(GGML, GgmlType.Q4_K, rows, None))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, GgmlType.Q4_0, GgmlType.BF16, GgmlType.F32], ids=lambda kind: kind.name)
+def test_packing_gives_the_same_with_and_without_kernels(kind: GgmlType) -> None:
+    halves, rows = halves_of(np.random.default_rng(6).standard_normal((9, 1280)))
+    found = []
+    for native in (Native(native_path()), None):
+        quantizers = Quantizers(GGML, native)
+        quantizers.prepare({kind})
+        for given_rows in (rows, halves):
+            out, scratch = np.zeros(len(rows) * row_bytes(kind, 1280), np.uint8), np.empty((2, rows.size), np.float32)
+            found.append((out.tobytes(), quantizers.pack(kind, given_rows, out, None, scratch)))
+            bad = given_rows.copy()
+            bad[3, 77] = halves_of(np.full((1, 1), np.inf))[given_rows is rows].item()
+            assert quantizers.pack(kind, bad, out, None, scratch) is None
+    assert len({data for data, _ in found}) == 1
+    assert all(sums.agrees_with(found[0][1]) for _, sums in found)
 
 
 class Careless(Native):
     """Native kernels that get the last byte of Q4_K wrong where there is an imatrix."""
 
-    def quantize(self, kind: GgmlType, rows: Rows, out: Rows, imatrix: Rows | None) -> int:
-        n_bytes = super().quantize(kind, rows, out, imatrix)
+    def _quantize(self, kind: GgmlType, rows: Rows, out: Rows, imatrix: Rows | None, found: object) -> int:
+        outcome = super()._quantize(kind, rows, out, imatrix, found)
         if imatrix is not None and kind is GgmlType.Q4_K:
-            out[n_bytes - 1] ^= 1
-        return n_bytes
+            out[len(rows) * row_bytes(kind, rows.shape[1]) - 1] ^= 1
+        return outcome
 
 
-def test_a_kernel_that_makes_another_byte_is_not_used() -> None:
-    quantizers = Quantizers(GGML, Careless(native_path()))
+class Flattering(Native):
+    """Native kernels that report half of the largest error of Q4_K."""
+
+    def pack(self, kind: GgmlType, rows: Rows, out: Rows, imatrix: Rows | None) -> Sums | None:
+        found = super().pack(kind, rows, out, imatrix)
+        return replace(found, max_error=found.max_error / 2) if kind is GgmlType.Q4_K else found
+
+
+@pytest.mark.parametrize("wrong", [Careless, Flattering])
+def test_a_kernel_that_makes_another_byte_or_measures_otherwise_is_not_used(wrong: type[Native]) -> None:
+    quantizers = Quantizers(GGML, wrong(native_path()))
     quantizers.prepare({GgmlType.Q4_K, GgmlType.Q4_0, GgmlType.Q8_0})
     assert quantizers.name(GgmlType.Q4_K) == quantizers.name(GgmlType.Q4_0) == "libggml"
     assert quantizers.name(GgmlType.Q8_0).startswith("native")
-    assert quantizers.notes == ["the native Q4_K makes other bytes than libggml here; libggml is used, which is slower"]
+    assert quantizers.notes == ["the native Q4_K does otherwise than libggml here; libggml is used, which is slower"]
     rows, weights = trial_rows(), trial_weights()[1]
     got = quantized(quantizers, GgmlType.Q4_K, rows, weights)
     assert np.array_equal(got, quantized(GGML, GgmlType.Q4_K, rows, weights))

@@ -24,7 +24,7 @@ from convert_step35.ggml import row_bytes
 from convert_step35.imatrix import Imatrix
 from convert_step35.journal import Done, Journal
 from convert_step35.mapping import MappedTensor
-from convert_step35.measure import Errors, refuse_non_finite, tensor_errors
+from convert_step35.measure import Errors, Sums, non_finite, tensor_errors
 from convert_step35.output import Output, discard
 from convert_step35.plan import Plan, PlannedTensor
 from convert_step35.quantizers import Quantizers
@@ -99,19 +99,19 @@ def _discard_new(plan: Plan, journal: Journal) -> None:
 
 @dataclass(slots=True)
 class _Buffers:
-    """One worker's memory: 4 MiB, whatever the tensor. `raw` is touched only when an earlier run left damage."""
+    """One worker's memory: 4 MiB, whatever the tensor.
+
+    `raw` is touched only when an earlier run left damage, `scratch` where no native kernel takes the weights as they are.
+    """
 
     raw: np.ndarray
-    rows: np.ndarray
     packed: np.ndarray
-    restored: np.ndarray
+    scratch: np.ndarray
 
     @classmethod
     def for_tensors(cls, tensors: Sequence[PlannedTensor]) -> "_Buffers":
         n = _largest_chunk(tensors)
-        return cls(
-            np.empty(4 * n, np.uint8), np.empty(n, np.float32), np.empty(4 * n, np.uint8), np.empty(n, np.float32)
-        )
+        return cls(np.empty(4 * n, np.uint8), np.empty(4 * n, np.uint8), np.empty((2, n), np.float32))
 
 
 class _Conversion:
@@ -199,29 +199,33 @@ class _Conversion:
                 self._finish_tensor(index, buffers)
 
     def _convert_loaded(self, index: int, chunk: Chunk, loaded: Loaded, buffers: _Buffers) -> Done:
-        rows = self._reader.widen(self._tensors[index].mapped, chunk, loaded.data, buffers.rows)
+        weights = self._reader.weights(self._tensors[index].mapped, chunk, loaded.data, buffers.scratch[0])
+        packed, sums = self._pack(index, chunk, weights, buffers)
         self._ahead.give_back(loaded)
-        done, packed = self._convert(index, chunk, rows, buffers)
+        done = self._write(index, chunk, packed, sums)
         self._digests[index].add(chunk.index, packed)
         return done
 
-    def _convert(self, index: int, chunk: Chunk, rows: np.ndarray, buffers: _Buffers) -> tuple[Done, np.ndarray]:
-        """Quantize a chunk, write it and measure what that did to it; its bytes are in `buffers` after that."""
+    def _pack(self, index: int, chunk: Chunk, weights: np.ndarray, buffers: _Buffers) -> tuple[np.ndarray, Sums]:
+        """Quantize a chunk and measure what that did to it; its bytes are in `buffers` after that."""
         planned, quantizers = self._tensors[index], self._tools.quantizers
-        if not quantizers.all_finite(rows):
-            refuse_non_finite(rows, planned.mapped)
-        n_bytes = quantizers.quantize(planned.kind, rows, buffers.packed, self._importance(planned.mapped, chunk))
-        packed = buffers.packed[:n_bytes]
-        self._output.write(index, packed, _offset(planned, chunk))
-        restored = buffers.restored[: rows.size].reshape(rows.shape)
-        quantizers.dequantize(planned.kind, packed, restored)
-        sums = quantizers.measure(rows, restored)
+        importance = self._importance(planned.mapped, chunk)
+        sums = quantizers.pack(planned.kind, weights, buffers.packed, importance, buffers.scratch)
+        if sums is None:
+            wide = buffers.scratch[0, : weights.size].reshape(weights.shape)
+            raise non_finite(quantizers.widened(weights, wide), planned.mapped)
+        packed = buffers.packed[: chunk.n_rows * row_bytes(planned.kind, planned.mapped.row_size)]
         # A scale that is NaN or infinite makes the sum so; so do squares of huge weights.
         if not math.isfinite(sums.squared_error) and not quantizers.ggml.is_valid(planned.kind, packed):
             raise _bad_scale(planned)
+        return packed, sums
+
+    def _write(self, index: int, chunk: Chunk, packed: np.ndarray, sums: Sums) -> Done:
+        planned = self._tensors[index]
+        self._output.write(index, packed, _offset(planned, chunk))
         self._tools.on_progress(planned, chunk)
         crc = zlib.crc32(packed)
-        return Done(index, chunk.index, crc, sums.max_error, sums.squared_error, sums.squared_sum), packed
+        return Done(index, chunk.index, crc, sums.max_error, sums.squared_error, sums.squared_sum)
 
     def _importance(self, tensor: MappedTensor, chunk: Chunk) -> np.ndarray | None:
         imatrix = self._tools.imatrix
@@ -263,8 +267,8 @@ class _Conversion:
         self._output.read(index, data, _offset(planned, chunk))
         if zlib.crc32(data) == self._records[index][chunk.index].crc:
             return data
-        rows = self._reader.read(planned.mapped, chunk, buffers.rows, buffers.raw)
-        done, _ = self._convert(index, chunk, rows, buffers)
+        rows = self._reader.read(planned.mapped, chunk, buffers.scratch[0], buffers.raw)
+        done = self._write(index, chunk, *self._pack(index, chunk, rows, buffers))
         self._finished.put(done)
         self._records[index][chunk.index] = done
         self._output.read(index, data, _offset(planned, chunk))

@@ -23,13 +23,12 @@ class Errors:
     worst_expert_nmse: float | None
 
 
-def refuse_non_finite(rows: np.ndarray, tensor: MappedTensor) -> None:
-    """CheckpointError where a weight is NaN or infinite: no quantizer survives one."""
-    if not (math.isfinite(rows.min()) and math.isfinite(rows.max())):
-        row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-        raise CheckpointError(
-            f"non-finite weight: {tensor.source} holds NaN or infinity in row {row} of a chunk; the checkpoint is damaged"
-        )
+def non_finite(rows: np.ndarray, tensor: MappedTensor) -> CheckpointError:
+    """The error for rows that hold NaN or infinity: no quantizer survives one."""
+    row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+    return CheckpointError(
+        f"non-finite weight: {tensor.source} holds NaN or infinity in row {row} of a chunk; the checkpoint is damaged"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,13 @@ class Sums:
     max_error: float
     squared_error: float
     squared_sum: float
+
+    def agrees_with(self, other: "Sums") -> bool:
+        """The same largest error, and sums that differ by the order of their float32 additions only."""
+        return self.max_error == other.max_error and all(
+            math.isclose(getattr(self, name), getattr(other, name), rel_tol=1e-4)
+            for name in ("squared_error", "squared_sum")
+        )
 
 
 def sums(rows: np.ndarray, restored: np.ndarray) -> Sums:

@@ -18,6 +18,7 @@ SWITCH = "CONVERT_STEP35_QUANTIZERS"
 
 _LIBRARY = {"darwin": "libquantizers.dylib", "win32": "quantizers.dll"}.get(sys.platform, "libquantizers.so")
 _TRIAL_COLUMNS = 512
+_DONE = 1  # what the native quantizer returns where all went well
 
 
 class Native:
@@ -26,29 +27,28 @@ class Native:
     def __init__(self, path: Path, lanes: int | None = None) -> None:
         self._library = ctypes.CDLL(str(path))
         number, pointer, count = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-        self._declare("quantize", number, number, pointer, count, count, pointer, pointer)
+        self._declare("quantize", number, number, number, pointer, count, count, pointer, pointer, pointer)
         self._declare("dequantize", number, number, pointer, count, pointer)
         self._declare("all_finite", number, pointer, count)
         self._declare("measure", None, pointer, pointer, count, count, pointer)
         self.lanes = lanes or self._library.step35_lanes()
-        self.kinds = frozenset(kind for kind in QUANTIZABLE if self._call("quantize", kind, None, 0, 256, None, None))
-        self._restorable = frozenset(kind for kind in self.kinds if self._call("dequantize", kind, None, 0, None))
+        self.kinds = frozenset(kind for kind in QUANTIZABLE if self._call("dequantize", kind, None, 0, None))
 
     def quantize(self, kind: GgmlType, rows: np.ndarray, out: np.ndarray, imatrix: np.ndarray | None) -> int:
-        """As Ggml.quantize, for one of `kinds`."""
-        n_bytes = rows.shape[0] * row_bytes(kind, rows.shape[1])
-        assert _is_plain(rows) and out.nbytes >= n_bytes and rows.shape[1] % block_size(kind) == 0
-        assert kind in self.kinds and (imatrix is None or (_is_plain(imatrix) and imatrix.shape == rows.shape[1:]))
-        weights = imatrix.ctypes.data if imatrix is not None else None
-        self._call("quantize", kind, rows.ctypes.data, *rows.shape, weights, out.ctypes.data)
-        return n_bytes
+        """As Ggml.quantize, for one of `kinds`; `rows` may be bfloat16 too, in uint16."""
+        self._quantize(kind, rows, out, imatrix, None)
+        return rows.shape[0] * row_bytes(kind, rows.shape[1])
 
-    def dequantize(self, kind: GgmlType, data: np.ndarray, out: np.ndarray) -> bool:
-        """As Ggml.dequantize; False where there is no kernel for it."""
-        assert _is_plain(out) and data.nbytes >= row_bytes(kind, out.size)
-        return kind in self._restorable and bool(
-            self._call("dequantize", kind, data.ctypes.data, out.size, out.ctypes.data)
-        )
+    def pack(self, kind: GgmlType, rows: np.ndarray, out: np.ndarray, imatrix: np.ndarray | None) -> Sums | None:
+        """As `quantize`, and compare what the bytes give with the rows; None where a weight is NaN or infinite."""
+        found = (ctypes.c_double * 3)()
+        is_finite = self._quantize(kind, rows, out, imatrix, found) == _DONE
+        return Sums(*found) if is_finite else None
+
+    def dequantize(self, kind: GgmlType, data: np.ndarray, out: np.ndarray) -> None:
+        """As Ggml.dequantize, for one of `kinds`."""
+        assert kind in self.kinds and _is_plain(out) and data.nbytes >= row_bytes(kind, out.size)
+        self._call("dequantize", kind, data.ctypes.data, out.size, out.ctypes.data)
 
     def all_finite(self, rows: np.ndarray) -> bool:
         assert _is_plain(rows)
@@ -60,6 +60,16 @@ class Native:
         out = (ctypes.c_double * 3)()
         self._library.step35_measure(self.lanes, rows.ctypes.data, restored.ctypes.data, *rows.shape, out)
         return Sums(*out)
+
+    def _quantize(
+        self, kind: GgmlType, rows: np.ndarray, out: np.ndarray, imatrix: np.ndarray | None, found: ctypes.Array | None
+    ) -> int:
+        is_bf16 = rows.dtype == np.uint16
+        assert kind in self.kinds and (_is_plain(rows) or (is_bf16 and rows.flags.c_contiguous))
+        assert rows.shape[1] % block_size(kind) == 0 and out.nbytes >= rows.shape[0] * row_bytes(kind, rows.shape[1])
+        assert imatrix is None or (_is_plain(imatrix) and imatrix.shape == rows.shape[1:])
+        weights = imatrix.ctypes.data if imatrix is not None else None
+        return self._call("quantize", kind, is_bf16, rows.ctypes.data, *rows.shape, weights, out.ctypes.data, found)
 
     def _declare(self, name: str, result: type | None, *arguments: type) -> None:
         function = getattr(self._library, f"step35_{name}")
@@ -97,10 +107,34 @@ class Quantizers:
         chosen = self._native if self._trusted[kind] else self.ggml
         return chosen.quantize(kind, rows, out, imatrix)
 
+    def pack(
+        self, kind: GgmlType, rows: np.ndarray, out: np.ndarray, imatrix: np.ndarray | None, scratch: np.ndarray
+    ) -> Sums | None:
+        """Quantize for a prepared type and measure what that did; None where a weight is NaN or infinite.
+
+        `rows` are [n_rows, row_size] of float32, or of bfloat16 in uint16; `scratch` is float32 [2, rows.size or more],
+        and its first half may hold the rows.
+        """
+        if self._trusted[kind]:
+            return self._native.pack(kind, rows, out, imatrix)
+        wide, restored = (half[: rows.size].reshape(rows.shape) for half in scratch)
+        rows = self.widened(rows, wide)
+        if not self.all_finite(rows):
+            return None
+        n_bytes = self.ggml.quantize(kind, rows, out, imatrix)
+        self.ggml.dequantize(kind, out[:n_bytes], restored)
+        return self.measure(rows, restored)
+
+    def widened(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Rows as `pack` takes them in float32: themselves, or filled into `out`."""
+        if rows.dtype == np.uint16:
+            self.ggml.bf16_to_f32(rows, out)
+            return out
+        return rows
+
     def dequantize(self, kind: GgmlType, data: np.ndarray, out: np.ndarray) -> None:
         """As Ggml.dequantize, for a prepared type."""
-        if not (self._trusted[kind] and self._native.dequantize(kind, data, out)):
-            self.ggml.dequantize(kind, data, out)
+        (self._native if self._trusted[kind] else self.ggml).dequantize(kind, data, out)
 
     def all_finite(self, rows: np.ndarray) -> bool:
         """False where a float32 weight is NaN or infinite."""
@@ -114,20 +148,29 @@ class Quantizers:
         if all(self._agrees_on(kind, weights) for weights in trial_weights()):
             return True
         self.notes.append(
-            f"the native {kind.name} makes other bytes than libggml here; libggml is used, which is slower"
+            f"the native {kind.name} does otherwise than libggml here; libggml is used, which is slower"
         )
         return False
 
     def _agrees_on(self, kind: GgmlType, weights: np.ndarray | None) -> bool:
-        """Both make the same bytes of the trial rows, and the same numbers of those bytes."""
+        """Both make the same bytes of the trial rows, of their bfloat16 halves too, and the same numbers of the bytes."""
         rows = trial_rows()
+        halves = np.ascontiguousarray(rows.view("<u2")[:, 1::2])
+        wide = self.widened(halves, np.empty_like(rows))
+        return self._agrees_with(kind, rows, rows, weights) and self._agrees_with(kind, halves, wide, weights)
+
+    def _agrees_with(self, kind: GgmlType, stored: np.ndarray, rows: np.ndarray, weights: np.ndarray | None) -> bool:
         ours, theirs = np.zeros((2, rows.nbytes), np.uint8)
-        self._native.quantize(kind, rows, ours, weights)
+        self._native.quantize(kind, stored, ours, weights)
         self.ggml.quantize(kind, rows, theirs, weights)
         restored, expected = np.zeros((2, *rows.shape), np.float32)
+        self._native.dequantize(kind, theirs, restored)
         self.ggml.dequantize(kind, theirs, expected)
-        same = not self._native.dequantize(kind, theirs, restored) or restored.tobytes() == expected.tobytes()
-        return same and np.array_equal(ours, theirs)
+        same = np.array_equal(ours, theirs) and restored.tobytes() == expected.tobytes()
+        # Scales of huge rows are beyond float16, and nothing is to be measured there.
+        held = np.isfinite(expected).all(axis=1)
+        found = self._native.pack(kind, stored[held], ours, weights)
+        return same and found is not None and found.agrees_with(sums(rows[held], expected[held]))
 
 
 def trial_rows() -> np.ndarray:

@@ -178,12 +178,11 @@ def _convert(
     stored, columns = change.stored, change.mapped.row_size
     per_row = row_bytes(stored.ggml_type, columns)
     data = read_piece(descriptor, stored.offset + chunk.first_row * per_row, chunk.n_rows * per_row, path)
-    rows, restored = np.empty((2, chunk.n_rows, columns), np.float32)
+    scratch = np.empty((2, chunk.n_rows * columns), np.float32)
+    rows = scratch[0].reshape(chunk.n_rows, columns)
     quantizers.dequantize(stored.ggml_type, data, rows)
-    if not quantizers.all_finite(rows):
-        raise GgufError(f"damaged GGUF file: {path}: {stored.name} holds NaN or infinity; convert it again")
     packed = np.empty(chunk.n_rows * row_bytes(change.kind, columns), np.uint8)
-    quantizers.quantize(change.kind, rows, packed, None)
-    quantizers.dequantize(change.kind, packed, restored)
-    sums = quantizers.measure(rows, restored)
+    sums = quantizers.pack(change.kind, rows, packed, None, scratch)
+    if sums is None:
+        raise GgufError(f"damaged GGUF file: {path}: {stored.name} holds NaN or infinity; convert it again")
     return packed, Done(0, chunk.index, 0, sums.max_error, sums.squared_error, sums.squared_sum)

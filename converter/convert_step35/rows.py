@@ -68,6 +68,12 @@ class RowReader:
             read_into(self._files[place.path], data, place.offset, place.path)
         return self.widen(tensor, chunk, data, out)
 
+    def weights(self, tensor: MappedTensor, chunk: Chunk, data: np.ndarray | None, out: np.ndarray) -> np.ndarray:
+        """The chunk of these bytes as [n_rows, row_size]: a bfloat16 matrix as it stands, in uint16, all else widened."""
+        if tensor.kind is Kind.MATRIX and self._checkpoint.sources[tensor.source].weight.dtype == "BF16":
+            return data.view("<u2").reshape(chunk.n_rows, tensor.row_size)
+        return self.widen(tensor, chunk, data, out)
+
     def widen(self, tensor: MappedTensor, chunk: Chunk, data: np.ndarray | None, out: np.ndarray) -> np.ndarray:
         """Fill float32 `out` with the chunk of these bytes and return it as [n_rows, row_size]."""
         rows = out[: chunk.n_rows * tensor.row_size].reshape(chunk.n_rows, tensor.row_size)

@@ -20,7 +20,7 @@ from convert_step35.gguf_model import GgufModel, whole_name
 from convert_step35.gguf_reader import GgufTensor
 from convert_step35.imatrix import Imatrix
 from convert_step35.mapping import MappedTensor
-from convert_step35.measure import refuse_non_finite
+from convert_step35.measure import non_finite
 from convert_step35.metadata import ARCH
 from convert_step35.plan import MTP_PREFIX
 from convert_step35.report import report_path
@@ -244,7 +244,8 @@ def _is_equal(
     stored = model.tensors[tensor.name]
     n = max(CHUNK_WEIGHTS, tensor.row_size)
     rows = reader.read(tensor, chunk, np.empty(n, np.float32), np.empty(4 * n, np.uint8))
-    refuse_non_finite(rows, tensor)
+    if not np.isfinite(rows).all():
+        raise non_finite(rows, tensor)
     weights = imatrix.entries.get(tensor.name) if imatrix is not None else None
     packed = np.empty(4 * n, np.uint8)
     n_bytes = ggml.quantize(

@@ -9,7 +9,8 @@
 #endif
 
 #define DECLARE(LANES)                                                                                              \
-    int quantize_##LANES##_lanes(int, const float *, int64_t, int64_t, const float *, uint8_t *);                   \
+    int quantize_##LANES##_lanes(                                                                                   \
+        int, int, const uint8_t *, int64_t, int64_t, const float *, uint8_t *, double *);                           \
     int dequantize_##LANES##_lanes(int, const uint8_t *, int64_t, float *);                                         \
     int all_finite_##LANES##_lanes(const float *, int64_t);                                                         \
     void measure_##LANES##_lanes(const float *, const float *, int64_t, int64_t, double *);
@@ -31,13 +32,17 @@ EXPORT int step35_lanes() {
     return 4;
 }
 
-// Quantizes float32 rows[n_rows][row_size] to one of ggml's types, given by its number; importance is null or
-// one weight a column. Returns 0, and writes nothing, for a type that has no kernel.
+// Quantizes rows[n_rows][row_size], float32 or bfloat16, to one of ggml's types, given by its number; importance is
+// null or one weight a column. With sums[3] every weight is looked at, and what the bytes give is compared: to them is
+// added what `step35_measure` writes. Returns 1, 0 for a type that has no kernel (nothing is written), or 2 for a weight
+// that is NaN or infinite (with sums; what is written then is of no use).
 EXPORT int step35_quantize(
-    int lanes, int type, const float *rows, int64_t n_rows, int64_t row_size, const float *importance, uint8_t *out
+    int lanes, int type, int are_bfloat16, const uint8_t *rows, int64_t n_rows, int64_t row_size,
+    const float *importance, uint8_t *out, double *sums
 ) {
 #define QUANTIZE(LANES) \
-    if (lanes == LANES) return quantize_##LANES##_lanes(type, rows, n_rows, row_size, importance, out);
+    if (lanes == LANES) \
+        return quantize_##LANES##_lanes(type, are_bfloat16, rows, n_rows, row_size, importance, out, sums);
     EACH_WIDTH(QUANTIZE)
     return 0;
 }

@@ -1,7 +1,8 @@
 // ggml's formats, each from lanes to lanes.
 //
-// A format has N weights and BYTES bytes in a block, and `quantize` from x[N] and importance[N], null without
-// an imatrix, to bytes[BYTES], a byte a lane. Where a scale rounds to zero, ggml keeps the levels of the search.
+// A format has N weights and BYTES bytes in a block, `quantize` from x[N] and importance[N], null without an imatrix,
+// to bytes[BYTES], a byte a lane, and `restore` from bytes to x. Where a scale rounds to zero, ggml keeps the levels of
+// the search.
 #pragma once
 
 #include "search.hpp"
@@ -23,12 +24,37 @@ inline void pack_2_bits(const I *levels, I *bytes) {
     }
 }
 
+inline void unpack_2_bits(const I *bytes, I *levels) {
+    for (int i = 0; i < 64; i++) {
+        I *l = levels + i / 32 * 128 + i % 32;
+        l[0] = bytes[i] & 3;
+        l[32] = bytes[i] >> 2 & 3;
+        l[64] = bytes[i] >> 4 & 3;
+        l[96] = bytes[i] >> 6;
+    }
+}
+
 // 256 levels of 4 bits: two from 32 weights apart in a byte.
 inline void pack_4_bits(const I *levels, I *bytes) {
     for (int i = 0; i < 128; i++) {
         const I *l = levels + i / 32 * 64 + i % 32;
         bytes[i] = (l[0] & 15) | (l[32] & 15) << 4;
     }
+}
+
+inline void unpack_4_bits(const I *bytes, I *levels) {
+    for (int i = 0; i < 128; i++) {
+        I *l = levels + i / 32 * 64 + i % 32;
+        l[0] = bytes[i] & 15;
+        l[32] = bytes[i] >> 4;
+    }
+}
+
+// One bit more for 256 levels, above `SHIFT` others: eight from 32 weights apart in a byte.
+template <int SHIFT>
+inline void add_bits(const I *bytes, I *levels) {
+    for (int i = 0; i < 32; i++)
+        for (int j = 0; j < 8; j++) levels[32 * j + i] |= (bytes[i] >> j & 1) << SHIFT;
 }
 
 inline F largest(const F *values, int n) {
@@ -40,27 +66,29 @@ inline F largest(const F *values, int n) {
 // x ~ d * scale * level - dmin * min, in blocks of SIZE with levels 0 ... TOP.
 template <int SIZE, int TOP>
 struct AffineBlocks {
-    static constexpr int COUNT = 256 / SIZE;
+    static constexpr int COUNT = 256 / SIZE, AT_ONCE = 4;
     Affine fits[COUNT];
     F scales[COUNT], mins[COUNT], weight_sums[COUNT];
     I levels[256];
 
-    // Fits blocks j and j + 1.
+    // Fits AT_ONCE blocks from j on; `weight` holds theirs.
     template <bool ABSOLUTE = false>
     void fit(int j, const F *x, const F *weight, Steps steps) {
-        fit_affine<SIZE, TOP, ABSOLUTE>(x + SIZE * j, weight, steps, fits + j);
-        for (int k = j; k < j + 2; k++) {
+        fit_affine<AT_ONCE, SIZE, TOP, ABSOLUTE>(x + SIZE * j, weight, steps, fits + j);
+        for (int k = j; k < j + AT_ONCE; k++) {
             scales[k] = fits[k].scale;
             mins[k] = -fits[k].min;
         }
     }
 
     void fit_important(const F *x, const F *importance, F sigma2) {
-        F weight[2 * SIZE];
-        for (int j = 0; j < COUNT; j++) {
-            weight_sums[j] =
-                importance_weights(x + SIZE * j, importance + SIZE * j, sigma2, SIZE, weight + j % 2 * SIZE);
-            if (j % 2) fit(j - 1, x, weight, {-0.9f, 0.05f, 36});
+        F weight[AT_ONCE * SIZE];
+        for (int j = 0; j < COUNT; j += AT_ONCE) {
+            for (int k = 0; k < AT_ONCE; k++) {
+                const int at = SIZE * (j + k);
+                weight_sums[j + k] = importance_weights(x + at, importance + at, sigma2, SIZE, weight + SIZE * k);
+            }
+            fit(j, x, weight, {-0.9f, 0.05f, 36});
         }
     }
 
@@ -93,11 +121,13 @@ struct SixBitScales : AffineBlocks<32, TOP> {
     }
 
     void scale_plain(const F *x, Steps steps, I *bytes, I *scale_levels, I *min_levels) {
-        F weight[64];
-        for (int j = 0; j < 8; j++) {
-            F mean = root(sum_of_squares(x + 32 * j, 32) / 32);
-            for (int i = 0; i < 32; i++) weight[j % 2 * 32 + i] = mean + absolute(x[32 * j + i]);
-            if (j % 2) Blocks::fit(j - 1, x, weight, steps);
+        F weight[32 * Blocks::AT_ONCE];
+        for (int j = 0; j < 8; j += Blocks::AT_ONCE) {
+            for (int k = 0; k < Blocks::AT_ONCE; k++) {
+                const F *block = x + 32 * (j + k), mean = root(sum_of_squares(block, 32) / 32);
+                for (int i = 0; i < 32; i++) weight[32 * k + i] = mean + absolute(block[i]);
+            }
+            Blocks::fit(j, x, weight, steps);
         }
         put_half(bytes, scale_by_largest(this->scales, scale_levels));
         put_half(bytes + 2, scale_by_largest(this->mins, min_levels));
@@ -117,6 +147,17 @@ struct SixBitScales : AffineBlocks<32, TOP> {
         for (int j = 0; j < 8; j++) {
             scale_levels[j] = clamp(scale_levels[j], 0, 63);
             min_levels[j] = clamp(min_levels[j], 0, 63);
+        }
+    }
+
+    // x = d * scale * level - dmin * min.
+    static void restore(const I *bytes, const I *levels, F *x) {
+        const F d = half_at(bytes), dmin = half_at(bytes + 2);
+        I scales[8], mins[8];
+        unpack(bytes + 4, scales, mins);
+        for (int j = 0; j < 8; j++) {
+            const F scale = d * to_float(scales[j]), min = dmin * to_float(mins[j]);
+            for (int i = 32 * j; i < 32 * j + 32; i++) x[i] = scale * to_float(levels[i]) - min;
         }
     }
 
@@ -146,6 +187,12 @@ struct Q4_K {
         blocks.quantize(x, importance, {-1.f, 0.1f, 20}, bytes);
         pack_4_bits(blocks.levels, bytes + 16);
     }
+
+    static void restore(const I *bytes, F *x) {
+        I levels[256];
+        unpack_4_bits(bytes + 16, levels);
+        SixBitScales<15>::restore(bytes, levels, x);
+    }
 };
 
 struct Q5_K {
@@ -159,6 +206,13 @@ struct Q5_K {
             for (int j = 0; j < 8; j++) bytes[16 + i] |= blocks.levels[32 * j + i] >> 4 << j;
         }
         pack_4_bits(blocks.levels, bytes + 48);
+    }
+
+    static void restore(const I *bytes, F *x) {
+        I levels[256];
+        unpack_4_bits(bytes + 48, levels);
+        add_bits<4>(bytes + 16, levels);
+        SixBitScales<31>::restore(bytes, levels, x);
     }
 };
 
@@ -186,10 +240,21 @@ struct Q2_K {
         pack_2_bits(blocks.levels, bytes + 16);
     }
 
+    static void restore(const I *bytes, F *x) {
+        const F d = half_at(bytes + 80), dmin = half_at(bytes + 82);
+        I levels[256];
+        unpack_2_bits(bytes + 16, levels);
+        for (int j = 0; j < 16; j++) {
+            const F scale = d * to_float(bytes[j] & 15), min = dmin * to_float(bytes[j] >> 4);
+            for (int i = 16 * j; i < 16 * j + 16; i++) x[i] = scale * to_float(levels[i]) - min;
+        }
+    }
+
     static void fit_plain(const F *x, AffineBlocks<16, 3> &blocks) {
-        F weight[32];
-        for (int j = 0; j < 16; j += 2) {
-            for (int i = 0; i < 32; i++) weight[i] = absolute(x[16 * j + i]);
+        constexpr int AT_ONCE = AffineBlocks<16, 3>::AT_ONCE;
+        F weight[16 * AT_ONCE];
+        for (int j = 0; j < 16; j += AT_ONCE) {
+            for (int i = 0; i < 16 * AT_ONCE; i++) weight[i] = absolute(x[16 * j + i]);
             blocks.fit<true>(j, x, weight, {-0.5f, 0.1f, 15});
         }
     }
@@ -233,6 +298,18 @@ struct Q3_K {
             for (int j = 0; j < 8; j++) bytes[i] |= levels[32 * j + i] >> 2 << j;
         }
         pack_2_bits(levels, bytes + 32);
+    }
+
+    static void restore(const I *bytes, F *x) {
+        const F d = half_at(bytes + 108);
+        I levels[256];
+        unpack_2_bits(bytes + 32, levels);
+        add_bits<2>(bytes, levels);
+        for (int j = 0; j < 16; j++) {
+            const I low = bytes[96 + j % 8] >> j / 8 * 4 & 15, high = bytes[104 + j % 4] >> j / 4 * 2 & 3;
+            const F scale = d * to_float((low | high << 4) - 32);
+            for (int i = 16 * j; i < 16 * j + 16; i++) x[i] = scale * to_float(levels[i] - 4);
+        }
     }
 
     static I scale_plain(const F *x, I *scales, I *searched) {
@@ -296,6 +373,23 @@ struct Q6_K {
         if (any(zero))
             for (int i = 0; i < BYTES; i++) bytes[i] = zero ? (I){} : bytes[i];
     }
+
+    static void restore(const I *bytes, F *x) {
+        const F d = half_at(bytes + 208);
+        I levels[256];
+        for (int i = 0; i < 64; i++) {
+            I *l = levels + i / 32 * 128 + i % 32;
+            const I *low = bytes + i / 32 * 64 + i % 32, high = bytes[128 + i];
+            l[0] = (low[0] & 15) | (high & 3) << 4;
+            l[32] = (low[32] & 15) | (high >> 2 & 3) << 4;
+            l[64] = low[0] >> 4 | (high >> 4 & 3) << 4;
+            l[96] = low[32] >> 4 | (high >> 6) << 4;
+        }
+        for (int j = 0; j < 16; j++) {
+            const F scale = d * to_float(as_int8(bytes[192 + j]));
+            for (int i = 16 * j; i < 16 * j + 16; i++) x[i] = scale * to_float(levels[i] - 32);
+        }
+    }
 };
 
 struct Q8_0 {
@@ -311,6 +405,11 @@ struct Q8_0 {
             F scaled = x[i] * inverse, half = (F)(((I)scaled & INT32_MIN) | 0x3effffff);
             bytes[2 + i] = __builtin_convertvector(scaled + half, I) & 0xff;
         }
+    }
+
+    static void restore(const I *bytes, F *x) {
+        const F d = half_at(bytes);
+        for (int i = 0; i < 32; i++) x[i] = to_float(as_int8(bytes[2 + i])) * d;
     }
 };
 

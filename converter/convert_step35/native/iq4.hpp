@@ -74,25 +74,18 @@ inline void put_values(const F *x, F scale, I *bytes) {
         bytes[i] = nearest_value(inverse * x[i]) | nearest_value(inverse * x[i + 16]) << 4;
 }
 
-// The 32 weights of 16 bytes of nibbles: here a lane is a weight.
-inline void restore_values(const uint8_t *nibbles, float scale, float *x) {
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-    for (int i = 0; i < 16; i += LANES) {
-        Bytes bytes;
-        memcpy(&bytes, nibbles + i, LANES);
-        const I both = __builtin_convertvector(bytes, I);
-        const F low = scale * value_of(both & 15), high = scale * value_of(both >> 4);
-        memcpy(x + i, &low, sizeof low);
-        memcpy(x + 16 + i, &high, sizeof high);
+// The 32 weights of those.
+inline void restore_values(const I *bytes, F scale, F *x) {
+    for (int i = 0; i < 16; i++) {
+        x[i] = scale * value_of(bytes[i] & 15);
+        x[i + 16] = scale * value_of(bytes[i] >> 4);
     }
 }
-
-inline float half_value(const uint8_t *bytes) { return from_half((I){} + (bytes[0] | bytes[1] << 8))[0]; }
 
 struct IQ4_NL {
     static constexpr int N = 32, BYTES = 18;
 
-    static void restore(const uint8_t *bytes, float *x) { restore_values(bytes + 2, half_value(bytes), x); }
+    static void restore(const I *bytes, F *x) { restore_values(bytes + 2, half_at(bytes), x); }
 
     static void quantize(const F *x, const F *importance, I *bytes) {
         F weight[32];
@@ -106,12 +99,12 @@ struct IQ4_NL {
 struct IQ4_XS {
     static constexpr int N = 256, BYTES = 136;
 
-    static void restore(const uint8_t *bytes, float *x) {
-        const float d = half_value(bytes);
-        const int high = bytes[2] | bytes[3] << 8;
+    static void restore(const I *bytes, F *x) {
+        const F d = half_at(bytes);
+        const I high = bytes[2] | bytes[3] << 8;
         for (int j = 0; j < 8; j++) {
-            const int level = (bytes[4 + j / 2] >> 4 * (j % 2) & 15) | (high >> 2 * j & 3) << 4;
-            restore_values(bytes + 8 + 16 * j, d * (level - 32), x + 32 * j);
+            const I level = (bytes[4 + j / 2] >> j % 2 * 4 & 15) | (high >> 2 * j & 3) << 4;
+            restore_values(bytes + 8 + 16 * j, d * to_float(level - 32), x + 32 * j);
         }
     }
 

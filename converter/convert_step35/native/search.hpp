@@ -26,15 +26,21 @@ inline I level(F x, F inverse, F base) {
     return clamp(nearest(inverse * (x - base)), 0, TOP);
 }
 
-// One block's search in make_qkx2_quants and make_qkx3_quants, cut where two blocks can take turns.
+template <int TOP, bool TAME>
+inline F level_of(F x, F inverse, F base) {
+    if (!TAME) return to_float(level<TOP>(x, inverse, base));
+    return clamp(nearest_float(inverse * (x - base)), 0.f, float(TOP));
+}
+
+// One block's search in make_qkx2_quants and make_qkx3_quants, cut where several blocks can take turns.
 template <int TOP, bool ABSOLUTE>
 struct AffineSearch {
     Affine best;
-    F low, max, sum_w, sum_x, error = {};
+    F low, max, sum_w, sum_x, error;
     I flat;
-    F inverse, scale, min, sum_l, sum_l2, sum_xl, new_error;  // of the try under way
+    F inverse, scale, min;  // of the try under way
 
-    AffineSearch(const F *x, const F *weight, int n) {
+    void begin_search(const F *x, const F *weight, int n) {
         low = max = x[0];
         sum_w = weight[0];
         sum_x = sum_w * x[0];
@@ -48,16 +54,16 @@ struct AffineSearch {
         flat = max <= min;
         begin_with(float(TOP) / (max - min), min);
         scale = 1 / inverse;
+        error = (F){};
         best = {scale, min, inverse, min};
     }
 
     void begin_with(F new_inverse, F base) {
         inverse = flat ? (F){} : new_inverse;
         best.min = base;
-        sum_l = sum_l2 = sum_xl = new_error = (F){};
     }
 
-    void begin(float factor) { begin_with(factor / (max - best.min), best.min); }
+    void begin_try(float factor) { begin_with(factor / (max - best.min), best.min); }
 
     // Whether floats can round all levels of this try: none leaves 22 bits.
     bool is_tame() const {
@@ -65,20 +71,7 @@ struct AffineSearch {
         return !any(~((bottom <= 4194303.f) & (top <= 4194303.f)));
     }
 
-    template <bool TAME>
-    F level_of(F x) const {
-        if (!TAME) return to_float(level<TOP>(x, inverse, best.min));
-        return clamp((inverse * (x - best.min) + 12582912.f) - 12582912.f, 0.f, float(TOP));
-    }
-
-    void add(F x, F weight, F l) {
-        F wl = weight * l;
-        sum_l += wl;
-        sum_l2 += wl * l;
-        sum_xl += wl * x;
-    }
-
-    I solve() {
+    I solve(F sum_l, F sum_l2, F sum_xl) {
         F determinant = sum_w * sum_l2 - sum_l * sum_l;
         scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
         min = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
@@ -88,12 +81,7 @@ struct AffineSearch {
         return determinant > 0;
     }
 
-    void add_error(F x, F weight, F l) {
-        F difference = scale * l + min - x;
-        new_error += weight * (ABSOLUTE ? absolute(difference) : difference * difference);
-    }
-
-    void keep_if(I better) {
+    void keep_if(I better, F new_error) {
         error = better ? new_error : error;
         best.inverse = better ? inverse : best.inverse;
         best.base = better ? best.min : best.base;
@@ -107,44 +95,79 @@ struct AffineSearch {
     }
 };
 
-template <bool TAME, class Search>
-inline void take_levels(const Search &a, const Search &b, const F *x, int n, F *levels) {
-    for (int i = 0; i < n; i++) {
-        levels[i] = a.template level_of<TAME>(x[i]);
-        levels[n + i] = b.template level_of<TAME>(x[n + i]);
-    }
-}
+// The searches of K blocks of N that follow each other at once: every sum waits for its last addition, and a try for the
+// one before it, so one block leaves units idle. Sums are in locals, which compilers keep in registers.
+template <int K, int N, int TOP, bool ABSOLUTE>
+struct AffineSearches {
+    const F *x, *weight;
+    AffineSearch<TOP, ABSOLUTE> search[K];
+    F levels[K * N];
 
-// Two blocks that follow each other at once: a try waits for the one before it, so one block leaves units idle.
-template <int N, int TOP, bool ABSOLUTE = false>
-inline void fit_affine(const F *x, const F *weight, Steps steps, Affine *fits) {
-    AffineSearch<TOP, ABSOLUTE> a(x, weight, N), b(x + N, weight + N, N);
-    F levels[2 * N];
-    for (int step = -1; step <= steps.n; step++) {
-        const bool plain = step < 0;
-        if (!plain) {
-            const float factor = steps.first + steps.step * step + TOP;
-            a.begin(factor);
-            b.begin(factor);
+    template <bool TAME>
+    void take_levels() {
+        for (int k = 0; k < K; k++) {
+            const F inverse = search[k].inverse, base = search[k].best.min;
+            for (int i = k * N; i < k * N + N; i++) levels[i] = level_of<TOP, TAME>(x[i], inverse, base);
         }
-        if (a.is_tame() && b.is_tame())
-            take_levels<true>(a, b, x, N, levels);
-        else
-            take_levels<false>(a, b, x, N, levels);
-        for (int i = 0; i < N; i++) {
-            a.add(x[i], weight[i], levels[i]);
-            b.add(x[N + i], weight[N + i], levels[N + i]);
-        }
-        const I solved_a = plain ? (I){} : a.solve(), solved_b = plain ? (I){} : b.solve();
-        for (int i = 0; i < N; i++) {
-            a.add_error(x[i], weight[i], levels[i]);
-            b.add_error(x[N + i], weight[N + i], levels[N + i]);
-        }
-        a.keep_if(plain ? ~(I){} : solved_a & (a.new_error < a.error));
-        b.keep_if(plain ? ~(I){} : solved_b & (b.new_error < b.error));
     }
-    fits[0] = a.result();
-    fits[1] = b.result();
+
+    // The scales and minima that lose least with these levels; `solved` says in which blocks there are any.
+    void solve(I *solved) {
+        F l[K] = {}, l2[K] = {}, xl[K] = {};
+        for (int i = 0; i < N; i++)
+            for (int k = 0; k < K; k++) {
+                const F level = levels[k * N + i], wl = weight[k * N + i] * level;
+                l[k] += wl;
+                l2[k] += wl * level;
+                xl[k] += wl * x[k * N + i];
+            }
+        for (int k = 0; k < K; k++) solved[k] = search[k].solve(l[k], l2[k], xl[k]);
+    }
+
+    void add_errors(F *errors) const {
+        F scale[K], min[K], sum[K] = {};
+        for (int k = 0; k < K; k++) {
+            scale[k] = search[k].scale;
+            min[k] = search[k].min;
+        }
+        for (int i = 0; i < N; i++)
+            for (int k = 0; k < K; k++) {
+                const F difference = scale[k] * levels[k * N + i] + min[k] - x[k * N + i];
+                sum[k] += weight[k * N + i] * (ABSOLUTE ? absolute(difference) : difference * difference);
+            }
+        for (int k = 0; k < K; k++) errors[k] = sum[k];
+    }
+
+    bool are_tame() const {
+        bool tame = true;
+        for (int k = 0; k < K; k++) tame = tame && search[k].is_tame();
+        return tame;
+    }
+
+    // The first try is the plain one: its scale and minimum are not solved for.
+    void run(Steps steps) {
+        for (int k = 0; k < K; k++) search[k].begin_search(x + k * N, weight + k * N, N);
+        for (int step = -1; step <= steps.n; step++) {
+            const bool plain = step < 0;
+            I solved[K];
+            F errors[K];
+            for (int k = 0; k < K && !plain; k++) search[k].begin_try(steps.first + steps.step * step + TOP);
+            are_tame() ? take_levels<true>() : take_levels<false>();
+            if (!plain) solve(solved);
+            add_errors(errors);
+            for (int k = 0; k < K; k++)
+                search[k].keep_if(plain ? ~(I){} : solved[k] & (errors[k] < search[k].error), errors[k]);
+        }
+    }
+};
+
+template <int K, int N, int TOP, bool ABSOLUTE = false>
+inline void fit_affine(const F *x, const F *weight, Steps steps, Affine *fits) {
+    AffineSearches<K, N, TOP, ABSOLUTE> searches;
+    searches.x = x;
+    searches.weight = weight;
+    searches.run(steps);
+    for (int k = 0; k < K; k++) fits[k] = searches.search[k].result();
 }
 
 // x ~ scale * (level - TOP), levels 0 ... 2 * TOP - 1; all levels are 0 where the block is.
@@ -175,7 +198,7 @@ inline void search_symmetric(const F *x, const F *weight, F max, F &scale, F &in
         const bool plain = step == -10;
         F new_inverse = plain ? float(-TOP) / max : -(TOP + 0.1f * step) / max, sum_xl = {}, sum_l2 = {};
         for (int i = 0; i < N; i++) {
-            F l = TAME ? clamp((new_inverse * x[i] + 12582912.f) - 12582912.f, float(-TOP), float(TOP - 1))
+            F l = TAME ? clamp(nearest_float(new_inverse * x[i]), float(-TOP), float(TOP - 1))
                        : to_float(Symmetric<TOP>::signed_level(x[i], new_inverse));
             F wl = weight[i] * l;
             sum_xl += weight[i] * x[i] * l;
