@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT / "tests"))  # the tests' checkpoint generator and u
 
 import upstream  # noqa: E402
 from checkpoints import REAL, Shape, random_tensors, tensor_shapes, write_checkpoint  # noqa: E402
-from convert_step35.chunks import CHUNK_WEIGHTS  # noqa: E402
 from convert_step35.presets import PRESETS  # noqa: E402
 from convert_step35.quantizers import SWITCH  # noqa: E402
 from measure import Usage, measure  # noqa: E402
@@ -59,13 +58,13 @@ from threading import Thread
 import numpy as np
 from gguf import GGMLQuantizationType
 from convert_step35.quantizers import load_quantizers
-kind, n_chunks, n_threads = GGMLQuantizationType[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3])
+kind, n_weights, n_threads = GGMLQuantizationType[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3])
 quantizers = load_quantizers()
 quantizers.prepare({kind})
 def run():
     rows = np.random.default_rng(35).normal(0, 0.02, (64, 4096)).astype(np.float32)
     out = np.empty(rows.nbytes, np.uint8)
-    for _ in range(n_chunks // n_threads):
+    for _ in range(n_weights // rows.size // n_threads):
         quantizers.quantize(kind, rows, out, None)
 for _ in range(n_threads):
     Thread(target=run).start()
@@ -158,8 +157,8 @@ class Bench:
     def limits(self, number: int) -> Iterator[Step]:
         yield Step(number, "limit", "read", self._measured("limit-read", ["-c", READ, str(self.checkpoint)]), 0, "")
         os.environ[SWITCH] = "native"
-        n_chunks = sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors")) // 2 // CHUNK_WEIGHTS
-        numbers = [str(n_chunks), str(len(os.sched_getaffinity(0)))]
+        n_weights = sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors")) // 2
+        numbers = [str(n_weights), str(len(os.sched_getaffinity(0)))]
         command = ["-c", ONLY_QUANTIZE, PRESETS[self.preset].default.name, *numbers]
         yield Step(number, "limit", "quantize", self._measured("limit-quantize", command), 0, "")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from convert_step35 import direct
 from convert_step35.chunks import Chunk
-from convert_step35.digesting import MOST_WAITING, Digest
+from convert_step35.digesting import MOST_WAITING_BYTES, Digest
 from convert_step35.direct import BLOCK_BYTES, DirectFile, read_buffer
 from convert_step35.errors import CheckpointError
 from convert_step35.reading import Item, Place, ReadAhead, spans
@@ -150,8 +150,10 @@ def test_a_digest_from_many_threads_is_the_same() -> None:
 
 
 def test_too_many_early_chunks_are_not_kept() -> None:
-    digest = Digest(MOST_WAITING + 3)
-    for i in range(1, MOST_WAITING + 3):
-        digest.add(i, np.zeros(10, np.uint8))
-    assert digest.result() is None
+    piece = np.zeros(MOST_WAITING_BYTES // 8, np.uint8)
+    for n_early, is_kept in ((8, True), (9, False)):
+        digest = Digest(n_early + 1)
+        for i in (*range(1, n_early + 1), 0):
+            digest.add(i, piece)
+        assert digest.result() == (hashlib.sha256(bytes(piece) * (n_early + 1)).hexdigest() if is_kept else None)
     assert Digest(5, is_partial=True).result() is None

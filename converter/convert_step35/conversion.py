@@ -10,9 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Event, Lock, Thread
-from time import monotonic
 
 import numpy as np
 
@@ -31,7 +29,6 @@ from convert_step35.quantizers import Quantizers
 from convert_step35.reading import N_READERS, Item, Loaded, ReadAhead
 from convert_step35.rows import RowReader
 
-_SYNC_BYTES = 256 * 1024**2
 _SYNC_S = 1.0
 
 
@@ -99,19 +96,18 @@ def _discard_new(plan: Plan, journal: Journal) -> None:
 
 @dataclass(slots=True)
 class _Buffers:
-    """One worker's memory: 4 MiB, whatever the tensor.
+    """One worker's memory: 12 MiB, whatever the tensor, and mostly untouched.
 
-    `raw` is touched only when an earlier run left damage, `scratch` where no native kernel takes the weights as they are.
+    `scratch` is used where no native kernel takes the weights as they are.
     """
 
-    raw: np.ndarray
     packed: np.ndarray
     scratch: np.ndarray
 
     @classmethod
     def for_tensors(cls, tensors: Sequence[PlannedTensor]) -> "_Buffers":
         n = _largest_chunk(tensors)
-        return cls(np.empty(4 * n, np.uint8), np.empty(4 * n, np.uint8), np.empty((2, n), np.float32))
+        return cls(np.empty(4 * n, np.uint8), np.empty((2, n), np.float32))
 
 
 class _Conversion:
@@ -128,7 +124,8 @@ class _Conversion:
         self._lock = Lock()
         self._stop = Event()
         self._failures: list[BaseException] = []
-        self._finished: SimpleQueue[Done | None] = SimpleQueue()
+        self._ended = Event()
+        self._unrecorded: list[Done] = []
         self._records: dict[int, dict[int, Done]] = {i: {} for i in range(len(tensors))}
         self._results: dict[int, TensorResult] = {}
         self._digests: dict[int, Digest] = {}
@@ -151,7 +148,7 @@ class _Conversion:
             # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
             self._halt()
             _join([*readers, *workers])
-            self._finished.put(None)
+            self._ended.set()
             _join([recorder])
         if self._failures:
             raise self._failures[0]
@@ -234,8 +231,8 @@ class _Conversion:
 
     def _finish_chunk(self, index: int, done: Done) -> bool:
         """Note a converted chunk; True for the one that makes its tensor whole."""
-        self._finished.put(done)
         with self._lock:
+            self._unrecorded.append(done)
             records = self._records[index]
             records[done.chunk] = done
             return len(records) == n_chunks(self._tensors[index].mapped)
@@ -267,10 +264,10 @@ class _Conversion:
         self._output.read(index, data, _offset(planned, chunk))
         if zlib.crc32(data) == self._records[index][chunk.index].crc:
             return data
-        rows = self._reader.read(planned.mapped, chunk, buffers.scratch[0], buffers.raw)
+        raw = np.empty(4 * chunk.n_rows * planned.mapped.row_size, np.uint8)
+        rows = self._reader.read(planned.mapped, chunk, buffers.scratch[0], raw)
         done = self._write(index, chunk, *self._pack(index, chunk, rows, buffers))
-        self._finished.put(done)
-        self._records[index][chunk.index] = done
+        self._finish_chunk(index, done)
         self._output.read(index, data, _offset(planned, chunk))
         if zlib.crc32(data) != done.crc:
             raise OutputError(
@@ -279,22 +276,14 @@ class _Conversion:
         return data
 
     def _record(self) -> None:
-        """The journal thread: sync the data, then append its records, every second or 256 MiB."""
-        batch: list[Done] = []
-        n_bytes, flushed_s = 0, monotonic()
-        while (done := self._finished.get()) is not None:
-            batch.append(done)
-            n_bytes += self._n_bytes(done)
-            if n_bytes >= _SYNC_BYTES or monotonic() - flushed_s >= _SYNC_S:
-                self._flush(batch)
-                batch, n_bytes, flushed_s = [], 0, monotonic()
-        self._flush(batch)
+        """The journal thread: every second sync the data, then append the records of the chunks in it."""
+        while not self._ended.wait(_SYNC_S):
+            self._flush()
+        self._flush()
 
-    def _n_bytes(self, done: Done) -> int:
-        planned = self._tensors[done.tensor]
-        return chunk_at(planned.mapped, done.chunk).n_rows * row_bytes(planned.kind, planned.mapped.row_size)
-
-    def _flush(self, batch: list[Done]) -> None:
+    def _flush(self) -> None:
+        with self._lock:
+            batch, self._unrecorded = self._unrecorded, []
         if batch:
             self._output.sync()
             self._journal.append(batch)

@@ -5,8 +5,8 @@ from threading import Condition
 
 import numpy as np
 
-# More than this many early chunks are not kept; the tensor is then read back when it is whole.
-MOST_WAITING = 64
+# More early chunks than that are not kept; the tensor is then read back when it is whole.
+MOST_WAITING_BYTES = 64 * 1024**2
 
 
 class Digest:
@@ -20,6 +20,7 @@ class Digest:
         self._next = 0
         self._is_busy = False
         self._waiting: dict[int, bytes] = {}
+        self._n_waiting_bytes = 0
         self._changed = Condition()
 
     def add(self, index: int, data: np.ndarray) -> None:
@@ -41,7 +42,8 @@ class Digest:
 
     def _keep(self, index: int, data: np.ndarray) -> None:
         self._waiting[index] = data.tobytes()
-        if len(self._waiting) > MOST_WAITING:
+        self._n_waiting_bytes += data.nbytes
+        if self._n_waiting_bytes > MOST_WAITING_BYTES:
             self._is_partial = True
             self._waiting.clear()
             self._changed.notify_all()
@@ -53,6 +55,7 @@ class Digest:
             with self._changed:
                 self._next += 1
                 data = self._waiting.pop(self._next, None)
+                self._n_waiting_bytes -= len(data) if data is not None else 0
                 self._is_busy = data is not None
                 if self._next == self._n_chunks:
                     self._changed.notify_all()

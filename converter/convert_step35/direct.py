@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,12 @@ _F_NOCACHE = 48  # macOS, fcntl.h
 
 def read_buffer(n_bytes: int) -> np.ndarray:
     """uint8 memory for DirectFile.read of up to `n_bytes` from any offset."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return np.frombuffer(mmap.mmap(-1, _up(n_bytes) + BLOCK_BYTES, flags=flags), np.uint8)
+    memory = mmap.mmap(-1, _up(n_bytes) + BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # The kernel looks up every page that a direct read fills. Without huge pages it refuses, and reads all the same.
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 class DirectFile:

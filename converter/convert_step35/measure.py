@@ -39,6 +39,13 @@ class Sums:
     squared_error: float
     squared_sum: float
 
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            max(self.max_error, other.max_error),
+            self.squared_error + other.squared_error,
+            self.squared_sum + other.squared_sum,
+        )
+
     def agrees_with(self, other: "Sums") -> bool:
         """The same largest error, and sums that differ by the order of their float32 additions only."""
         return self.max_error == other.max_error and all(

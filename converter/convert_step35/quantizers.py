@@ -18,6 +18,7 @@ SWITCH = "CONVERT_STEP35_QUANTIZERS"
 
 _LIBRARY = {"darwin": "libquantizers.dylib", "win32": "quantizers.dll"}.get(sys.platform, "libquantizers.so")
 _TRIAL_COLUMNS = 512
+_TILE_WEIGHTS = 256 * 1024  # 1 MiB of float32
 _DONE = 1  # what the native quantizer returns where all went well
 
 
@@ -117,13 +118,23 @@ class Quantizers:
         """
         if self._trusted[kind]:
             return self._native.pack(kind, rows, out, imatrix)
-        wide, restored = (half[: rows.size].reshape(rows.shape) for half in scratch)
-        rows = self.widened(rows, wide)
-        if not self.all_finite(rows):
+        wide = self.widened(rows, scratch[0, : rows.size].reshape(rows.shape))
+        if not self.all_finite(wide):
             return None
-        n_bytes = self.ggml.quantize(kind, rows, out, imatrix)
-        self.ggml.dequantize(kind, out[:n_bytes], restored)
-        return self.measure(rows, restored)
+        return self._pack_in_steps(kind, wide, out, imatrix, scratch[1])
+
+    def _pack_in_steps(
+        self, kind: GgmlType, rows: np.ndarray, out: np.ndarray, imatrix: np.ndarray | None, restored: np.ndarray
+    ) -> Sums:
+        """Some rows at a time, which stay in a core's cache from step to step."""
+        found, done, at_once = Sums(0.0, 0.0, 0.0), 0, max(1, _TILE_WEIGHTS // rows.shape[1])
+        for at in range(0, len(rows), at_once):
+            tile = rows[at : at + at_once]
+            n_bytes = self.ggml.quantize(kind, tile, out[done:], imatrix)
+            again = restored[: tile.size].reshape(tile.shape)
+            self.ggml.dequantize(kind, out[done : done + n_bytes], again)
+            found, done = found + self.measure(tile, again), done + n_bytes
+        return found
 
     def widened(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Rows as `pack` takes them in float32: themselves, or filled into `out`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from convert_step35 import __version__
 from convert_step35.checkpoint import Checkpoint, digest, modification_times, open_checkpoint
+from convert_step35.chunks import CHUNK_WEIGHTS
 from convert_step35.ggml import Ggml, identify
 from convert_step35.imatrix import Imatrix, check_fit, read_imatrix
 from convert_step35.mapping import MtpMode, map_tensors
@@ -76,6 +77,7 @@ def fingerprint(workspace: Workspace, plan: Plan, ggml: Ggml) -> dict[str, str]:
         "llama-cpp-python": library.llama_cpp_python,
         "libggml": library.library_sha256,
         "layout": plan.sha256(),
+        "weights in a chunk": str(CHUNK_WEIGHTS),
     }
 
 

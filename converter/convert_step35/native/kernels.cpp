@@ -54,6 +54,13 @@ struct Rows {
     int64_t n_rows, row_size;
     const float *importance;
 
+    // Asks for the blocks from `first` on: they come from the disk, so no cache has them, and there is time until then.
+    template <int N>
+    void ask_for(int64_t first, int n_lanes) const {
+        const int64_t block_bytes = N * (are_bfloat16 ? 2 : 4);
+        for (int64_t i = 0; i < n_lanes * block_bytes; i += 64) __builtin_prefetch(weights + first * block_bytes + i);
+    }
+
     // N weights of LANES blocks from `first` on; lanes without a block repeat the first.
     template <int N>
     void take(int64_t first, int n_lanes, F *x, F *columns) const {
@@ -81,6 +88,7 @@ Outcome quantize(const Rows &rows, uint8_t *out, double *sums) {
     for (int64_t first = 0; first < n; first += LANES) {
         const int n_lanes = lanes_left(first, n);
         rows.take<N>(first, n_lanes, x, columns);
+        if (first + LANES < n) rows.ask_for<N>(first + LANES, lanes_left(first + LANES, n));
         if (sums != nullptr && !all_finite(x, N)) return NOT_FINITE;
         Format::quantize(x, rows.importance != nullptr ? columns : nullptr, bytes);
         scatter<Format::BYTES>(bytes, out + first * Format::BYTES, n_lanes);

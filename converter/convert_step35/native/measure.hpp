@@ -13,12 +13,9 @@ inline F load(const float *x) {
 
 // Whether none of x[n] is NaN or infinite.
 inline bool all_finite(const F *x, int n) {
-    I largest[2] = {};
-    for (int i = 0; i < n; i++) {
-        const I magnitude = (I)absolute(x[i]);
-        largest[i % 2] = magnitude > largest[i % 2] ? magnitude : largest[i % 2];
-    }
-    return !any((largest[0] >= 0x7f800000) | (largest[1] >= 0x7f800000));
+    I found = {};
+    for (int i = 0; i < n; i++) found |= (I)absolute(x[i]) >= 0x7f800000;
+    return !any(found);
 }
 
 inline bool all_finite(const float *x, int64_t n) {
