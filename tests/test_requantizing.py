@@ -18,6 +18,7 @@ import pytest
 from command import Done, convert_step35
 
 from checkpoints import TINY, write_checkpoint
+from convert_step35.gguf_model import open_model
 from convert_step35.gguf_reader import GgufFile, read_gguf
 from convert_step35.rewriting import Made, entries_of, rewrite
 
@@ -224,8 +225,8 @@ def test_the_runtimes_command_is_the_converters(made: dict[str, Path], tmp_path:
 
 
 def rewritten(path: Path, out: Path, **changes: Any) -> GgufFile:
-    file = read_gguf(path)
-    rewrite(file, out, entries_of(file), changes.get("tensors", list(file.tensors.values())))
+    model = open_model(path)
+    rewrite(model, out, entries_of(model.files[0]), changes.get("tensors", list(model.tensors.values())))
     return read_gguf(out)
 
 

@@ -8,12 +8,18 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from checkpoints import BUNDLED
 from command import Done, convert_step35
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tiny_gguf
 
+from convert_step35 import trimming
+from convert_step35.gguf_model import open_model
 from convert_step35.gguf_reader import read_gguf
+from convert_step35.inspection import inspect_file
+from convert_step35.models import load_models
+from convert_step35.rewriting import entries_of, rewrite
 from convert_step35.trimming import TRIMMED_ARCH, nearest_kept
 from step35 import draft_vocabulary
 from step35.chooser import Chooser
@@ -97,17 +103,55 @@ def test_what_cannot_be_trimmed_is_said_in_a_line(counts: Path, tmp_path: Path, 
     assert not (tmp_path / "heads.gguf").exists()
 
 
-def test_trimmed_heads_are_not_trimmed_or_inspected_as_whole_ones(heads: Path, counts: Path, tmp_path: Path) -> None:
-    for done in (trim(heads, counts, tmp_path / "again.gguf"), convert_step35("inspect", heads)):
+def test_shards_give_the_same_heads_as_one_file(heads: Path, counts: Path, tmp_path: Path) -> None:
+    options = ("--type", "Q8_0", "--split-max-size", "4MB")
+    assert convert_step35("run", BUNDLED, tmp_path / "s.gguf", *options).exit_code == 0
+    shards = sorted(tmp_path.glob("s-0*.gguf"))
+    assert len(shards) > 2
+    for shard in (shards[0], shards[-1]):
+        done = trim(shard, counts, tmp_path / "heads.gguf", "--overwrite")
+        assert done.exit_code == 0, done.err
+        assert (tmp_path / "heads.gguf").read_bytes() == heads.read_bytes()
+    (tmp_path / "link.gguf").hardlink_to(shards[1])
+    done = trim(shards[0], counts, tmp_path / "link.gguf", "--overwrite")
+    assert done.exit_code == 2 and "OUT expected another file than" in done.err
+
+
+def test_trimmed_heads_are_not_trimmed_or_compared_as_whole_ones(heads: Path, counts: Path, tmp_path: Path) -> None:
+    for done in (trim(heads, counts, tmp_path / "again.gguf"), convert_step35("verify", heads, "--against", BUNDLED)):
         assert done.exit_code == 1 and f"expected step35, got '{TRIMMED_ARCH}'" in done.err, done.err
 
 
-@given(st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_a_kept_token_stands_for_itself_and_any_other_for_its_nearest(n_kept: int, seed: int) -> None:
+def test_inspect_shows_trimmed_heads(heads: Path) -> None:
+    found = inspect_file(heads, load_models())
+    assert (found.problems, found.n_trunk_layers, found.n_mtp_complete) == ((), 0, 3)
+    assert found.notes[0].startswith(f"trimmed heads: {N_KEPT} of the model's {N_VOCAB} tokens can be drafted")
+    done = convert_step35("inspect", heads)
+    assert done.exit_code == 0 and "0 layers, 3 MTP heads" in done.out and "no problems found" in done.out, done.err
+    assert convert_step35("verify", heads).exit_code == 0
+
+
+@pytest.mark.parametrize("array, change", [("tokens", 1), ("tokens", -1), ("stand_ins", N_VOCAB)])
+def test_inspect_names_arrays_that_contradict_each_other(heads: Path, tmp_path: Path, array: str, change: int) -> None:
+    """The runtime refuses such a file."""
+    model = open_model(heads)
+    entries = [
+        replace(e, value=(e.value[0] + change, *e.value[1:])) if e.key == f"step35.draft.{array}" else e
+        for e in entries_of(model.files[0])
+    ]
+    rewrite(model, tmp_path / "bad.gguf", entries, list(model.tensors.values()))
+    problems = inspect_file(tmp_path / "bad.gguf", load_models()).problems
+    assert [p.startswith(f"draft.tokens expected {N_KEPT} ascending token ids") for p in problems] == [True]
+
+
+@given(st.integers(1, 40), st.integers(1, 41), st.integers(0, 2**32 - 1))
+def test_a_kept_token_stands_for_itself_and_any_other_for_its_nearest(n_kept: int, n_at_once: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     embedding = rng.standard_normal((40, 8), np.float32)
     kept = np.sort(rng.permutation(40)[:n_kept])
-    nearest = nearest_kept(lambda: iter(np.array_split(embedding, 3)), kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trimming, "_N_DIRECTIONS", n_at_once)
+        nearest = nearest_kept(lambda: iter(np.array_split(embedding, 3)), kept)
     unit = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
     assert np.array_equal(nearest[kept], np.arange(n_kept))
     assert np.allclose((unit * unit[kept][nearest]).sum(1), (unit @ unit[kept].T).max(1), atol=1e-5)

@@ -21,6 +21,7 @@ from convert_step35.gguf_model import (
     has_mtp,
     has_trunk,
     open_model,
+    require_step35,
     whole_name,
 )
 from convert_step35.inspection import inspect_file
@@ -342,13 +343,15 @@ def _uncompared(model: GgufModel, against: Path | None) -> Iterator[str]:
 
 def _open_against(model: GgufModel, against: Path, imatrix: Path | None, models: Models) -> Workspace:
     """The checkpoint, of which only the shards that the model needs must be there."""
+    require_step35(model)
     arch = architecture_of(model)
     workspace = open_workspace(
         against, models, mtp=MtpMode.KEEP if has_trunk(model, arch) else MtpMode.ONLY, imatrix_path=imatrix
     )
     if has_mtp(model, arch) and not workspace.checkpoint.has_mtp:
         raise CheckpointError(
-            f"no MTP weights: {against} holds none, and {model.path} has MTP heads; give the checkpoint that it was made of"
+            f"no MTP weights: {against} holds none, and {model.path} has MTP heads; "
+            "give the checkpoint that it was made of"
         )
     return workspace
 

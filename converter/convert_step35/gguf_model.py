@@ -11,6 +11,9 @@ from convert_step35.gguf_reader import GgufFile, GgufTensor, read_gguf
 from convert_step35.metadata import ARCH
 from convert_step35.plan import shard_path
 
+# Trimmed heads: llama.cpp refuses the name, since the token ids inside are not the model's.
+TRIMMED_ARCH = "step35-trimmed-heads"
+
 # llama.cpp's own limit (LLAMA_MAX_LAYERS).
 MAX_LAYERS = 512
 
@@ -22,7 +25,7 @@ _UNKNOWN_ROPE = Llama3Rope(1.0, 1.0, 1.0, 1)
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """All files of a model: their tensors by name, and the first file's metadata. `homes` says which file has a tensor."""
+    """All files of a model: their tensors by name, the first one's metadata, and in `homes` which has a tensor."""
 
     files: tuple[GgufFile, ...]
     tensors: dict[str, GgufTensor]
@@ -65,7 +68,8 @@ def open_model(path: Path) -> GgufModel:
     for file in files:
         if double := sorted(tensors.keys() & file.tensors.keys()):
             raise GgufError(
-                f"duplicate tensor: {quoted(double[0])} stands in {homes[double[0]].name} and in {file.path.name}; convert again"
+                f"duplicate tensor: {quoted(double[0])} stands in {homes[double[0]].name} and in {file.path.name}; "
+                "convert again"
             )
         tensors |= file.tensors
         homes |= dict.fromkeys(file.tensors, file.path)
@@ -98,13 +102,19 @@ def _check_split(files: tuple[GgufFile, ...]) -> None:
         # A file of one shard may leave the keys out, or count none.
         if got != want and not (len(files) == 1 and got == (0, 0)):
             raise GgufError(
-                f"misnamed shard: {file.path} expected shard {want[0] + 1} of {want[1]} by its name, got {_one_more(got[0])} of {quoted(got[1])} "
+                f"misnamed shard: {file.path} expected shard {want[0] + 1} of {want[1]} by its name, "
+                f"got {_one_more(got[0])} of {quoted(got[1])} "
                 "by its metadata; name the file as it was"
             )
 
 
 def _one_more(number: Any) -> str:
     return str(number + 1) if type(number) is int else quoted(number)
+
+
+def is_trimmed_heads(model: GgufModel) -> bool:
+    """True for the side file that `convert-step35 mtp trim` makes: heads that know some of the tokens only."""
+    return model.metadata.get("general.architecture") == TRIMMED_ARCH
 
 
 def require_step35(model: GgufModel) -> None:
@@ -146,7 +156,8 @@ class _Keys:
 
     def unexpected(self, name: str, want: str, got: Any) -> GgufError:
         return GgufError(
-            f"wrong metadata: {self._path}: {ARCH}.{name} expected {want}, got {quoted(got)}; convert the checkpoint again"
+            f"wrong metadata: {self._path}: {ARCH}.{name} expected {want}, got {quoted(got)}; "
+            "convert the checkpoint again"
         )
 
 
@@ -157,7 +168,7 @@ def architecture_of(model: GgufModel) -> Architecture:
         layers=_layers(keys),
         hidden_size=keys.get("embedding_length", int),
         intermediate_size=keys.get("feed_forward_length", int),
-        vocab_size=_vocab_size(model),
+        vocab_size=_vocab_size(model, keys),
         head_dim=keys.get("attention.key_length", int),
         sliding_window=keys.get("attention.sliding_window", int),
         context_length=keys.get("context_length", int),
@@ -188,11 +199,14 @@ def has_mtp(model: GgufModel, arch: Architecture) -> bool:
     return any(model.has_layer(i) for i in range(arch.n_trunk, len(arch.layers)))
 
 
-def _vocab_size(model: GgufModel) -> int:
+def _vocab_size(model: GgufModel, keys: _Keys) -> int:
+    if is_trimmed_heads(model):
+        return keys.get("vocab_size", int)
     tokens = model.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise GgufError(
-            f"wrong metadata: {model.path}: tokenizer.ggml.tokens expected a list of texts, got {quoted(tokens)}; convert the checkpoint again"
+            f"wrong metadata: {model.path}: tokenizer.ggml.tokens expected a list of texts, got {quoted(tokens)}; "
+            "convert the checkpoint again"
         )
     return len(tokens)
 

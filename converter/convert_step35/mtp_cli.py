@@ -9,6 +9,7 @@ import click
 
 from convert_step35.console import PATH, console, cores, json_option, output_path, threads_option
 from convert_step35.errors import OptionError, OutputError
+from convert_step35.gguf_model import GgufModel
 from convert_step35.output import write_atomically
 from convert_step35.progress import bytes_bar
 from convert_step35.quantizers import load_quantizers
@@ -34,7 +35,9 @@ def mtp(context: click.Context) -> None:
 @click.argument("file", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--type", "type_name", metavar="T", required=True, help="ggml type of the heads' matrices, such as Q4_K.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
+)
 @threads_option
 @json_option
 def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: int | None, as_json: bool) -> None:
@@ -44,7 +47,7 @@ def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: 
     """
     kind = ggml_type(type_name)
     plan = plan_heads(file, kind)
-    _refuse_existing(file, output_path(out), overwrite)
+    _refuse_existing(plan.model, output_path(out), overwrite)
     report = _requantize(plan, out, kind, threads or cores())
     if as_json:
         print(to_json(report), end="")
@@ -55,9 +58,20 @@ def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: 
 @mtp.command()
 @click.argument("file", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--vocab", "n_kept", type=click.IntRange(1), metavar="N", required=True, help="Tokens that can be drafted, such as 32768.")
-@click.option("--counts", type=PATH, required=True, help="What step35 count-tokens wrote of a text like the model's work.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole.")
+@click.option(
+    "--vocab",
+    "n_kept",
+    type=click.IntRange(1),
+    metavar="N",
+    required=True,
+    help="Tokens that can be drafted, such as 32768.",
+)
+@click.option(
+    "--counts", type=PATH, required=True, help="What step35 count-tokens wrote of a text like the model's work."
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
+)
 @json_option
 def trim(file: Path, out: Path, n_kept: int, counts: Path, overwrite: bool, as_json: bool) -> None:
     """Make OUT (.gguf), a side file of FILE's MTP heads that draft the N most frequent tokens only.
@@ -65,7 +79,7 @@ def trim(file: Path, out: Path, n_kept: int, counts: Path, overwrite: bool, as_j
     Drafts get cheaper and some fewer are accepted; the text stays the same. step35 runs it with --mtp OUT.
     """
     plan = plan_trim(file, n_kept, counts)
-    _refuse_existing(file, output_path(out), overwrite)
+    _refuse_existing(plan.model, output_path(out), overwrite)
     with bytes_bar("writing", plan.n_bytes) as on_bytes:
         written = trim_heads(plan, out, load_quantizers(), on_bytes)
     report = trim_report(out, plan, written)
@@ -88,9 +102,10 @@ def _requantize(plan: HeadsPlan, out: Path, kind: Any, n_threads: int) -> dict[s
     return report
 
 
-def _refuse_existing(file: Path, out: Path, overwrite: bool) -> None:
-    if out.exists() and os.path.samefile(file, out):
-        raise OptionError(f"OUT expected another file than {file}, got the same; choose another name")
+def _refuse_existing(model: GgufModel, out: Path, overwrite: bool) -> None:
+    for file in model.files:
+        if out.exists() and os.path.samefile(file.path, out):
+            raise OptionError(f"OUT expected another file than {file.path}, got the same; choose another name")
     for path in (out, report_path(out)):
         if path.is_dir():
             raise OutputError(f"{path} is a folder; choose another name")

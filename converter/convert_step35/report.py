@@ -39,10 +39,10 @@ def heads_report(out: Path, plan: HeadsPlan, done: Requantized) -> dict[str, Any
     was = {change.stored.name: change.stored for change in plan.changes}
     tensors = [_written(out, tensor, was.get(tensor.name), done.errors.get(tensor.name)) for tensor in done.written]
     return {
-        "source": plan.file.path.name,
+        "source": plan.model.path.name,
         "notes": list(plan.notes),
         "files": [{"name": out.name, "bytes": out.stat().st_size, "tensors": len(tensors)}],
-        "source_bytes": plan.file.n_bytes,
+        "source_bytes": plan.model.n_bytes,
         "tensors": tensors,
     }
 
@@ -50,7 +50,7 @@ def heads_report(out: Path, plan: HeadsPlan, done: Requantized) -> dict[str, Any
 def trim_report(out: Path, plan: TrimPlan, written: Sequence[Written]) -> dict[str, Any]:
     """The report of a side file of trimmed heads."""
     return {
-        "source": plan.file.path.name,
+        "source": plan.model.path.name,
         "n_vocab": plan.n_vocab,
         "n_kept": len(plan.kept),
         "share_of_counted": round(plan.share, 6),

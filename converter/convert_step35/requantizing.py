@@ -15,8 +15,16 @@ from convert_step35.chunks import Chunk, chunks
 from convert_step35.errors import GgufError, PlanError
 from convert_step35.ggml import QUANTIZABLE, row_bytes
 from convert_step35.gguf_header import Entry
-from convert_step35.gguf_model import architecture_of, has_mtp, has_trunk, is_shard_name, open_model, require_step35
-from convert_step35.gguf_reader import GgufFile, GgufTensor
+from convert_step35.gguf_model import (
+    GgufModel,
+    architecture_of,
+    has_mtp,
+    has_trunk,
+    is_shard_name,
+    open_model,
+    require_step35,
+)
+from convert_step35.gguf_reader import GgufTensor
 from convert_step35.journal import Done
 from convert_step35.mapping import MappedTensor, map_tensors
 from convert_step35.measure import Errors, tensor_errors
@@ -46,16 +54,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class HeadsPlan:
-    """A file and what of it will change; all else is copied."""
+    """A model and what of it will change; all else is copied."""
 
-    file: GgufFile
+    model: GgufModel
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all tensors of the new file."""
-        return sum(t.n_bytes for t in self.file.tensors.values()) - sum(c.stored.n_bytes - c.n_bytes for c in self.changes)
+        saved = sum(change.stored.n_bytes - change.n_bytes for change in self.changes)
+        return sum(tensor.n_bytes for tensor in self.model.tensors.values()) - saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +77,22 @@ class Requantized:
 
 def plan_heads(path: Path, kind: GgmlType) -> HeadsPlan:
     """Open a GGUF, with or without a trunk, and choose what to quantize again; refuses what has no whole heads."""
-    file, mapped = open_heads(path)
+    if is_shard_name(path.name):
+        raise GgufError(
+            f"a shard: {path} expected a whole file; make the heads' file from the checkpoint with run --mtp only "
+            "--mtp-type"
+        )
+    model, mapped = open_heads(path)
     changes = tuple(
-        Change(t, file.tensors[t.name], fit_to_row(kind, t.row_size))
+        Change(t, model.tensors[t.name], fit_to_row(kind, t.row_size))
         for t in mapped
-        if file.tensors[t.name].ggml_type is not fit_to_row(kind, t.row_size)
+        if model.tensors[t.name].ggml_type is not fit_to_row(kind, t.row_size)
     )
     if not changes:
         raise PlanError(f"nothing to do: all {len(mapped)} matrices of the MTP heads in {path} are {kind.name} already")
     for change in changes:
         _check(change, path)
-    return HeadsPlan(file, changes, tuple(_notes(changes)))
+    return HeadsPlan(model, changes, tuple(_notes(changes)))
 
 
 def requantize(
@@ -87,24 +101,21 @@ def requantize(
     """Write the file with its heads quantized again; PlanError or GgufError leave nothing behind."""
     quantizers.prepare({c.kind for c in plan.changes} | {c.stored.ggml_type for c in plan.changes})
     errors: dict[str, Errors] = {}
-    made = {c.stored.name: _made(c, plan.file.path, quantizers, n_threads, errors) for c in plan.changes}
-    tensors = [made.get(name, tensor) for name, tensor in plan.file.tensors.items()]
-    written = rewrite(plan.file, out, _entries(plan, kind), tensors, on_bytes=on_bytes)
+    made = {c.stored.name: _made(c, plan.model.path, quantizers, n_threads, errors) for c in plan.changes}
+    tensors = [made.get(name, tensor) for name, tensor in plan.model.tensors.items()]
+    written = rewrite(plan.model, out, _entries(plan, kind), tensors, on_bytes=on_bytes)
     return Requantized(tuple(written), errors)
 
 
-def open_heads(path: Path) -> tuple[GgufFile, list[MappedTensor]]:
-    """One whole file and the matrices of its heads, each there and of its shape."""
-    if is_shard_name(path.name):
-        raise GgufError(
-            f"a shard: {path} expected a whole file; make the heads' file from the checkpoint with run --mtp only --mtp-type"
-        )
+def open_heads(path: Path) -> tuple[GgufModel, list[MappedTensor]]:
+    """A model, of one file or of shards, and the matrices of its heads, each there and of its shape."""
     model = open_model(path)
     require_step35(model)
     arch = architecture_of(model)
     if not has_mtp(model, arch):
         raise GgufError(
-            f"no MTP heads: {path} holds none; make a file of them from the checkpoint with convert-step35 run --mtp only"
+            f"no MTP heads: {path} holds none; make a file of them from the checkpoint with convert-step35 run --mtp "
+            "only"
         )
     mapped = map_tensors(arch, trunk=has_trunk(model, arch), mtp=True)
     names = head_matrices(mapped)
@@ -114,17 +125,22 @@ def open_heads(path: Path) -> tuple[GgufFile, list[MappedTensor]]:
         if stored is None or stored.shape != tensor.shape:
             got = list(stored.shape) if stored is not None else "nothing"
             raise GgufError(
-                f"incomplete MTP heads: {path}: {tensor.name} expected {list(tensor.shape)}, got {got}; see convert-step35 inspect"
+                f"incomplete MTP heads: {path}: {tensor.name} expected {list(tensor.shape)}, got {got}; "
+                "see convert-step35 inspect"
             )
-    return model.files[0], heads
+    return model, heads
 
 
 def _check(change: Change, path: Path) -> None:
     name, kind = change.mapped.name, change.kind
     if change.stored.ggml_type not in QUANTIZABLE:
-        raise GgufError(f"{path}: {name} has the type {change.stored.ggml_type.name}, which can't be read back; convert it again")
+        raise GgufError(
+            f"{path}: {name} has the type {change.stored.ggml_type.name}, which can't be read back; convert it again"
+        )
     if requires_imatrix(name, kind, LlamaFileType.GUESSED):
-        raise PlanError(f"imatrix needed: {name} as {kind.name} is garbage without one; choose a type such as Q4_K or IQ4_XS")
+        raise PlanError(
+            f"imatrix needed: {name} as {kind.name} is garbage without one; choose a type such as Q4_K or IQ4_XS"
+        )
 
 
 def _lossy(changes: Sequence[Change]) -> list[str]:
@@ -143,8 +159,8 @@ def _notes(changes: Sequence[Change]) -> Iterator[str]:
 
 def _entries(plan: HeadsPlan, kind: GgmlType) -> list[Entry]:
     """The file's own metadata; where it tells a recipe, that now names the heads' type too."""
-    entries = [_told(entry, kind) for entry in entries_of(plan.file) if entry.key != FROM_KEY]
-    earlier = plan.file.metadata.get(FROM_KEY)
+    entries = [_told(entry, kind) for entry in entries_of(plan.model.files[0]) if entry.key != FROM_KEY]
+    earlier = plan.model.metadata.get(FROM_KEY)
     sources = [*([str(earlier)] if earlier is not None else []), *_lossy(plan.changes)]
     return [*entries, Entry(FROM_KEY, V.STRING, ", then ".join(sources))] if sources else entries
 

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from convert_step35.errors import GgufError, OutputError
 from convert_step35.gguf_header import Entry, TensorInfo, encode_header, padded
+from convert_step35.gguf_model import GgufModel
 from convert_step35.gguf_reader import GgufFile, GgufTensor
 from convert_step35.output import partial_path, require_space, reserve, sync_folder
 
@@ -49,26 +50,27 @@ def entries_of(file: GgufFile) -> tuple[Entry, ...]:
 
 
 def rewrite(
-    source: GgufFile,
+    source: GgufModel,
     out: Path,
     entries: Sequence[Entry],
     tensors: Sequence[GgufTensor | Made],
     *,
     on_bytes: Callable[[int], None] = lambda n: None,
 ) -> list[Written]:
-    """Write `out` with these entries and tensors, in this order; a GgufTensor is copied out of `source`.
+    """Write `out`, one file, with these entries and tensors, in this order; a GgufTensor is copied out of `source`.
 
     Until all of it is on the disk `out` is not touched; whatever goes wrong leaves nothing behind. The disk's room
     is reserved first. `on_bytes` hears how many bytes were written.
     """
-    infos, n_data = _placed(tensors, source.alignment)
-    header = encode_header(entries, infos, source.alignment)
+    alignment = source.files[0].alignment
+    infos, n_data = _placed(tensors, alignment)
+    header = encode_header(entries, infos, alignment)
     written = []
-    with _published(out, len(header) + n_data) as target, source.path.open("rb") as file:
+    with _published(out, len(header) + n_data) as target:
         os.pwrite(target, header, 0)
         on_bytes(len(header))
         for tensor, info in zip(tensors, infos):
-            pieces = tensor.pieces() if isinstance(tensor, Made) else _copied(file.fileno(), tensor, source.path)
+            pieces = tensor.pieces() if isinstance(tensor, Made) else _copied(tensor, source.homes[tensor.name])
             offset = len(header) + info.offset
             digest = _write(target, pieces, offset, tensor.n_bytes, on_bytes)
             written.append(Written(info.name, info.kind, info.shape, offset, tensor.n_bytes, digest))
@@ -81,7 +83,10 @@ def read_piece(descriptor: int, offset: int, n_bytes: int, path: Path) -> np.nda
     while done < n_bytes:
         n = os.preadv(descriptor, [memoryview(data)[done:]], offset + done)
         if n == 0:
-            raise GgufError(f"truncated file: {path} expected {offset + n_bytes} bytes or more, got {offset + done}; did it change?")
+            raise GgufError(
+                f"truncated file: {path} expected {offset + n_bytes} bytes or more, got {offset + done}; "
+                "did it change?"
+            )
         done += n
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
@@ -104,19 +109,21 @@ def _placed(tensors: Sequence[GgufTensor | Made], alignment: int) -> tuple[list[
     return infos, offset
 
 
-def _copied(descriptor: int, tensor: GgufTensor, path: Path) -> Iterator[np.ndarray]:
+def _copied(tensor: GgufTensor, path: Path) -> Iterator[np.ndarray]:
     """The tensor's bytes in pieces, the next one read while the last is dealt with."""
     places = [(at, min(_PIECE_BYTES, tensor.n_bytes - at)) for at in range(0, tensor.n_bytes, _PIECE_BYTES)]
-    with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(read_piece, descriptor, tensor.offset, places[0][1], path)
+    with path.open("rb") as file, ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(read_piece, file.fileno(), tensor.offset, places[0][1], path)
         for at, n_bytes in places[1:]:
             piece = following.result()
-            following = ahead.submit(read_piece, descriptor, tensor.offset + at, n_bytes, path)
+            following = ahead.submit(read_piece, file.fileno(), tensor.offset + at, n_bytes, path)
             yield piece
         yield following.result()
 
 
-def _write(target: int, pieces: Iterator[np.ndarray], offset: int, n_bytes: int, on_bytes: Callable[[int], None]) -> str:
+def _write(
+    target: int, pieces: Iterator[np.ndarray], offset: int, n_bytes: int, on_bytes: Callable[[int], None]
+) -> str:
     """Write the pieces from `offset` on; the sha256 of them all."""
     sha, done = hashlib.sha256(), 0
     for piece in pieces:
