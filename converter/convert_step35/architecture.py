@@ -166,7 +166,8 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
         raise CheckpointError(
-            f"config.json: architectures expected one of {list(ARCHITECTURES)}, got {quoted(names)}; only Step-3.5 and 3.7 convert here"
+            f"config.json: architectures expected one of {list(ARCHITECTURES)}, got {quoted(names)}; "
+            "only Step-3.5 and 3.7 convert here"
         )
     cfg = _text_part(config)
     _check_taken_for_granted(cfg)

@@ -68,11 +68,13 @@ def open_checkpoint(folder: Path, *, mtp_only: bool = False) -> Checkpoint:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing"
         raise CheckpointError(
-            f"no checkpoint: {folder} expected a folder with config.json and safetensors, got {what}; give the checkpoint's folder"
+            f"no checkpoint: {folder} expected a folder with config.json and safetensors, got {what}; "
+            "give the checkpoint's folder"
         )
     if not (folder / "config.json").exists():
         raise CheckpointError(
-            f"no checkpoint: {folder} expected config.json and safetensors in it, got no config.json; give the checkpoint's folder"
+            f"no checkpoint: {folder} expected config.json and safetensors in it, got no config.json; "
+            "give the checkpoint's folder"
         )
     config = read_json(folder / "config.json", max_bytes=MAX_CONFIG_BYTES)
     arch = read_architecture(config)
@@ -154,7 +156,8 @@ def _check_index(folder: Path, index: dict[str, str], tensors: Iterable[StoredTe
     if found != expected:
         name = next(name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name))
         raise CheckpointError(
-            f"index and shards disagree: {folder / INDEX}: tensor {quoted(name)} expected in {expected.get(name, 'no shard')}, "
+            f"index and shards disagree: {folder / INDEX}: tensor {quoted(name)} expected in "
+            f"{expected.get(name, 'no shard')}, "
             f"got {found.get(name, 'nothing')}; download the checkpoint again"
         )
 
@@ -166,7 +169,8 @@ def _text_tensors(stored: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
         name = canonical_source(tensor.name)
         if name in text:
             raise CheckpointError(
-                f"duplicate tensor: {quoted(tensor.name)} in {tensor.path.name} and {quoted(text[name].name)} in {text[name].path.name} are the same"
+                f"duplicate tensor: {quoted(tensor.name)} in {tensor.path.name} and {quoted(text[name].name)} in "
+                f"{text[name].path.name} are the same"
             )
         if not is_vision(tensor.name):
             text[name] = tensor
@@ -194,7 +198,8 @@ def _source(arch: Architecture, mapped: MappedTensor, text: dict[str, StoredTens
         return Source(tensor, _scale(arch, tensor, text))
     if tensor.dtype not in FLOAT_DTYPES:
         raise CheckpointError(
-            f"unsupported dtype: {tensor.path.name}: {name} expected {', '.join(FLOAT_DTYPES)} or {FP8_DTYPE} with scales, got {tensor.dtype}"
+            f"unsupported dtype: {tensor.path.name}: {name} expected {', '.join(FLOAT_DTYPES)} or {FP8_DTYPE} with "
+            f"scales, got {tensor.dtype}"
         )
     return Source(tensor)
 
@@ -204,13 +209,15 @@ def _scale(arch: Architecture, tensor: StoredTensor, text: dict[str, StoredTenso
     scale = text.get(name)
     if arch.fp8_block is None or scale is None:
         raise CheckpointError(
-            f"missing scale: {tensor.path.name}: {tensor.name} is {FP8_DTYPE} and expected {name} and weight_block_size in config.json"
+            f"missing scale: {tensor.path.name}: {tensor.name} is {FP8_DTYPE} and expected {name} and "
+            "weight_block_size in config.json"
         )
     rows, columns = (-(-size // block) for size, block in zip(tensor.shape[-2:], arch.fp8_block))
     want = (*tensor.shape[:-2], rows, columns)
     if scale.shape != want or scale.dtype not in FLOAT_DTYPES:
         raise CheckpointError(
-            f"misshaped scale: {scale.path.name}: {name} expected {_dims(want)} of {', '.join(FLOAT_DTYPES)}, got {_dims(scale.shape)} of {scale.dtype}"
+            f"misshaped scale: {scale.path.name}: {name} expected {_dims(want)} of {', '.join(FLOAT_DTYPES)}, "
+            f"got {_dims(scale.shape)} of {scale.dtype}"
         )
     return scale
 
@@ -220,7 +227,8 @@ def _refuse_extra(text: dict[str, StoredTensor], sources: dict[str, Source], fol
     extra = sorted(name for name in text.keys() - used if not name.endswith(_UNUSED_SUFFIXES))
     if extra:
         raise CheckpointError(
-            f"unexpected tensor: {folder}: {quoted(extra[0])} is no part of Step-3.5 ({len(extra)} such tensors); is this another model?"
+            f"unexpected tensor: {folder}: {quoted(extra[0])} is no part of Step-3.5 ({len(extra)} such tensors); "
+            "is this another model?"
         )
 
 

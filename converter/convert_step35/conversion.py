@@ -44,7 +44,7 @@ class TensorResult:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What the workers share. `on_progress` hears of each converted chunk, `on_resumed` of each found in the journal."""
+    """What the workers share. `on_progress` hears of each converted chunk, `on_resumed` of each in the journal."""
 
     checkpoint: Checkpoint
     quantizers: Quantizers
@@ -271,7 +271,8 @@ class _Conversion:
         self._output.read(index, data, _offset(planned, chunk))
         if zlib.crc32(data) != done.crc:
             raise OutputError(
-                f"the disk returns other bytes than were written: {planned.mapped.name}, chunk {chunk.index}; check the disk"
+                f"the disk returns other bytes than were written: {planned.mapped.name}, chunk {chunk.index}; "
+                "check the disk"
             )
         return data
 
@@ -306,7 +307,8 @@ def _largest_chunk(tensors: Sequence[PlannedTensor]) -> int:
 
 def _bad_scale(planned: PlannedTensor) -> CheckpointError:
     return CheckpointError(
-        f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; choose another type for it with --tensor-type"
+        f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; "
+        "choose another type for it with --tensor-type"
     )
 
 

@@ -20,7 +20,7 @@ def read_buffer(n_bytes: int) -> np.ndarray:
     """uint8 memory for DirectFile.read of up to `n_bytes` from any offset."""
     memory = mmap.mmap(-1, _up(n_bytes) + BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # The kernel looks up every page that a direct read fills. Without huge pages it refuses, and reads all the same.
+        # A direct read looks up every page it fills. A kernel without huge pages refuses, and reads all the same.
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

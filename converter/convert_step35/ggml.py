@@ -135,7 +135,8 @@ class Ggml:
         expected = gguf.GGML_QUANT_SIZES[kind]
         if (got := (traits.blck_size, traits.type_size)) != expected:
             raise ConvertError(
-                f"{self.path}: blocks of {kind.name} expected {expected} (weights, bytes), got {got}; install llama-cpp-python==0.3.36"
+                f"{self.path}: blocks of {kind.name} expected {expected} (weights, bytes), got {got}; "
+                "install llama-cpp-python==0.3.36"
             )
         return _ToFloat(traits.to_float) if traits.to_float else _ToFloat()
 

@@ -13,7 +13,10 @@ from gguf import GGUFValueType as V
 
 ALIGNMENT = 32
 _MAGIC, _VERSION = b"GGUF", 3
-_PACK = {V.UINT8: "<B", V.INT8: "<b", V.UINT16: "<H", V.INT16: "<h", V.UINT32: "<I", V.INT32: "<i", V.FLOAT32: "<f", V.UINT64: "<Q", V.INT64: "<q", V.FLOAT64: "<d", V.BOOL: "<?"}  # fmt: skip
+_PACK = {
+    V.UINT8: "<B", V.INT8: "<b", V.UINT16: "<H", V.INT16: "<h", V.UINT32: "<I", V.INT32: "<i",
+    V.FLOAT32: "<f", V.UINT64: "<Q", V.INT64: "<q", V.FLOAT64: "<d", V.BOOL: "<?",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,8 @@ def check_fit(imatrix: Imatrix, tensors: tuple[MappedTensor, ...]) -> None:
         want = (tensor.shape[0] if len(tensor.shape) == 3 else 1, tensor.row_size)
         if entry.sums.shape != want:
             raise PlanError(
-                f"imatrix of another model: {imatrix.path}: {tensor.name} expected {want} (matrices, columns), got {entry.sums.shape}"
+                f"imatrix of another model: {imatrix.path}: {tensor.name} expected {want} (matrices, columns), "
+                f"got {entry.sums.shape}"
             )
 
 
@@ -92,7 +93,8 @@ def _datasets(file: GgufFile) -> tuple[str, ...]:
     names = file.metadata.get("imatrix.datasets", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise PlanError(
-            f"damaged imatrix: {file.path}: imatrix.datasets expected a list of names, got {quoted(names)}; make the imatrix again"
+            f"damaged imatrix: {file.path}: imatrix.datasets expected a list of names, got {quoted(names)}; "
+            "make the imatrix again"
         )
     return tuple(names)
 
@@ -101,7 +103,8 @@ def _n_chunks(file: GgufFile) -> int:
     n = file.metadata.get("imatrix.chunk_count", 0)
     if type(n) is not int or not 0 <= n < 2**32:
         raise PlanError(
-            f"damaged imatrix: {file.path}: imatrix.chunk_count expected a count, got {quoted(n)}; make the imatrix again"
+            f"damaged imatrix: {file.path}: imatrix.chunk_count expected a count, got {quoted(n)}; "
+            "make the imatrix again"
         )
     return n
 
@@ -117,7 +120,8 @@ def _importance(file: GgufFile, name: str, data: np.ndarray) -> Importance:
     for what, values in (("sums", sums), ("counts", counts)):
         if not np.isfinite(values).all() or (values < 0).any():
             raise PlanError(
-                f"damaged imatrix: {file.path}: {what} of {name} expected finite numbers of 0 or more; make the imatrix again"
+                f"damaged imatrix: {file.path}: {what} of {name} expected finite numbers of 0 or more; "
+                "make the imatrix again"
             )
     return Importance(sums.reshape(counts.size, -1), np.rint(counts))
 

@@ -93,7 +93,8 @@ def _sampling(generation: dict[str, Any]) -> Iterator[Entry]:
         wanted = (int,) if kind is V.INT32 else (int, float)
         if type(value) not in wanted or not -1 <= value < 2**31:
             raise CheckpointError(
-                f"generation_config.json: {name} expected a {'whole ' if kind is V.INT32 else ''}number of -1 or more, got {quoted(value)}"
+                f"generation_config.json: {name} expected a {'whole ' if kind is V.INT32 else ''}number of -1 or "
+                f"more, got {quoted(value)}"
             )
         yield Entry(key, kind, value if kind is V.INT32 else float(value))
 

@@ -107,7 +107,8 @@ def require_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise DiskFullError(
-            f"disk full: {folder} expected {format_size(n_bytes)} free ({n_bytes} bytes), got {format_size(free)} ({free}); free the room, or write to another disk"
+            f"disk full: {folder} expected {format_size(n_bytes)} free ({n_bytes} bytes), "
+            f"got {format_size(free)} ({free}); free the room, or write to another disk"
         )
 
 

@@ -146,7 +146,9 @@ def _parts(subject: Subject, wishes: Wishes) -> Iterator[_Part]:
     mode, arch = wishes.mtp, subject.arch
     if wishes.mtp_type is not None and (mode is MtpMode.DROP or not subject.has_mtp):
         reason = "--mtp drop leaves them out" if subject.has_mtp else "the checkpoint has none"
-        raise PlanError(f"no MTP heads: --mtp-type {wishes.mtp_type.name} is for their matrices, and {reason}; leave it out")
+        raise PlanError(
+            f"no MTP heads: --mtp-type {wishes.mtp_type.name} is for their matrices, and {reason}; leave it out"
+        )
     if not subject.has_mtp and mode in (MtpMode.SEPARATE, MtpMode.ONLY):
         raise PlanError(
             f"no MTP weights: --mtp {mode.value} needs the checkpoint's MTP layers, and it has none; use --mtp drop"
@@ -175,7 +177,8 @@ def _choose(
     demands = [n for n in imatrix_demands(choice, tensors) if n not in (subject.imatrix_names or ())]
     if demands:
         raise PlanError(
-            f"imatrix needed: {name} makes {demands[0]} {choice.types[demands[0]].name} ({len(demands)} such tensors), which is garbage without one; pass --imatrix FILE that has them"
+            f"imatrix needed: {name} makes {demands[0]} {choice.types[demands[0]].name} ({len(demands)} such "
+            "tensors), which is garbage without one; pass --imatrix FILE that has them"
         )
     return choice
 
@@ -277,7 +280,8 @@ def _mtp_notes(subject: Subject, wishes: Wishes) -> list[str]:
         return []
     if subject.arch.n_mtp:
         return [
-            f"config.json declares {subject.arch.n_mtp} MTP layers but the checkpoint holds none of their weights: trunk only, no drafting"
+            f"config.json declares {subject.arch.n_mtp} MTP layers but the checkpoint holds none of their weights: "
+            "trunk only, no drafting"
         ]
     return ["the checkpoint has no MTP layers: trunk only, no drafting"]
 
@@ -290,7 +294,8 @@ def _imatrix_notes(subject: Subject, choice: TypeChoice, tensors: tuple[MappedTe
     if not missing:
         return []
     return [
-        f"the imatrix has no entry for {len(missing)} of the quantized tensors, such as {missing[0]}: they are quantized without"
+        f"the imatrix has no entry for {len(missing)} of the quantized tensors, such as {missing[0]}: "
+        "they are quantized without"
     ]
 
 

@@ -164,7 +164,7 @@ class Quantizers:
         return False
 
     def _agrees_on(self, kind: GgmlType, weights: np.ndarray | None) -> bool:
-        """Both make the same bytes of the trial rows, of their bfloat16 halves too, and the same numbers of the bytes."""
+        """Both make the same bytes of the trial rows, also in bfloat16, and the same numbers of the bytes."""
         rows = trial_rows()
         halves = np.ascontiguousarray(rows.view("<u2")[:, 1::2])
         wide = self.widened(halves, np.empty_like(rows))

@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A chunk of the plan's tensor `index`, None for a tensor without one left; `place` is None for what is not read."""
+    """A chunk of the plan's tensor `index`, None for one that has none left; `place` is None for what is not read."""
 
     index: int
     chunk: Chunk | None
@@ -78,7 +78,7 @@ def _goes_on(run: list[Item], item: Item, most: int) -> bool:
 class ReadAhead:
     """Items with their bytes, in order but for the readers' race; `read` runs in each of N_READERS threads.
 
-    `take` waits for the next item and gives None at the end; whoever took an item gives it back once its bytes are used.
+    `take` waits for the next item and gives None at the end; whoever took one gives it back once its bytes are used.
     """
 
     def __init__(self, items: Iterable[Item], largest: int, n_takers: int) -> None:

@@ -98,7 +98,9 @@ def choose_types(
         rule = lambda tensor: kind  # noqa: E731
     else:
         raise _unknown_type(name, [*PRESETS, *recipes, *(k.name for k in QUANTIZABLE)])
-    matrices = {t.name: fit_to_row(_first(manual(t.name), rule(t)), t.row_size) for t in tensors if t.kind is Kind.MATRIX}
+    matrices = {
+        t.name: fit_to_row(_first(manual(t.name), rule(t)), t.row_size) for t in tensors if t.kind is Kind.MATRIX
+    }
     return _choice(recipe, _common_ftype(matrices, tensors), matrices, tensors)
 
 
@@ -149,7 +151,8 @@ def best_fit(target_bytes: int, names: Sequence[str], size_of: Callable[[str], i
             return name
     smallest = min(sizes, key=lambda name: sizes[name])
     raise PlanError(
-        f"target too small: the smallest recipe, {smallest}, needs {sizes[smallest] / 2**30:.2f} GiB, got {target_bytes / 2**30:.2f} GiB; "
+        f"target too small: the smallest recipe, {smallest}, needs {sizes[smallest] / 2**30:.2f} GiB, "
+        f"got {target_bytes / 2**30:.2f} GiB; "
         "--mtp drop saves the MTP layers, and --imatrix allows lower types"
     )
 

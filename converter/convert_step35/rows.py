@@ -69,7 +69,7 @@ class RowReader:
         return self.widen(tensor, chunk, data, out)
 
     def weights(self, tensor: MappedTensor, chunk: Chunk, data: np.ndarray | None, out: np.ndarray) -> np.ndarray:
-        """The chunk of these bytes as [n_rows, row_size]: a bfloat16 matrix as it stands, in uint16, all else widened."""
+        """The chunk of these bytes, [n_rows, row_size]: bfloat16 matrices as they are, in uint16, all else widened."""
         if tensor.kind is Kind.MATRIX and self._checkpoint.sources[tensor.source].weight.dtype == "BF16":
             return data.view("<u2").reshape(chunk.n_rows, tensor.row_size)
         return self.widen(tensor, chunk, data, out)

@@ -35,7 +35,8 @@ def checkpoint_line(workspace: Workspace) -> Text:
     )
     vision = f", {checkpoint.n_skipped_vision} vision tensors skipped" if checkpoint.n_skipped_vision else ""
     return Text(
-        f"{title}: {checkpoint.arch.n_trunk} layers and {checkpoint.arch.n_mtp if checkpoint.has_mtp else 0} MTP heads, "
+        f"{title}: {checkpoint.arch.n_trunk} layers and {checkpoint.arch.n_mtp if checkpoint.has_mtp else 0} MTP "
+        "heads, "
         f"{checkpoint.n_text_tensors} tensors, {checkpoint.n_text_bytes:,} bytes of {checkpoint.dtype}{vision}"
     )
 
@@ -56,7 +57,8 @@ def plan_totals(plan: Plan) -> RenderableType:
     for kind, n_bytes in sums["bytes_by_type"].items():
         by_type.add_row(kind, f"{n_bytes:,}", f"{n_bytes / sums['bytes']:.1%}")
     line = Text(
-        f"{plan.recipe}: {sums['tensors']} tensors, {sums['weights']:,} weights, {sums['bits_per_weight']:.2f} bits a weight, {format_size(sums['bytes'])}",
+        f"{plan.recipe}: {sums['tensors']} tensors, {sums['weights']:,} weights, "
+        f"{sums['bits_per_weight']:.2f} bits a weight, {format_size(sums['bytes'])}",
         style="bold",
     )
     files = [Text(f"  {file.path.name}  {file.n_bytes:,} bytes ({format_size(file.n_bytes)})") for file in plan.files]
@@ -110,7 +112,8 @@ def verdict(file: Path, found: Verdict) -> RenderableType:
         else ", no report beside it to compare with"
     )
     state = "sound" if not found.problems else "NOT sound"
-    return Group(Text(f"{file}: {state}; {found.n_tensors} tensors read{digests}{against}"), *_problems(found.problems), *_notes(found.notes))
+    line = Text(f"{file}: {state}; {found.n_tensors} tensors read{digests}{against}")
+    return Group(line, *_problems(found.problems), *_notes(found.notes))
 
 
 def inspection(found: Inspection) -> RenderableType:
@@ -124,7 +127,8 @@ def inspection(found: Inspection) -> RenderableType:
     made_by = f", recipe {found.recipe}" if found.recipe else ""
     lines = [
         f"{found.name}: {found.n_trunk_layers} layers, {heads}, context {found.context_length}",
-        f"{len(found.files)} file{'s' if len(found.files) > 1 else ''}, {format_size(found.n_bytes)}, {found.n_tensors} tensors, {found.file_type}{made_by}",
+        f"{len(found.files)} file{'s' if len(found.files) > 1 else ''}, {format_size(found.n_bytes)}, "
+        f"{found.n_tensors} tensors, {found.file_type}{made_by}",
         f"chat template: {found.template}",
     ]
     end = _problems(found.problems) or [Text("no problems found")]

@@ -18,7 +18,8 @@ MAX_TEMPLATE_CHARS = 256 * 1024
 _SPLITS = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+    r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 PRE_TOKENIZER = "deepseek-v3"
 # How byte-level BPE spells the 256 bytes: those that print as themselves, the others from U+0100 on.
@@ -75,18 +76,30 @@ def read_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
 def _notes(data: dict[str, Any], model: dict[str, Any], added: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What of tokenizer.json llama.cpp's `deepseek-v3` does not do."""
     if (name := _normalizer(data.get("normalizer"))) is not None:
-        yield f"tokenizer.json: normalizer {quoted(name)} changes the text before it is split, and llama.cpp does not: some texts become other tokens"
+        yield (
+            f"tokenizer.json: normalizer {quoted(name)} changes the text before it is split, and llama.cpp does not: "
+            "some texts become other tokens"
+        )
     if model.get("ignore_merges") is True:
-        yield "tokenizer.json: ignore_merges takes whole words from the vocabulary, and llama.cpp merges: some words become other tokens"
+        yield (
+            "tokenizer.json: ignore_merges takes whole words from the vocabulary, and llama.cpp merges: "
+            "some words become other tokens"
+        )
     missing = sum(letter not in model["vocab"] for letter in _BYTE_LETTERS)
     if missing:
         fallback = "byte_fallback would spell them, and " if model.get("byte_fallback") is True else ""
         yield f"tokenizer.json: {missing} of 256 bytes have no token: {fallback}llama.cpp drops them from a text"
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            yield f"tokenizer.json: model.{key} expected none, got {quoted(model[key])}: llama.cpp adds none, so words become other tokens"
+            yield (
+                f"tokenizer.json: model.{key} expected none, got {quoted(model[key])}: llama.cpp adds none, "
+                "so words become other tokens"
+            )
     if eager := [text for text, entry in added.items() if any(entry.get(key) is True for key in _EAGER)]:
-        yield f"tokenizer.json: {len(eager)} added tokens such as {quoted(eager[0])} have {', '.join(_EAGER)} set, which llama.cpp does not heed"
+        yield (
+            f"tokenizer.json: {len(eager)} added tokens such as {quoted(eager[0])} have {', '.join(_EAGER)} set, "
+            "which llama.cpp does not heed"
+        )
 
 
 def _normalizer(entry: Any) -> str | None:
@@ -103,7 +116,8 @@ def _bpe(data: dict[str, Any]) -> dict[str, Any]:
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(
-            f"tokenizer.json: model expected BPE with a vocab, got {quoted(model.get('type') if isinstance(model, dict) else model)}"
+            "tokenizer.json: model expected BPE with a vocab, got "
+            f"{quoted(model.get('type') if isinstance(model, dict) else model)}"
         )
     if not all(type(i) is int for i in model["vocab"].values()):
         raise CheckpointError("tokenizer.json: model.vocab expected whole numbers as ids")
@@ -160,7 +174,8 @@ def _added_tokens(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     added = {entry["content"]: entry for entry in entries}
     if len(added) != len(entries):
         raise CheckpointError(
-            f"tokenizer.json: added_tokens expected each content once, got {len(entries)} entries with {len(added)} contents"
+            "tokenizer.json: added_tokens expected each content once, "
+            f"got {len(entries)} entries with {len(added)} contents"
         )
     return added
 
@@ -254,7 +269,8 @@ def _with_eos(ids: dict[str, int], eos_token_ids: tuple[int, ...]) -> dict[str, 
     if missing:
         # Without the key llama.cpp takes id 11, whatever token that is, and ends every answer at it.
         raise CheckpointError(
-            f"tokenizer_config.json: {missing[0]} expected one of tokenizer.json's added_tokens, got none, and config.json has no {missing[0]}_id either"
+            f"tokenizer_config.json: {missing[0]} expected one of tokenizer.json's added_tokens, got none, "
+            f"and config.json has no {missing[0]}_id either"
         )
     return ids
 
@@ -266,7 +282,8 @@ def _with_end_ids(ids: dict[str, int], eos_token_ids: tuple[int, ...], tokens: t
     free = ["eom"] if any(tokens[i] == END_OF_TURN for i in eos_token_ids) else ["eot", "eom"]
     if len(hidden) > len(free):
         raise CheckpointError(
-            f"config.json: eos_token_id expected at most {len(free)} ids beyond those llama.cpp knows by text, got {hidden}"
+            f"config.json: eos_token_id expected at most {len(free)} ids beyond those llama.cpp knows by text, "
+            f"got {hidden}"
         )
     return {**ids, **dict(zip(free, hidden))}
 

@@ -100,7 +100,8 @@ def check_report(model: GgufModel, digests: dict[str, str]) -> tuple[int, list[s
     """Compare with the digests in the report beside the model, if there is one: how many, and what differs."""
     expected = _reported_digests(model)
     problems = [
-        f"{name} differs from the report: sha256 expected {quoted(expected[name])}, got {digest}; the file was changed or damaged"
+        f"{name} differs from the report: sha256 expected {quoted(expected[name])}, got {digest}; "
+        "the file was changed or damaged"
         for name, digest in digests.items()
         if expected.get(name, digest) != digest
     ]
@@ -130,7 +131,7 @@ def _digests_in(path: Path, files: set[str]) -> dict[str, str]:
 
 
 def check_metadata(model: GgufModel, expected: Sequence[Entry]) -> list[str]:
-    """Keys that the checkpoint would give another value, and those of the model that it would not give; provenance is left out."""
+    """Keys that the checkpoint would give another value, and those that it would not give; provenance is left out."""
     wanted = {
         entry.key: list(entry.value) if entry.is_array else entry.value
         for entry in expected
@@ -206,7 +207,10 @@ def _incomparable(model: GgufModel, ggml: Ggml, imatrix: Imatrix | None, tensor:
     if stored is None:
         return f"{tensor.name} is missing, and the checkpoint has it"
     if stored.shape != tensor.shape:
-        return f"{tensor.name} expected the checkpoint's shape {list(tensor.shape)}, got {list(stored.shape)}; is this another checkpoint?"
+        return (
+            f"{tensor.name} expected the checkpoint's shape {list(tensor.shape)}, got {list(stored.shape)}; "
+            "is this another checkpoint?"
+        )
     kind = stored.ggml_type
     if kind not in QUANTIZABLE:
         return f"{tensor.name} has the type {kind.name}, which this command can't make: not compared"

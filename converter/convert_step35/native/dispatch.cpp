@@ -34,8 +34,8 @@ EXPORT int step35_lanes() {
 
 // Quantizes rows[n_rows][row_size], float32 or bfloat16, to one of ggml's types, given by its number; importance is
 // null or one weight a column. With sums[3] every weight is looked at, and what the bytes give is compared: to them is
-// added what `step35_measure` writes. Returns 1, 0 for a type that has no kernel (nothing is written), or 2 for a weight
-// that is NaN or infinite (with sums; what is written then is of no use).
+// added what `step35_measure` writes. Returns 1, 0 for a type that has no kernel (nothing is written), or 2 for a
+// weight that is NaN or infinite (with sums; what is written then is of no use).
 EXPORT int step35_quantize(
     int lanes, int type, int are_bfloat16, const uint8_t *rows, int64_t n_rows, int64_t row_size,
     const float *importance, uint8_t *out, double *sums

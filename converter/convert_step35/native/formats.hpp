@@ -287,10 +287,12 @@ struct Q3_K {
 
     static void quantize(const F *x, const F *importance, I *bytes) {
         I scales[16], searched[256], levels[256], *d = bytes + 108;
-        put_half(d, importance != nullptr ? scale_important(x, importance, scales, searched) : scale_plain(x, scales, searched));
+        const bool plain = importance == nullptr;
+        put_half(d, plain ? scale_plain(x, scales, searched) : scale_important(x, importance, scales, searched));
         for (int j = 0; j < 8; j++) bytes[96 + j] = (scales[j] & 15) | (scales[j + 8] & 15) << 4;
         for (int j = 0; j < 4; j++)
-            bytes[104 + j] = scales[j] >> 4 | scales[j + 4] >> 4 << 2 | scales[j + 8] >> 4 << 4 | scales[j + 12] >> 4 << 6;
+            bytes[104 + j] =
+                scales[j] >> 4 | scales[j + 4] >> 4 << 2 | scales[j + 8] >> 4 << 4 | scales[j + 12] >> 4 << 6;
         for (int j = 0; j < 16; j++) scales[j] -= 32;
         set_symmetric_levels<4>(x, half_at(d), scales, [&](int j, int i) { return searched[16 * j + i]; }, levels);
         for (int i = 0; i < 32; i++) {

@@ -34,7 +34,8 @@ inline F value_of(I index) {
 inline I nearest_value(F x) {
     static constexpr float second[8] = {middle(3), middle(11)};
     static constexpr float third[8] = {middle(1), middle(5), middle(9), middle(13)};
-    static constexpr float fourth[8] = {middle(0), middle(2), middle(4), middle(6), middle(8), middle(10), middle(12), middle(14)};
+    static constexpr float fourth[8] = {middle(0), middle(2),  middle(4),  middle(6),
+                                        middle(8), middle(10), middle(12), middle(14)};
     I index = x < middle(7) ? (I){} : (I){} + 1;
     index = x < lookup(second, index) ? index + index : index + index + 1;
     index = x < lookup(third, index) ? index + index : index + index + 1;

@@ -90,13 +90,14 @@ struct AffineSearch {
     }
 
     Affine result() const {
-        const F zero = {};
-        return {flat ? zero : best.scale, flat ? (low > 0 ? zero : low) : best.min, flat ? zero : best.inverse, flat ? zero : best.base};
+        const F zero = {}, flat_min = low > 0 ? zero : low;
+        const F inverse = flat ? zero : best.inverse, base = flat ? zero : best.base;
+        return {flat ? zero : best.scale, flat ? flat_min : best.min, inverse, base};
     }
 };
 
-// The searches of K blocks of N that follow each other at once: every sum waits for its last addition, and a try for the
-// one before it, so one block leaves units idle. Sums are in locals, which compilers keep in registers.
+// The searches of K blocks of N that follow each other at once: every sum waits for its last addition, and a try for
+// the one before it, so one block leaves units idle. Sums are in locals, which compilers keep in registers.
 template <int K, int N, int TOP, bool ABSOLUTE>
 struct AffineSearches {
     const F *x, *weight;
