@@ -3,9 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from step35.native import Model
 
 PIECE = 1 << 14
 
@@ -26,12 +31,20 @@ def count_tokens(model: Path, texts: tuple[Path, ...]) -> None:
     vocabulary = Model(ModelOptions(model, vocab_only=True))
     try:
         for path in texts:
-            for piece in pieces(read_text(path)):
-                found.update(vocabulary.tokenize(piece.encode(), add_bos=False, parse_special=True))
+            for tokens in tokenized(vocabulary, read_text(path)):
+                found.update(tokens)
         counts = [found[token] for token in range(vocabulary.n_vocab)]
     finally:
         vocabulary.close()
     click.echo(json.dumps({"n_tokens": found.total(), "counts": counts}))
+
+
+def tokenized(vocabulary: "Model", text: str) -> Iterator[list[int]]:
+    """Yields the tokens of the text's pieces; all cores work, since one tokenizes 1.5 MB a second."""
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(
+            lambda piece: vocabulary.tokenize(piece.encode(), add_bos=False, parse_special=True), pieces(text)
+        )
 
 
 def pieces(text: str) -> Iterator[str]:
