@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from step35.sampling import Sampling
+from step35.server.choosing import ReasoningEnd
 from step35.server.conversation import Ask, Conversation, Message
 from step35.server.reasoning import SOFT_SHARE, ReasoningWatch, budget_of, reasoning_so_far, watch
 
@@ -61,6 +62,35 @@ def test_it_closes_at_the_end_of_a_line_or_sentence_past_the_soft_share() -> Non
     assert closes([*words[:34], ". ", *words], 40) == (35, "\n</think>\n")
     assert closes([*words[:34], ".", " ", *words], 40) == (36, "\n</think>\n")
     assert closes([*words[:10], ".\n", *words], 40) == (40, "\n</think>\n")
+
+
+def closes_before(texts: list[str], n_left: int) -> int:
+    """How many texts are taken until the reasoning is closed, each looked at before it is taken."""
+    watched = ReasoningWatch(n_left)
+    for i, text in enumerate(texts):
+        if watched.depends_on_next and watched.due(text):
+            return i
+        if watched.add(text):
+            return i + 1
+    return len(texts)
+
+
+def test_a_full_stop_is_an_end_where_the_next_word_brings_the_space() -> None:
+    """Budgets ran to their hard end: the space after a full stop comes with the next word, in one token."""
+    words = [" word"] * 100
+    assert closes_before([*words[:34], ".", " The", *words], 40) == 35
+    assert closes_before([*words[:34], "?", '"', ")", " The", *words], 40) == 37
+    assert closes_before([*words[:20], ".", " The", *words], 40) == 40, "too early"
+    assert closes_before([*words[:30], " self", ".", "items", " is", " 3", ".", "5", *words], 40) == 40
+
+
+def test_the_words_that_would_follow_are_not_said() -> None:
+    pieces = dict(enumerate([" word", ".", " The", "</think>", "\n"]))
+    end = ReasoningEnd(ReasoningWatch(4), lambda token: pieces[token].encode(), lambda text: [4, 3, 4])
+    assert [end.before(lambda: 2), end.after(0)] == [[], []]
+    assert [end.before(lambda: 2), end.after(0)] == [[], []]
+    assert [end.before(lambda: 2), end.after(1)] == [[], []]
+    assert end.before(lambda: 2) == [4, 3, 4] and end.before(lambda: 2) == [], "once"
 
 
 @given(st.lists(st.sampled_from([" a", ".", " ", "\n", "?\n", "。"]), max_size=60), st.integers(0, 50))

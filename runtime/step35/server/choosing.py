@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from step35.chooser import Chooser, TokenLogprobs
-from step35.sampling import Sampling
+from step35.sampling import Sampling, adjust, choose
 from step35.server.reasoning import THINK_END, ReasoningWatch
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ArmedGrammar:
 
 
 class ReasoningEnd:
-    """Says which ids end the reasoning when its budget is spent; asked after each token."""
+    """Says which ids end the reasoning when its budget is spent; asked before and after each token."""
 
     def __init__(
         self, watch: ReasoningWatch, piece: Callable[[int], bytes], tokenize: Callable[[str], list[int]]
@@ -64,6 +65,12 @@ class ReasoningEnd:
     def at_start(self) -> list[int]:
         """Returns the ids that must come first: a budget may be spent already."""
         return self._end(self._watch.due())
+
+    def before(self, choose: Callable[[], int]) -> list[int]:
+        """Returns the ids that must come instead of the next token; `choose` tells it, and is seldom asked."""
+        if self._is_over or not self._watch.depends_on_next:
+            return []
+        return self._end(self._watch.due(self._piece(choose()).decode(errors="replace")))
 
     def after(self, token: int) -> list[int]:
         """Returns the ids that must follow a token."""
@@ -102,14 +109,21 @@ class Guide(Chooser):
 
     def choose(self, logits: np.ndarray, history: Sequence[int]) -> int:
         """Returns the token that follows `history`, given its logits (n_vocab,)."""
-        if not np.isfinite(logits.max()):  # NaN shows in a maximum, too
+        if not isfinite(logits.max()):  # NaN shows in a maximum, too
             self.is_broken = True
             self.logprobs += [] if self._n_logprobs is None else [TokenLogprobs(self._eog, 0.0, ())]
             return self._eog
+        end = self._reasoning_end
+        if end and not self._forced:
+            self._forced.extend(end.before(lambda: self._wanted(logits, history)))
         token = super().choose(self._only_forced(logits), history)
-        if self._reasoning_end:
-            self._forced.extend(self._reasoning_end.after(token))
+        if end:
+            self._forced.extend(end.after(token))
         return token
+
+    def _wanted(self, logits: np.ndarray, history: Sequence[int]) -> int:
+        """Returns the token that comes next where nothing is forced."""
+        return choose(adjust(logits, self.sampling, history), self.sampling, len(history))
 
     def _only_forced(self, logits: np.ndarray) -> np.ndarray:
         if not self._forced:

@@ -2,8 +2,12 @@
 
 Past the soft share of what is left of the budget, the reasoning is closed at the next end of a line or a
 sentence; at the budget itself it is closed wherever it is. Without a budget nothing is ever forced.
+
+A full stop ends a sentence if white space follows. That comes with the next word, as one token, so the next
+token is looked at before it is taken: `self.` and `3.` end nothing.
 """
 
+import re
 from dataclasses import dataclass
 
 from step35.server.conversation import Ask, Conversation
@@ -12,7 +16,8 @@ THINK_END = "</think>"
 BUDGETS: dict[str | None, int | None] = {"none": 0, "low": 1024, "medium": 8192, "high": None, None: None}
 """Tokens of reasoning for one user request, over its whole tool loop."""
 SOFT_SHARE = 0.75
-SENTENCE_ENDS = (". ", "! ", "? ", "。", "！", "？")
+ENDS = ("\n", ". ", "! ", "? ", "。", "！", "？")
+_MAY_END = re.compile(r"""[.!?]["')\]*`]*$""")
 
 
 def budget_of(ask: Ask) -> int | None:
@@ -38,19 +43,29 @@ class ReasoningWatch:
     def add(self, text: str, n_tokens: int = 1) -> str | None:
         """Takes what a token added and returns the text to force now, if the reasoning must end."""
         self.n_spent += n_tokens
-        self._tail = (self._tail + text)[-2:]
+        self._tail = (self._tail + text)[-4:]
         return self.due()
 
-    def due(self) -> str | None:
-        """Returns the text that ends the reasoning if it is time: on a line of its own, as the template has it."""
-        if self.n_left is None or self.n_spent < SOFT_SHARE * self.n_left:
-            return None
-        if self.n_spent < self.n_left and not self._is_boundary():
+    @property
+    def depends_on_next(self) -> bool:
+        """Whether the next token's text decides if it is time."""
+        return self._is_soft and _MAY_END.search(self._tail) is not None
+
+    def due(self, following: str = "") -> str | None:
+        """Returns the text that ends the reasoning if it is time: on a line of its own, as the template has it.
+
+        `following` is what would come next otherwise.
+        """
+        if not self._is_soft or (self.n_spent < self.n_left and not self._is_boundary(following)):
             return None
         return f"{THINK_END}\n" if self._tail.endswith("\n") else f"\n{THINK_END}\n"
 
-    def _is_boundary(self) -> bool:
-        return self._tail.endswith(("\n", *SENTENCE_ENDS))
+    @property
+    def _is_soft(self) -> bool:
+        return self.n_left is not None and self.n_spent >= SOFT_SHARE * self.n_left
+
+    def _is_boundary(self, following: str) -> bool:
+        return self._tail.endswith(ENDS) or (following[:1].isspace() and _MAY_END.search(self._tail) is not None)
 
 
 def watch(ask: Ask, n_spent_before: int) -> ReasoningWatch:
