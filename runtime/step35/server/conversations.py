@@ -24,7 +24,7 @@ LEAST_LOAD = 256
 """A session on disk is worth loading if it saves this many tokens more than what is in memory."""
 ROOM_TO_ANSWER = 64
 LEAST_CHANGE = 8
-"""A session is written again when one token in so many is new, not after every short turn: its file may have gigabytes."""
+"""A session is written again when one token in so many is new, not after every turn: its file may have gigabytes."""
 SETTLED_S = 30.0
 """Or when nobody has used it for this long."""
 
@@ -63,9 +63,13 @@ class Conversations:
         text: Callable[[Sequence[int]], str],
         disk: SessionDisk | None = None,
         clock: Callable[[], float] = time.monotonic,
+        n_parallel: int = 1,
     ) -> None:
+        """`n_parallel` answers can run at a time, whatever conversations rest."""
         self.engine, self.disk = engine, disk
         self.held = [Held(engine.open_session()) for _ in range(engine.options.n_sessions)]
+        self.n_kept = min(max(1, len(self.held) - n_parallel), len(self.held) - 1)
+        """Long conversations that short requests leave alone."""
         self.n_short = min(MOST_SHORT, engine.n_ctx // 8)
         self._text, self._clock = text, clock
 
@@ -74,7 +78,8 @@ class Conversations:
     def place(self, prompt: Prompt) -> Held | None:
         """Returns the session that will serve a prompt, with what can be shared in it; None: wait for a running one."""
         slots = self._slots(prompt.tokens)
-        choice = choose_slot(len(prompt.tokens), slots, self.n_short) if self._can_fit(len(prompt.tokens)) else None
+        n_prompt = len(prompt.tokens)
+        choice = choose_slot(n_prompt, slots, self.n_short, self.n_kept) if self._can_fit(n_prompt) else None
         if choice is None:
             return None
         held, slot = self.held[choice.index], slots[choice.index]

@@ -10,8 +10,10 @@ turn would be rendered otherwise later, and the cache would break there.
 import re
 import secrets
 from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from threading import Lock
 
 from step35.server.conversation import Conversation, Message
 from step35.server.turns import Digest, KnownTurn, TurnMap
@@ -19,8 +21,13 @@ from step35.server.turns import Digest, KnownTurn, TurnMap
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ASSISTANT = f"{TURN_START}assistant\n"
 THINK = "<think>"
+_CUT = re.compile(f"(?={re.escape(TURN_START)})")
+MAX_CHARS = 16_000_000
+"""Of texts whose ids are kept."""
 LEAST_MARK = 32
 """A checkpoint of fewer tokens saves less than it costs."""
+TAIL, LEAST_TEXT = 4, 256
+"""Tokens at the end of a text without messages that may become others as it is typed on; a shorter text is read again."""
 BILLING = re.compile(r"^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 
 Render = Callable[[Conversation], str]
@@ -47,6 +54,8 @@ class Prompt:
     @property
     def last_start(self) -> int:
         """Where the last message begins: a client's edit or retry parts from the timeline there or later."""
+        if not self.starts:
+            return len(self.tokens) - TAIL if len(self.tokens) >= LEAST_TEXT else 0
         return self.starts[-2] if len(self.starts) > 1 else 0
 
     @property
@@ -54,6 +63,42 @@ class Prompt:
         """Where checkpoints are worth their while: after the system's message, before the last, before the answer."""
         wanted = {*self.starts[1:2], self.last_start, self.answer_start}
         return tuple(sorted(n for n in wanted if LEAST_MARK <= n < len(self.tokens)))
+
+
+class TokenCache:
+    """Tokenizes texts message by message and keeps the ids: a history comes back whole with every turn.
+
+    A message begins with a special token, and what is cut there has the same ids. Callable from any thread.
+    """
+
+    def __init__(self, tokenize: Tokenize, max_chars: int = MAX_CHARS) -> None:
+        self._tokenize, self._max_chars = tokenize, max_chars
+        self._known: OrderedDict[str, array[int]] = OrderedDict()  # what was used last at the end
+        self._n_chars = 0
+        self._lock = Lock()
+
+    def __call__(self, text: str) -> list[int]:
+        tokens: list[int] = []
+        for message in _CUT.split(text):
+            tokens += self._ids(message)
+        return tokens
+
+    def _ids(self, message: str) -> "array[int]":
+        with self._lock:
+            if message in self._known:
+                self._known.move_to_end(message)
+                return self._known[message]
+        ids = array("i", self._tokenize(message) if message else [])
+        with self._lock:
+            self._keep(message, ids)
+        return ids
+
+    def _keep(self, message: str, ids: "array[int]") -> None:
+        if message not in self._known:
+            self._known[message] = ids
+            self._n_chars += len(message)
+        while self._n_chars > self._max_chars:
+            self._n_chars -= len(self._known.popitem(last=False)[0])
 
 
 @dataclass(slots=True)

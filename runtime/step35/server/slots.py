@@ -50,17 +50,18 @@ class Choice:
     n_fork: int = 0
 
 
-def choose_slot(n_prompt: int, slots: Sequence[Slot], n_short: int) -> Choice | None:
+def choose_slot(n_prompt: int, slots: Sequence[Slot], n_short: int, n_kept: int) -> Choice | None:
     """Returns where to serve a prompt; None asks it to wait for a running one.
 
-    A prompt shorter than `n_short` is a side request: it never takes the place of a long timeline. Long
-    timelines leave one place to the short ones.
+    A prompt shorter than `n_short` is a side request: it takes the place of a long timeline only where there are more
+    than `n_kept` of them, and then the one that was used longest ago. Long timelines leave one place to the short ones.
     """
     continued = [slot for slot in slots if slot.is_continued]
     if continued:
         return Choice(max(continued, key=lambda slot: (slot.n_common, slot.n_here)).index)
     idle = [slot for slot in slots if not slot.is_busy]
-    target = _short_target(idle, slots, n_short) if n_prompt < n_short else _long_target(idle, slots, n_short)
+    is_short = n_prompt < n_short
+    target = _short_target(idle, slots, n_short, n_kept) if is_short else _long_target(idle, slots, n_short)
     if target is None:
         return None
     source = max(slots, key=lambda slot: slot.n_fork)
@@ -71,11 +72,12 @@ def choose_slot(n_prompt: int, slots: Sequence[Slot], n_short: int) -> Choice | 
     return Choice(target.index)
 
 
-def _short_target(idle: Sequence[Slot], slots: Sequence[Slot], n_short: int) -> Slot | None:
+def _short_target(idle: Sequence[Slot], slots: Sequence[Slot], n_short: int, n_kept: int) -> Slot | None:
     short = [slot for slot in idle if not slot.is_long(n_short)]
     if short:
         return _least_useful(short)
-    return _least_useful(idle) if all(slot.is_long(n_short) for slot in slots) else None
+    n_long = sum(slot.is_long(n_short) for slot in slots)
+    return _least_useful(idle) if n_long > n_kept else None
 
 
 def _long_target(idle: Sequence[Slot], slots: Sequence[Slot], n_short: int) -> Slot | None:
