@@ -59,7 +59,7 @@ def tiny_service(session_dir: Path | None = None, **options) -> Service:
 
 async def ask_model(service: Service, prompt, name: str = "r") -> Played:
     request = Ask(prompt, GREEDY, 120)
-    feed = Feed(asyncio.get_running_loop())
+    feed = Feed(service.scheduler.mail)
     job = await asyncio.to_thread(service._prepare, request, name, feed)
     job.grammar = TURN
     service.scheduler.submit(job)

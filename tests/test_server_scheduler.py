@@ -10,6 +10,7 @@ from server_fakes import Gate, answer, ask, events_of, fake_service, serve
 from step35.server.choosing import ArmedGrammar, is_endless
 from step35.server.conversation import ContentDelta, Failed, Finished, Progress
 from step35.server.errors import ApiError
+from step35.server.prompts import LEAST_MARK
 
 
 def greedy(prompt: list[int], n: int) -> str:
@@ -50,6 +51,70 @@ def test_the_next_turn_is_cached_and_a_side_request_takes_another_place():
         assert events[0] == Progress(len(longer) - 4, len(longer))
 
     serve(fake_service(), talk)
+
+
+def test_a_text_asked_for_again_or_typed_on_is_cached():
+    """A text without messages had no checkpoint and no place of its own: the same prompt was processed anew each time."""
+
+    async def talk(service):
+        [text, other] = prompts(2, 300)
+        _, events = await answer(service, ask(text, 90))
+        whole = text_of(events)
+        for prompt, n_cached in ((text, 297), ([*text[:-2], 5, 6, 7], 297), (text, 298)):
+            await answer(service, ask(other[:40], 60))  # the ring goes on
+            _, events = await answer(service, ask(prompt, 90))
+            assert text_of(events) == greedy(prompt, 90)
+            assert events[-1].usage.n_cached == n_cached
+        assert text_of(events) == whole
+
+    serve(fake_service(n_ctx=1000), talk)
+
+
+def test_a_few_common_tokens_are_no_checkpoint():
+    """Two conversations have the first token in common: its checkpoint took the place of the one after the system's text."""
+
+    async def talk(service):
+        for length in (8, 100):
+            for prompt in prompts(5, length):
+                await answer(service, ask([7, 8, *prompt[1:]], 3))
+        checkpoints = [n for held in service.scheduler.conversations.held for n in held.session.checkpoints]
+        assert all(n >= LEAST_MARK for n in checkpoints)
+
+    serve(fake_service(), talk)
+
+
+def test_short_prompts_beside_an_answer_are_read_at_once_until_they_take_too_long():
+    """Of four requests that came together the last waited while the first ones answered, for as long as it took to read them."""
+    gate = Gate(30)
+    script = Script(on_decode=gate)
+
+    async def talk(service):
+        service.scheduler._clock = lambda: 0.03 * sum(len(context.decodes) for context in script.contexts)
+        running, _ = await service.submit(ask(prompts(1)[0], 200), "answer", None)
+        await gate.held()
+        job, _ = await service.submit(ask(prompts(2, 300)[1], 2), "prompt", None)
+        gate.open()
+        await asyncio.gather(events_of(job), events_of(running))
+
+    serve(fake_service(script, n_ctx=1000, draft="off"), talk)
+    [trunk] = [context for context in script.contexts if context.head is None]
+    has_prompt = [any(len(r.tokens) > 1 for r in rows) for rows in trunk.decodes[31:]]
+    n_free = has_prompt.index(False)
+    assert 0.25 / 0.03 <= n_free <= 0.25 / 0.03 + 2
+    last = len(has_prompt) - has_prompt[::-1].index(True)
+    assert not any(a and b for a, b in pairwise(has_prompt[n_free:last])), "then the answer has its half"
+
+
+def test_the_log_counts_an_answers_own_tokens():
+    """An answer's session had begun the next one's when its line was written: n_generated was -30."""
+
+    async def talk(service):
+        first, second = prompts(2, 20)
+        job, _ = await answer(service, ask(first, 5))
+        await answer(service, ask(second, 9))
+        assert job.n_generated == 5
+
+    serve(fake_service(n_sessions=1, n_parallel=1), talk)
 
 
 def test_a_full_queue_is_refused_and_a_drained_server_too():

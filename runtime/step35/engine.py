@@ -64,7 +64,7 @@ class Engine:
         self.clock = clock
         self.notes: list[str] = []
         self.need: Need | None = None
-        """What everything takes, by device and purpose, as counted before loading; None if the box's memory is unknown."""
+        """What everything takes, by device and purpose, as counted before loading; None if nobody knows the memory."""
         self.budget = Budget()
         self.pressure, self._reading = Level.CALM, Reading(0)
         self.on_pressure: list[Callable[[Level], None]] = []

@@ -151,32 +151,35 @@ def step(engine: Engine, turns: Sequence[Turn], quantum: int | None = None) -> N
     """
     started = engine.clock()
     turns = sorted(turns, key=lambda turn: turn.n_todo)
-    cycles = _propose(engine, turns)
-    feeds = _share_batch(engine, turns, cycles, quantum or engine.options.n_batch)
-    verify_s = _decode(engine, feeds)
-    _take_outputs(engine, feeds, verify_s)
+    n_free = engine.n_free_cells
+    cycles = _propose(engine, turns, n_free)
+    feeds = _share_batch(engine, turns, cycles, quantum or engine.options.n_batch, n_free)
+    logits, verify_s = _decode(engine, feeds)
+    _take_outputs(engine, feeds, logits, verify_s)
     elapsed = engine.clock() - started
     for feed in feeds:
         _charge(feed, elapsed)
 
 
-def _propose(engine: Engine, turns: Sequence[Turn]) -> list[Cycle]:
-    share = engine.options.n_batch // len(turns) - 1
-    cycles = [_new_cycle(engine, turn, share) for turn in turns]
+def _propose(engine: Engine, turns: Sequence[Turn], n_free: int) -> list[Cycle]:
+    most = min(n_free - 2, engine.options.n_batch // len(turns) - 1)
+    cycles = [_new_cycle(turn, most) for turn in turns]
     if not engine.drafter.is_off:
         engine.drafter.propose([cycle for cycle, turn in zip(cycles, turns, strict=True) if turn.n_todo == 1])
     return cycles
 
 
-def _new_cycle(engine: Engine, turn: Turn, share: int) -> Cycle:
+def _new_cycle(turn: Turn, most: int) -> Cycle:
     """A draft never goes past the turn's last token: one of its tokens comes from the trunk itself."""
     session = turn.session
-    n_max = min(turn.n_predict - turn.n_generated - 1, engine.n_free_cells - 2, share)
+    n_max = min(turn.n_predict - turn.n_generated - 1, most)
     return Cycle(session.seq, session.tokens, turn.chooser.sampling, session.memory, n_max)
 
 
-def _share_batch(engine: Engine, turns: Sequence[Turn], cycles: Sequence[Cycle], quantum: int) -> list[Feed]:
-    room, n_free = engine.options.n_batch, engine.n_free_cells
+def _share_batch(
+    engine: Engine, turns: Sequence[Turn], cycles: Sequence[Cycle], quantum: int, n_free: int
+) -> list[Feed]:
+    room = engine.options.n_batch
     feeds = []
     for turn, cycle in zip(turns, cycles, strict=True):
         n = min(turn.n_todo, room, _to_next_mark(turn), quantum if turn.n_todo > 1 else 1)
@@ -203,8 +206,8 @@ def _to_next_mark(turn: Turn) -> int:
     return min((mark - n_kv for mark in turn.marks if mark > n_kv), default=turn.n_todo)
 
 
-def _decode(engine: Engine, feeds: Sequence[Feed]) -> float:
-    """Runs the trunk; returns the seconds it took until its logits were there."""
+def _decode(engine: Engine, feeds: Sequence[Feed]) -> tuple[np.ndarray | None, float]:
+    """Runs the trunk; returns the logits (n_outputs, n_vocab) if any are wanted, and the seconds until they came."""
     started = engine.clock()
     engine.trunk.extract_hidden(any(_wants_hidden(engine, feed) for feed in feeds))
     try:
@@ -214,9 +217,8 @@ def _decode(engine: Engine, feeds: Sequence[Feed]) -> float:
             engine.trunk.truncate(feed.rows.seq, feed.rows.start)
         engine.check_pressure(Level.REJECT)  # says why, if the watchdog cancelled it
         raise
-    if any(feed.has_output for feed in feeds):
-        engine.trunk.logits()
-    return engine.clock() - started
+    logits = engine.trunk.logits() if any(feed.has_output for feed in feeds) else None
+    return logits, engine.clock() - started
 
 
 def _wants_hidden(engine: Engine, feed: Feed) -> bool:
@@ -225,8 +227,7 @@ def _wants_hidden(engine: Engine, feed: Feed) -> bool:
     return engine.drafter.wants_hidden and end > feed.turn.n_prompt - engine.window
 
 
-def _take_outputs(engine: Engine, feeds: Sequence[Feed], verify_s: float) -> None:
-    logits = engine.trunk.logits() if any(feed.has_output for feed in feeds) else None
+def _take_outputs(engine: Engine, feeds: Sequence[Feed], logits: np.ndarray | None, verify_s: float) -> None:
     hidden = engine.trunk.hidden() if any(_wants_hidden(engine, feed) for feed in feeds) else None
     at_output = at_row = 0
     for feed in feeds:
@@ -235,7 +236,8 @@ def _take_outputs(engine: Engine, feeds: Sequence[Feed], verify_s: float) -> Non
         _extend(feed, chosen, hidden[at_row : at_row + n_rows] if hidden is not None else None)
         if chosen:
             n_accepted = min(len(chosen) - 1, len(feed.cycle.drafts))
-            engine.drafter.settle(feed.cycle, n_accepted, len(chosen), verify_s, is_alone=_is_alone(feeds))
+            if not engine.drafter.is_off:
+                engine.drafter.settle(feed.cycle, n_accepted, len(chosen), verify_s, is_alone=_is_alone(feeds))
             feed.turn.stats.count_cycle(feed.cycle.source, len(feed.cycle.drafts), n_accepted)
         at_output, at_row = at_output + n_outputs, at_row + n_rows
 

@@ -80,7 +80,8 @@ class GroupedCommand(click.Command):
 
 
 _SERVER_NAMES = {
-    "host", "port", "api_key", "cors", "name", "parallel", "n_sessions", "n_waiting", "session_dir", "session_size", "trace", "drain_s",
+    "host", "port", "api_key", "cors", "name", "parallel", "n_sessions", "n_waiting", "session_dir", "session_size",
+    "trace", "drain_s",
 }  # fmt: skip
 
 

@@ -187,9 +187,10 @@ class Session:
         n_bytes = self.engine.trunk.state_bytes(self.seq) if self.n_kv else 0
         hold = self.engine.budget.hold(n_bytes)
         if hold is None:
+            limit = format_size(self.engine.budget.limit or 0)
             raise DoesNotFit(
-                f"no room for a snapshot: {self.n_kv} tokens expected at most {format_size(self.engine.budget.limit or 0)} "
-                f"for all that is kept, got {format_size(n_bytes)}; close a session, or load with a smaller context"
+                f"no room for a snapshot: {self.n_kv} tokens expected at most {limit} for all that is kept, "
+                f"got {format_size(n_bytes)}; close a session, or load with a smaller context"
             )
         return hold
 
@@ -211,6 +212,9 @@ def n_cells(sessions: Iterable[Session]) -> int:
     """Returns how many full-attention cells sessions hold together, shared ones counted once."""
     own, shared = 0, {}
     for session in sessions:
+        if not session.shared:
+            own += session.n_kv
+            continue
         own += session.n_kv - session.n_shared
         for span in session.shared:
             shared[span.key] = max(shared.get(span.key, 0), span.end - span.start)

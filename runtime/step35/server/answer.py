@@ -108,7 +108,7 @@ class Answer:
     def _take(self, text: str) -> list[Event]:
         if not text:
             return []
-        return self._keep(self.parser.feed(text) if self.parser else [ContentDelta(text)])
+        return self._keep(self.parser.feed(text)) if self.parser else self._until_stop(text)
 
     def _keep(self, events: Sequence[Event]) -> list[Event]:
         kept: list[Event] = []
@@ -134,6 +134,8 @@ class Answer:
         return [event]
 
     def _until_stop(self, text: str) -> list[Event]:
+        if not self.stop:
+            return self._content(text)
         self._fed.append(text)
         events = self._content(self._stops.add(text))
         if self.is_stopped:

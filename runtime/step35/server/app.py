@@ -252,7 +252,7 @@ class _Routes:
     def _note(self, record: Record, job: Job, joined: bool, is_left: bool) -> None:
         facts: dict[str, Any] = {"finish": job.finish or ("left" if is_left else "running")}
         if job.turn is not None:
-            facts |= {"n_prompt": job.turn.n_prompt, "n_cached": job.n_cached, "n_generated": job.turn.n_generated}
+            facts |= {"n_prompt": job.turn.n_prompt, "n_cached": job.n_cached, "n_generated": job.n_generated}
             facts |= {"n_turns": len(job.prompt.turns), "n_turns_known": job.prompt.n_known}
         if job.started is not None:
             facts["wait_ms"] = round((job.started - job.arrived) * 1000)

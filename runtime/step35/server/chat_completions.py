@@ -29,7 +29,7 @@ from step35.server.conversation import (
 )
 from step35.server.errors import bad_request
 from step35.server.openai_errors import error_body
-from step35.server.reading import OMITTED, Body, Count, SamplingBody, dumps
+from step35.server.reading import OMITTED, Body, Count, Frame, SamplingBody, Whole, dumps
 
 __all__ = ["Writer", "error_body", "read", "whole"]
 
@@ -106,14 +106,14 @@ class Request(SamplingBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: FormatBody | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptionsBody | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=limits.MAX_LOGPROBS)
-    n: int | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=limits.MAX_LOGPROBS)
+    n: Whole | None = None
     reasoning_effort: str | None = None
     reasoning_budget: Count | None = None
     reasoning: ReasoningBody | None = None
@@ -254,6 +254,7 @@ class Writer:
             "model": ask.model,
         }
         self._logprobs: list[Logprobs] = []
+        self._frames = {key: Frame(self._body({key: Frame.HOLE})) for key in ("content", "reasoning_content")}
 
     def open(self) -> list[Sse]:
         return [self._chunk({"role": "assistant", "content": ""})]
@@ -261,9 +262,9 @@ class Writer:
     def event(self, event: Event) -> list[Sse]:
         match event:
             case ReasoningDelta(text):
-                return [self._chunk({"reasoning_content": text})]
+                return [self._text("reasoning_content", text)]
             case ContentDelta(text):
-                return [self._chunk({"content": text})]
+                return [self._text("content", text)]
             case ToolCallBegin(index, id_, name):
                 function = {"name": name, "arguments": ""}
                 return [
@@ -287,13 +288,19 @@ class Writer:
     def close(self) -> list[Sse]:
         return [DONE]
 
+    def _text(self, key: str, text: str) -> Sse:
+        return self._chunk({key: text}) if self._logprobs else Sse(None, self._frames[key].filled(text))
+
     def _chunk(self, delta: dict[str, Any], reason: str | None = None, **extra: Any) -> Sse:
+        return Sse(None, dumps(self._body(delta, reason, **extra)))
+
+    def _body(self, delta: dict[str, Any], reason: str | None = None, **extra: Any) -> dict[str, Any]:
         logprobs = None
         if self._logprobs and (delta or reason):
             logprobs, self._logprobs = {"content": [_logprobs(entry) for entry in self._logprobs]}, []
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         usage = {"usage": None} if self._ask.include_usage else {}
-        return Sse(None, dumps({**self._head, "choices": [choice], **usage, **extra}))
+        return {**self._head, "choices": [choice], **usage, **extra}
 
     def _usage(self, usage: Usage) -> list[Sse]:
         if not self._ask.include_usage:

@@ -12,7 +12,7 @@ from step35.server.collected import collect
 from step35.server.conversation import Ask, ContentDelta, Event, Failed, Finished, Logprobs, Progress, Sse
 from step35.server.errors import bad_request
 from step35.server.openai_errors import error_body
-from step35.server.reading import SamplingBody, dumps
+from step35.server.reading import Frame, SamplingBody, Whole, dumps
 
 __all__ = ["Writer", "error_body", "read", "whole"]
 
@@ -24,14 +24,14 @@ class Request(SamplingBody):
 
     prompt: str | list[int] | list[str] | list[list[int]]
     model: str | None = None
-    max_tokens: int | None = DEFAULT_TOKENS
+    max_tokens: Whole | None = DEFAULT_TOKENS
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptionsBody | None = None
-    logprobs: int | None = Field(None, ge=0, le=limits.MAX_LOGPROBS)
+    logprobs: Whole | None = Field(None, ge=0, le=limits.MAX_LOGPROBS)
     echo: bool | None = None
-    n: int | None = None
-    best_of: int | None = None
+    n: Whole | None = None
+    best_of: Whole | None = None
     suffix: str | None = None
     prompt_cache_key: str | None = None
 
@@ -87,6 +87,7 @@ class Writer:
         self._head = _head(ask, request_id, created)
         self._logprobs: list[Logprobs] = []
         self._n_chars = 0
+        self._frame = Frame(self._body(Frame.HOLE, None, None))
 
     def open(self) -> list[Sse]:
         return []
@@ -94,7 +95,7 @@ class Writer:
     def event(self, event: Event) -> list[Sse]:
         match event:
             case ContentDelta(text):
-                return [self._chunk(text)]
+                return [self._chunk(text) if self._logprobs else Sse(None, self._frame.filled(text))]
             case Logprobs():
                 self._logprobs.append(event)
             case Finished(reason, usage):
@@ -117,8 +118,11 @@ class Writer:
         logprobs = _logprobs(self._logprobs, self._n_chars) if self._logprobs else None
         self._n_chars += sum(len(entry.chosen.text) for entry in self._logprobs)
         self._logprobs = []
+        return Sse(None, dumps(self._body(text, logprobs, reason)))
+
+    def _body(self, text: str, logprobs: dict[str, list[Any]] | None, reason: str | None) -> dict[str, Any]:
         choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": _reason(reason)}
-        return Sse(None, dumps({**self._head, "choices": [choice]}))
+        return {**self._head, "choices": [choice]}
 
 
 def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from step35.server.conversation import Event, Failed, Progress, Sse
 from step35.server.errors import INVALID, ApiError, bad_request, too_large
 from step35.server.job import Job
+from step35.server.parser import merged
 
 MAX_BODY = 64 << 20
 PING_S = 5.0
@@ -41,7 +42,8 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Returns a request's body; raises ApiError 413 as soon as it is too long, 415 if it is packed."""
     packed = request.headers.get("content-encoding", "identity")
     if packed.lower() != "identity":
-        raise ApiError(415, INVALID, f"packed body: content-encoding expected none, got {packed[:40]!r}; send it as it is")
+        told = f"packed body: content-encoding expected none, got {packed[:40]!r}; send it as it is"
+        raise ApiError(415, INVALID, told)
     said = request.headers.get("content-length", "0")
     if said.isdigit() and int(said) > max_bytes:
         raise too_large(f"body too long: expected at most {max_bytes} bytes, got {said}")
@@ -151,7 +153,7 @@ class EventStream(Response):
         async with aclosing(self._job.feed.follow(POLL_S)) as followed:
             async for new in followed:
                 progress = next((event for event in reversed(new) if isinstance(event, Progress)), progress)
-                written = [sse for event in new for sse in self._writer.event(event)]
+                written = [sse for event in merged(new) for sse in self._writer.event(event)]
                 if not written and time.monotonic() - last_sent >= PING_S:
                     written = self._writer.ping(progress)
                 if written:

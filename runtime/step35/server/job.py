@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,13 +14,44 @@ from step35.server.conversations import Held
 from step35.server.prompts import Prompt
 
 
-class Feed:
-    """A job's events, in order; any number of clients follow them from the first one, in one event loop."""
+class Mail:
+    """Carries events from the engine's thread into the event loop: one waking for all that is ready, for whomever."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
+        self._posted: deque[tuple[Feed, Sequence[Event]]] = deque()
+        self._is_woken = False
+
+    def post(self, feed: "Feed", events: Sequence[Event]) -> None:
+        """Takes events to the next `send`."""
+        self._posted.append((feed, events))
+
+    def send(self) -> None:
+        """Wakes the loop for what was posted, unless a waking is on its way."""
+        if not self._posted or self._is_woken:
+            return
+        self._is_woken = True
+        try:
+            self.loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            self._is_woken = False
+            while self._posted:
+                self._posted.popleft()[0].is_left = True
+
+    def _deliver(self) -> None:
+        self._is_woken = False  # first: what is posted from now on may come too late for this time
+        while self._posted:
+            feed, events = self._posted.popleft()
+            feed.take(events)
+
+
+class Feed:
+    """A job's events, in order; any number of clients follow them from the first one, in the mail's event loop."""
+
+    def __init__(self, mail: Mail) -> None:
+        self._mail = mail
         self._events: list[Event] = []
-        self._changed: set[asyncio.Event] = set()
+        self._waiting: set[asyncio.Future[None]] = set()
         self._n_clients = 0
         self.is_ended = False
         self.is_left = False
@@ -36,37 +68,41 @@ class Feed:
         self.is_left = self._n_clients == 0
 
     def publish(self, events: Sequence[Event]) -> None:
-        """Adds events; callable from any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._publish, events)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self.is_left = True
+        """Adds events, in the engine's thread; they come with the mail."""
+        self._mail.post(self, events)
 
-    def _publish(self, events: Sequence[Event]) -> None:
+    def take(self, events: Sequence[Event]) -> None:
+        """Adds events, in the event loop."""
         self._events += events
         self.is_ended = self.is_ended or any(isinstance(event, Finished | Failed) for event in events)
-        for changed in self._changed:
-            changed.set()
+        for waiting in self._waiting:
+            _wake(waiting)
 
-    async def follow(self, timeout: float) -> AsyncIterator[Sequence[Event]]:
-        """Yields all events from the first on, those there are at a time; none whenever none came for `timeout` seconds."""
-        changed, n_seen = asyncio.Event(), 0
-        self._changed.add(changed)
+    async def follow(self, timeout: float) -> AsyncIterator[list[Event]]:
+        """Yields all events from the first on, as many as are there; none whenever none came for `timeout` seconds."""
+        n_seen = 0
+        while n_seen < len(self._events) or not self.is_ended:
+            if n_seen == len(self._events):
+                await self._change(timeout)
+            new = self._events[n_seen:]
+            n_seen += len(new)
+            yield new
+
+    async def _change(self, timeout: float) -> None:
+        """Waits for events, or for so many seconds. A bare future: this is done for every token."""
+        waiting = self._mail.loop.create_future()
+        self._waiting.add(waiting)
+        timer = self._mail.loop.call_later(timeout, _wake, waiting)
         try:
-            while n_seen < len(self._events) or not self.is_ended:
-                if n_seen < len(self._events):
-                    new = self._events[n_seen:]
-                    n_seen += len(new)
-                    yield new
-                    continue
-                changed.clear()
-                try:
-                    async with asyncio.timeout(timeout):  # cheaper than wait_for, which makes a task for every token
-                        await changed.wait()
-                except TimeoutError:
-                    yield ()
+            await waiting
         finally:
-            self._changed.discard(changed)
+            timer.cancel()
+            self._waiting.discard(waiting)
+
+
+def _wake(waiting: "asyncio.Future[None]") -> None:
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +128,8 @@ class Job:
     answer: Answer | None = None
     n_seen: int = 0
     n_cached: int = 0
+    n_generated: int = 0
+    """The turn's own count is another's once its session serves the next request."""
     next_check: int = 0
     finish: str | None = None
     """How it ended: stop, length, tool_calls, cancelled or error."""

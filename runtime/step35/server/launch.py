@@ -59,8 +59,8 @@ def codex_settings(server: Server) -> Settings:
     """Codex: a profile of its own, which `--profile` lays over config.toml."""
     top = {"model": server.model, "model_provider": "step35", "model_context_window": server.n_ctx}
     provider = {
-        "name": "step35", "base_url": f"{server.url}/v1", "wire_api": "responses", "stream_idle_timeout_ms": PATIENCE_MS,
-        **({"env_key": KEY_NAME} if server.api_key else {}),
+        "name": "step35", "base_url": f"{server.url}/v1", "wire_api": "responses",
+        "stream_idle_timeout_ms": PATIENCE_MS, **({"env_key": KEY_NAME} if server.api_key else {}),
     }  # fmt: skip
     text = f"{_toml(top)}\n[model_providers.step35]\n{_toml(provider)}"
     key = f"{KEY_NAME}=... " if server.api_key else ""
@@ -69,7 +69,8 @@ def codex_settings(server: Server) -> Settings:
 
 def claude_settings(server: Server) -> Settings:
     """Claude Code: a settings file whose environment names the server and one model for every size."""
-    models = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL", "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL", "CLAUDE_CODE_SUBAGENT_MODEL")  # fmt: skip
+    sizes = (f"ANTHROPIC_DEFAULT_{size}_MODEL" for size in ("OPUS", "SONNET", "HAIKU"))
+    models = ("ANTHROPIC_MODEL", *sizes, "CLAUDE_CODE_SUBAGENT_MODEL")
     environment = {
         "ANTHROPIC_BASE_URL": server.url,
         "ANTHROPIC_AUTH_TOKEN": server.api_key or "none",
@@ -125,7 +126,10 @@ def _from_home(path: Path) -> str:
 def responses_round_trip(server: Server, post: Post) -> RoundTrip:
     """As Codex does it."""
     tool = {"type": "function", "name": TOOL, "description": ABOUT, "parameters": SCHEMA}
-    body = {"model": server.model, "input": [{"role": "user", "content": QUESTION}], "tools": [tool], "reasoning": {"effort": "none"}, "max_output_tokens": MAX_TOKENS}  # fmt: skip
+    body = {
+        "model": server.model, "input": [{"role": "user", "content": QUESTION}], "tools": [tool],
+        "reasoning": {"effort": "none"}, "max_output_tokens": MAX_TOKENS,
+    }  # fmt: skip
     answer = post("/v1/responses", body | {"tool_choice": "required", "parallel_tool_calls": False})
     calls = [item for item in answer["output"] if item["type"] == "function_call"]
     arguments = _arguments([(call["name"], call["arguments"]) for call in calls], answer["output"])

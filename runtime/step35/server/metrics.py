@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+SPEED_WINDOW_S = 10
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -71,6 +72,26 @@ class Metrics:
         """Returns all of it in Prometheus's text form."""
         self.memory.set(resident_bytes())
         return generate_latest(self.registry)
+
+
+class Speed:
+    """Tokens a second over the last SPEED_WINDOW_S; counted by whole seconds, so that a token costs next to nothing.
+
+    One thread adds, any may ask.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+
+    def add(self, n_tokens: int, now_s: float) -> None:
+        second = int(now_s)
+        if second not in self._counts:
+            recent = {s: n for s, n in self._counts.items() if s > second - SPEED_WINDOW_S}
+            self._counts = recent | {second: 0}  # anew: somebody may be adding up the old one
+        self._counts[second] += n_tokens
+
+    def tps(self, now_s: float) -> float:
+        return sum(n for second, n in self._counts.items() if second > now_s - SPEED_WINDOW_S) / SPEED_WINDOW_S
 
 
 def resident_bytes() -> int:

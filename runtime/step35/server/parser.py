@@ -330,6 +330,8 @@ def _text(piece: str | Tag) -> str:
 
 def merged(events: list[Event]) -> list[Event]:
     """Joins neighbours of the same kind."""
+    if len(events) < 2:
+        return events
     joined: list[Event] = []
     for kind, group in groupby(events, type):
         if kind in (ReasoningDelta, ContentDelta):

@@ -2,10 +2,11 @@
 
 import json
 import re
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from step35.errors import SettingsError
 from step35.sampling import Sampling
@@ -23,13 +24,24 @@ EFFORTS = {
 OMITTED = "[{} omitted: this model reads text only]"
 _SHOWN = 80
 
-Count = Annotated[int, Field(ge=1, le=2**31)]
+
+
+def _whole(value: Any) -> Any:
+    """Takes 5.0 for 5: some languages know no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1, le=2**31)]
 
 
 class Body(BaseModel):
-    """A part of a request. Fields nobody here reads are let through: clients send many."""
+    """A part of a request. Fields nobody here reads are let through: clients send many.
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=(), coerce_numbers_to_str=False)
+    A value of another type is an error, as with OpenAI: a number is no text of digits, and true is no number.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class SamplingBody(Body):
@@ -37,14 +49,14 @@ class SamplingBody(Body):
 
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Whole | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repeat_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
 
 
 def parse(model: type[_B], body: Any) -> _B:
@@ -169,6 +181,25 @@ def arguments_text(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dumps(value: Any) -> str:
     """Returns JSON on one line, as it goes over the wire."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
+
+
+class Frame:
+    """A JSON document with one string left open: most pieces of a stream differ in nothing else.
+
+    HOLE stands in its place; it is made anew for each process, so that no client can have it in a text.
+    """
+
+    HOLE = secrets.token_hex(16)
+
+    def __init__(self, document: Any) -> None:
+        self._before, self._after = dumps(document).split(dumps(self.HOLE))
+
+    def filled(self, text: str) -> str:
+        """Returns the document on one line, with the text in it."""
+        return f"{self._before}{dumps(text)}{self._after}"

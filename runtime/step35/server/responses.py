@@ -32,7 +32,7 @@ from step35.server.conversation import (
 )
 from step35.server.errors import bad_request
 from step35.server.openai_errors import error_body
-from step35.server.reading import Body, Count, SamplingBody, dumps
+from step35.server.reading import Body, Count, SamplingBody, Whole, dumps
 
 __all__ = ["Writer", "error_body", "read", "whole"]
 
@@ -83,7 +83,7 @@ class Request(SamplingBody):
     reasoning_budget: Count | None = None
     text: TextBody | None = None
     max_output_tokens: Count | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=limits.MAX_LOGPROBS)
+    top_logprobs: Whole | None = Field(None, ge=0, le=limits.MAX_LOGPROBS)
     include: list[str] | None = None
     stream: bool | None = None
     background: bool | None = None

@@ -1,12 +1,15 @@
 """The scheduler: one thread owns the engine, and advances all running answers together, a decode at a time.
 
 Requests come in through `submit`, events go out through each job's feed. Between two decodes it looks
-after what changed: clients that left, requests that wait, a shutdown.
+after what changed: clients that left, requests that wait, a shutdown. What a decode brought is sent when the
+next one begins: then the event loop has the interpreter for itself.
 
 A prompt's prefill may fill a whole step. Where answers are running, steps with prompts take at most
-half of the time: as long as such a step took, the answers then go on alone.
+half of the time: as long as such a step took, the answers then go on alone. The first BURST_S are free, so that
+short prompts that come together begin together.
 """
 
+import asyncio
 import logging
 import queue
 import random
@@ -16,7 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 from step35.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
@@ -27,22 +30,25 @@ from step35.server.choosing import ArmedGrammar, Guide, ReasoningEnd, is_endless
 from step35.server.conversation import ContentDelta, Conversation, Event, Failed, Progress
 from step35.server.conversations import Conversations
 from step35.server.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_request
-from step35.server.job import Job
-from step35.server.metrics import Metrics
+from step35.server.job import Job, Mail
+from step35.server.metrics import Metrics, Speed
 from step35.server.parser import Parser, merged
+from step35.server.prompts import LEAST_MARK
 from step35.server.reasoning import watch
 from step35.server.turns import TurnMap, known_turn
 
 QUANTUM = 512
 """Rows of prompts in a step beside running answers."""
 ROWS_PER_ANSWER = 8
+BURST_S = 0.25
 CHECK_REPEAT_EVERY = 64
 QUIET_BEFORE_SAVE_S = 0.5
+N_PIECES = 16384
+"""Tokens whose text is kept: a text has few different ones."""
 LONGEST_UNSAVED_S = 60.0
 """Sessions are written when nothing runs; a server that never rests writes one this often."""
 LAST_WORDS_S = 5.0
 """For answers to end and say why, when the memory ran out."""
-SPEED_WINDOW_S = 10.0
 
 log = logging.getLogger("step35.server")
 
@@ -78,16 +84,25 @@ class Scheduler:
         self._last_active = self._last_save = clock()
         self._drain_until = float("inf")
         self._ids: tuple[int | None, frozenset[int]] = (None, frozenset())
-        self._recent: deque[tuple[float, int]] = deque()
-        self._n_recent = 0
-        self.decode_tps = 0.0
+        self._speed = Speed()
+        metrics.queue.set_function(lambda: len(self.waiting))
+        metrics.running.set_function(lambda: len(self.running))
+        metrics.decode_tps.set_function(lambda: self.decode_tps)
+
+    @property
+    def decode_tps(self) -> float:
         """Tokens a second of all answers, in the last seconds."""
+        return self._speed.tps(self._clock())
 
     # called from other threads
 
     def start(self, open_engine: Callable[[], Conversations], on_change: Callable[[str], None]) -> None:
-        """Opens the engine and runs until drained, in a thread of its own; `on_change` hears each state."""
+        """Opens the engine and runs until drained, in a thread of its own; `on_change` hears each state.
+
+        To be called in the event loop that the jobs' clients are in.
+        """
         self._on_change = on_change
+        self.mail = Mail(asyncio.get_running_loop())
         self._thread = threading.Thread(target=self._run, args=(open_engine,), name="step35-engine")
         self._thread.start()
 
@@ -139,17 +154,22 @@ class Scheduler:
             return
         self.engine = self.conversations.engine
         self.engine.on_pressure.append(self._feel)
+        piece = self.engine.model.piece
+        self._pieces = [lru_cache(N_PIECES)(partial(piece, special=special)) for special in (False, True)]
         self.metrics.cells.set(self.engine.n_ctx)
+        self.metrics.cells_used.set_function(lambda: self.engine.n_ctx - self.engine.n_free_cells)
         if self.state == "loading":
             self._become("ready")
         try:
             while self.state != "draining" or self.running or self.waiting or not self._inbox.empty():
                 self._turn_around()
+            self.mail.send()
             self.conversations.save_all()
         except Exception as error:
             log.exception("the engine's thread broke")
             self.failure = error
             self._fail_all(ApiError(500, BROKEN, f"the server broke: {error}"))
+            self.mail.send()
             self._become("failed")
         else:
             self._become("stopped")
@@ -157,7 +177,8 @@ class Scheduler:
     def _feel(self, level: Level) -> None:
         """Ends the server when the memory can't carry it any longer. Called by the watchdog's thread."""
         if level is Level.STOP:
-            self.failure = DoesNotFit("memory ran out: the server has ended; load with a smaller context or a smaller recipe")
+            told = "memory ran out: the server has ended; load with a smaller context or a smaller recipe"
+            self.failure = DoesNotFit(told)
             self.drain(LAST_WORDS_S)
 
     def _become(self, state: str) -> None:
@@ -168,7 +189,7 @@ class Scheduler:
         self._receive()
         self._look_after_clients()
         self._admit()
-        self._gauge()
+        self.mail.send()
         if self.running:
             self._advance()
             self._last_active = self._clock()
@@ -178,6 +199,8 @@ class Scheduler:
     def _receive(self) -> None:
         """Takes what has been submitted; waits for it if there is nothing to do."""
         is_idle = not self.running and not self.waiting and self.state != "draining"
+        if is_idle:
+            self.mail.send()
         try:
             job = self._inbox.get(timeout=self._idle_s()) if is_idle else self._inbox.get_nowait()
             while True:
@@ -231,7 +254,8 @@ class Scheduler:
             held.is_taken = False
             self._fail(job, _told(error))
             return True
-        held.session.checkpoint()  # an edit of the last message comes back here
+        if held.session.n_kv >= LEAST_MARK:
+            held.session.checkpoint()  # an edit of the last message comes back here
         held.turn, job.held, job.started = job.turn, held, self._clock()
         job.n_seen, job.n_cached = len(job.prompt.tokens), job.turn.stats.n_reused
         self.running.append(job)
@@ -248,7 +272,7 @@ class Scheduler:
         is_chat = isinstance(ask.prompt, Conversation)
         tools = ask.prompt.tools if is_chat and ask.tool_choice != "none" else ()
         parser = Parser(tools, job.prompt.opens_reasoning, lambda: f"call_{uuid.uuid4().hex[:24]}") if is_chat else None
-        job.answer = Answer(self._piece if is_chat else model.piece, parser, ask.stop, ask.parallel_tool_calls)
+        job.answer = Answer(self._pieces[is_chat], parser, ask.stop, ask.parallel_tool_calls)
         sampling = ask.sampling if ask.has_seed else replace(ask.sampling, seed=random.getrandbits(64))
         grammar = None
         if job.grammar is not None:
@@ -258,11 +282,8 @@ class Scheduler:
         end = None
         if job.prompt.opens_reasoning:
             tokenize = partial(self.engine.tokenize, add_bos=False)
-            end = ReasoningEnd(watch(ask, job.n_reasoned), self._piece, tokenize)
+            end = ReasoningEnd(watch(ask, job.n_reasoned), self._pieces[True], tokenize)
         return Guide(sampling, model.eos, grammar=grammar, n_logprobs=ask.n_logprobs, reasoning_end=end)
-
-    def _piece(self, token: int) -> bytes:
-        return self.engine.model.piece(token, special=True)
 
     def _special_ids(self) -> tuple[int | None, frozenset[int]]:
         """Returns the token that ends the reasoning, and those that may not come before it under a grammar."""
@@ -284,7 +305,7 @@ class Scheduler:
         prefilling = [job for job in self.running if job.is_prefilling]
         answering = [job for job in self.running if not job.is_prefilling]
         is_mixed = bool(prefilling and answering)
-        if is_mixed and self._prefill_debt_s > 0:
+        if is_mixed and self._prefill_debt_s > BURST_S:
             jobs, quantum = answering, None
         else:
             jobs, quantum = self.running, QUANTUM if is_mixed else None
@@ -293,12 +314,14 @@ class Scheduler:
             return
         elapsed = self._clock() - started
         with_prompt = jobs is self.running and bool(prefilling)
-        self._prefill_debt_s = (
-            (self._prefill_debt_s + elapsed if with_prompt else self._prefill_debt_s - elapsed) if is_mixed else 0.0
-        )
+        self._owe(elapsed if with_prompt else -elapsed, to=answering)
         (self.metrics.prefill_seconds if with_prompt else self.metrics.decode_seconds).inc(elapsed)
         for job in list(jobs):
             self._take(job)
+
+    def _owe(self, seconds: float, to: Sequence[Job]) -> None:
+        """Adds to what steps with prompts have taken from running answers; without any there is no debt."""
+        self._prefill_debt_s = max(0.0, self._prefill_debt_s + seconds) if to else 0.0
 
     def _step(self, turns: Sequence[Turn], quantum: int | None) -> bool:
         """Runs one step; returns False if it failed and something else was done about that."""
@@ -325,7 +348,7 @@ class Scheduler:
             self.engine.drafter.truncate(turn.session.seq, turn.session.memory, 0)
 
     def _relieve(self, error: ContextFull) -> None:
-        """Makes room in a context full of running turns: the youngest prompt waits again, else the youngest answer ends."""
+        """Makes room in a context full of running turns: the youngest prompt waits again, else an answer ends."""
         prefilling = [job for job in self.running if job.is_prefilling]
         if prefilling and len(self.running) > 1:
             job = prefilling[-1]
@@ -354,13 +377,14 @@ class Scheduler:
             events += job.answer.feed(tokens[job.n_seen], guide.logprobs[at] if at < len(guide.logprobs) else None)
             job.n_seen += 1
         self._count(job, job.n_seen - n_before)
+        job.n_generated = turn.n_generated
         if events:
             job.feed.publish(merged(events))
         if job.answer.is_over or turn.finish:
             self._complete(job, "stop" if job.answer.is_over else turn.finish)
         elif self._is_endless(job):
-            told = f"the output repeats itself without end, after {turn.n_generated} tokens: stopped, and its cache dropped"
-            self._break(job, told)
+            after = f"after {turn.n_generated} tokens"
+            self._break(job, f"the output repeats itself without end, {after}: stopped, and its cache dropped")
 
     def _is_endless(self, job: Job) -> bool:
         if job.turn.n_generated < job.next_check:
@@ -373,8 +397,7 @@ class Scheduler:
             job.first_token = self._clock()
             self.metrics.first_token.observe(job.first_token - job.arrived)
         self.metrics.generated_tokens.inc(n_new)
-        self._recent.append((self._clock(), n_new))
-        self._n_recent += n_new
+        self._speed.add(n_new, self._clock())
 
     # ending
 
@@ -427,15 +450,6 @@ class Scheduler:
         with self._lock:
             self._n_submitted -= 1
         job.feed.publish(events)
-
-    def _gauge(self) -> None:
-        self.metrics.queue.set(len(self.waiting))
-        self.metrics.running.set(len(self.running))
-        self.metrics.cells_used.set(self.engine.n_ctx - self.engine.n_free_cells)
-        while self._recent and self._recent[0][0] < self._clock() - SPEED_WINDOW_S:
-            self._n_recent -= self._recent.popleft()[1]
-        self.decode_tps = self._n_recent / SPEED_WINDOW_S
-        self.metrics.decode_tps.set(self.decode_tps)
 
 
 def _told(error: Step35Error) -> ApiError:

@@ -18,7 +18,7 @@ from step35.server.errors import TOO_LONG, bad_request
 from step35.server.grammar import grammar_of
 from step35.server.job import Feed, Job
 from step35.server.metrics import Metrics, resident_bytes
-from step35.server.prompts import Prompt, PromptBuilder
+from step35.server.prompts import Prompt, PromptBuilder, TokenCache
 from step35.server.reasoning import budget_of, reasoning_so_far
 from step35.server.scheduler import Limits, Scheduler
 from step35.server.session_disk import SessionDisk, model_digest
@@ -40,7 +40,7 @@ class Serving:
 
 
 class Service:
-    """One engine behind any number of requests. Everything but `open` runs in the event loop or a thread of its pool."""
+    """One engine behind any number of requests. All but `open` runs in the event loop or a thread of its pool."""
 
     def __init__(self, serving: Serving, open_engine: Callable[[], Engine]) -> None:
         self.serving = serving
@@ -66,9 +66,10 @@ class Service:
         source = getattr(model, "chat_template", None)
         if source is not None:
             self.template = ChatTemplate(source, model.text(model.bos), model.text(model.eos))
-        self.builder = PromptBuilder(lambda text: engine.tokenize(text, add_bos=False), self.turns, model.turn_start)
+        tokenize = TokenCache(lambda text: engine.tokenize(text, add_bos=False))
+        self.builder = PromptBuilder(tokenize, self.turns, model.turn_start)
         disk = self._open_disk(engine, source or "") if self.serving.session_dir else None
-        return Conversations(engine, self.text_of_tokens, disk)
+        return Conversations(engine, self.text_of_tokens, disk, n_parallel=self.serving.limits.n_parallel)
 
     def _open_disk(self, engine: Engine, template: str) -> SessionDisk:
         key = {
@@ -104,7 +105,7 @@ class Service:
         return job, joined
 
     async def _start(self, ask: Ask, request_id: str) -> Job:
-        job = await asyncio.to_thread(self._prepare, ask, request_id, Feed(asyncio.get_running_loop()))
+        job = await asyncio.to_thread(self._prepare, ask, request_id, Feed(self.scheduler.mail))
         self.scheduler.submit(job)
         return job
 
