@@ -74,7 +74,7 @@ def test_a_few_common_tokens_are_no_checkpoint():
     """Two conversations have the first token in common: its checkpoint took the place of the one after the system's text."""
 
     async def talk(service):
-        for length in (8, 100):
+        for length in (8, 40):
             for prompt in prompts(5, length):
                 await answer(service, ask([7, 8, *prompt[1:]], 3))
         checkpoints = [n for held in service.scheduler.conversations.held for n in held.session.checkpoints]
