@@ -84,6 +84,16 @@ def test_a_full_stop_is_an_end_where_the_next_word_brings_the_space() -> None:
     assert closes_before([*words[:30], " self", ".", "items", " is", " 3", ".", "5", *words], 40) == 40
 
 
+def test_thinking_that_begins_again_is_of_the_same_budget() -> None:
+    """A budget of 40 tokens had 57: the model closed its reasoning, opened it again, and nobody counted."""
+    pieces = dict(enumerate([" word", "\n", "<think>", "</think>"]))
+    end = ReasoningEnd(ReasoningWatch(4), lambda token: pieces[token].encode(), lambda text: [1, 3, 1])
+    said = [0, 0, 3, 1, 2, 0]
+    assert [end.after(token) for token in said] == [[]] * 6
+    assert end.after(0) == [1, 3, 1], "two before and two after"
+    assert [end.after(token) for token in (1, 3, 1, 0, 2, 0, 0, 0, 0)] == [[]] * 9, "said in an answer it opens nothing"
+
+
 def test_the_words_that_would_follow_are_not_said() -> None:
     pieces = dict(enumerate([" word", ".", " The", "</think>", "\n"]))
     end = ReasoningEnd(ReasoningWatch(4), lambda token: pieces[token].encode(), lambda text: [4, 3, 4])

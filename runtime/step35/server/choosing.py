@@ -14,7 +14,7 @@ from step35.server.reasoning import THINK_END, ReasoningWatch
 if TYPE_CHECKING:
     from step35.native import Grammar
 
-CALL = "<tool_call>"
+THINK, CALL = "<think>", "<tool_call>"
 LONGEST_PERIOD = 128
 MOST_REPEATED = 1024
 """Tokens that repeat with one period before an answer counts as endless."""
@@ -60,7 +60,7 @@ class ReasoningEnd:
         self, watch: ReasoningWatch, piece: Callable[[int], bytes], tokenize: Callable[[str], list[int]]
     ) -> None:
         self._watch, self._piece, self._tokenize = watch, piece, tokenize
-        self._is_over = False
+        self._is_over = self._has_spoken = False
 
     def at_start(self) -> list[int]:
         """Returns the ids that must come first: a budget may be spent already."""
@@ -74,13 +74,21 @@ class ReasoningEnd:
 
     def after(self, token: int) -> list[int]:
         """Returns the ids that must follow a token."""
-        if self._is_over:
+        if self._is_over and self._has_spoken:
             return []
         text = self._piece(token).decode(errors="replace")
+        if self._is_over:
+            self._follow(text)
+            return []
         if THINK_END in text or CALL in text:
-            self._is_over = True
+            self._is_over, self._has_spoken = True, CALL in text
             return []
         return self._end(self._watch.add(text))
+
+    def _follow(self, text: str) -> None:
+        """After the end: a model may begin to think again before it has said anything, and that counts, too."""
+        self._has_spoken = bool(text.replace(THINK_END, "").replace(THINK, "").strip())
+        self._is_over = THINK not in text
 
     def _end(self, text: str | None) -> list[int]:
         if text is None:
