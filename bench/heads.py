@@ -1,7 +1,8 @@
 """What MTP heads cost and what trimming them loses.
 
 `costs`: CPU milliseconds of one thread for a run of head 1 over its usual four rows, by how many of them go through the
-output matrix; the files take turns. `make` writes heads of the real width with random weights for it. `acceptance`: the
+output matrix; the files take turns. `cycles`: wall milliseconds of a draft cycle, with a model's own heads and with
+those of side files. `make` writes heads of the real width with random weights for it. `acceptance`: the
 bundled checkpoint with whole heads, and with its N most frequent tokens.
 """
 
@@ -16,11 +17,11 @@ from statistics import median
 import click
 import numpy as np
 import real_width
-from contenders import Setup, Step35
+from contenders import Setup, Step35, Task
 from convert_step35.mapping import MtpMode
 from convert_step35.quantizers import load_quantizers
 from convert_step35.trimming import plan_trim, trim
-from peers import Result, at_temperatures, cells, make_tasks
+from peers import Result, at_temperatures, cells, make_tasks, random_tokens, time_cycle
 from step35.mtp import REDONE
 from step35.native import Context, Model
 from step35.options import ContextOptions, ModelOptions
@@ -78,6 +79,23 @@ def _times(head: Context, n_embd: int, n_rows: int, n_outputs: int) -> Iterator[
         if i:  # the first one builds the graph
             yield time.thread_time() - started
         head.truncate(0, 0)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("sides", type=click.Path(path_type=Path), nargs=-1)
+@click.option("--rounds", default=2, show_default=True)
+def cycles(model: Path, sides: tuple[Path, ...], rounds: int) -> None:
+    task = Task("random", random_tokens(np.random.default_rng(0), 64), 48)
+    taken: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds):
+        for side in (None, *sides)[:: 1 if number % 2 else -1]:
+            for depth in ("off", "1", "2", "3"):
+                name = side.name if side else "its own heads"
+                _, _, seconds = next(time_cycle(Step35(Setup(model, mtp=side, n_threads=2), depth), task))
+                taken.setdefault((name, depth), []).append(seconds)
+    for (name, depth), seconds in taken.items():
+        click.echo(f"{name}, depth {depth}: {1e3 * min(seconds):.1f} ms at best, {' '.join(f'{1e3 * s:.1f}' for s in seconds)}")
 
 
 @main.command()

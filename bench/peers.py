@@ -256,17 +256,17 @@ class Timing:
 def time_slice(setup: Setup, number: int, n_long: int) -> Iterator[Timing]:
     """Times everything once, in the other order in every second round, and plain decodes before, between and after."""
     random = np.random.default_rng(number)
-    short = Task("random", _random_tokens(random, 64), 48)
+    short = Task("random", random_tokens(random, 64), 48)
     plain: list[Job] = [
         lambda: _time_llama_bench(setup),
-        lambda: _time_cycle(Step35(setup, "off"), short),
-        lambda: _time_cycle(LlamaServer(setup, 0), short),
+        lambda: time_cycle(Step35(setup, "off"), short),
+        lambda: time_cycle(LlamaServer(setup, 0), short),
     ]
-    ours: list[Job] = [lambda draft=draft: _time_cycle(Step35(setup, draft), short) for draft in ("1", "2", "3", "auto")]
-    theirs: list[Job] = [lambda depth=depth: _time_cycle(LlamaServer(setup, depth), short) for depth in DEPTHS]
+    ours: list[Job] = [lambda draft=draft: time_cycle(Step35(setup, draft), short) for draft in ("1", "2", "3", "auto")]
+    theirs: list[Job] = [lambda depth=depth: time_cycle(LlamaServer(setup, depth), short) for depth in DEPTHS]
     jobs = [*plain, *ours, lambda: _time_verification(setup, random), *plain, *theirs, *plain]
     if n_long:
-        long = Task("random", _random_tokens(random, n_long), 4)  # four tokens: the heads read the prompt for the second
+        long = Task("random", random_tokens(random, n_long), 4)  # four tokens: the heads read the prompt for the second
         contenders = [Step35(setup, "off"), Step35(setup, "3"), LlamaServer(setup, 0), LlamaServer(setup, 3)]
         jobs += [lambda contender=contender: _time_prefill(contender, long) for contender in contenders]
     for job in jobs[:: 1 if number % 2 else -1]:
@@ -275,7 +275,7 @@ def time_slice(setup: Setup, number: int, n_long: int) -> Iterator[Timing]:
             click.echo(f"slice round {number}: {contender} {what} {1e3 * seconds:.1f} ms", err=True)
 
 
-def _random_tokens(random: np.random.Generator, n: int) -> tuple[int, ...]:
+def random_tokens(random: np.random.Generator, n: int) -> tuple[int, ...]:
     return tuple(random.integers(3, 2000, n).tolist())
 
 
@@ -284,7 +284,7 @@ def _time_llama_bench(setup: Setup) -> Iterator[tuple[str, str, float]]:
         yield "llama-bench", "decode" if n_gen else f"verify {n_prompt}", median(seconds) / max(n_gen, 1)
 
 
-def _time_cycle(contender: Contender, short: Task) -> Iterator[tuple[str, str, float]]:
+def time_cycle(contender: Contender, short: Task) -> Iterator[tuple[str, str, float]]:
     """Times decode cycles after a short prompt, three times."""
     with contender:
         contender.run(replace(short, n_predict=8))
@@ -305,11 +305,11 @@ def _time_verification(setup: Setup, random: np.random.Generator) -> Iterator[tu
     with Step35(setup, "1") as ours:
         trunk, clock, n_kv = ours.engine.trunk, ours.engine.clock, 64
         trunk.extract_hidden(True)
-        trunk.decode([Rows(0, 0, _random_tokens(random, n_kv), outputs=1)])
+        trunk.decode([Rows(0, 0, random_tokens(random, n_kv), outputs=1)])
         for width in (1, *(depth + 1 for depth in DEPTHS)):
             times = []
             for _ in range(9):
-                rows = Rows(0, n_kv, _random_tokens(random, width), outputs=width)
+                rows = Rows(0, n_kv, random_tokens(random, width), outputs=width)
                 started = clock()
                 trunk.decode([rows])
                 trunk.logits()

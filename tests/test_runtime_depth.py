@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from step35.depth import CAUTION, LEAST_READ, READ_SHARE, Costs, DepthController, Drafted
+from step35.depth import CAUTION, LEAST_READ, READ_SHARE, REST, Costs, DepthController, Drafted
 
 PLAIN_S = 0.040
 
@@ -175,6 +175,20 @@ def test_a_head_that_could_read_next_to_nothing_does_not_run():
     assert controller.rows_to_read(0, 1.0, 100) is None
     controller.costs.row_s = READ_SHARE * 10 * gain_s / (LEAST_READ + 1)
     assert controller.rows_to_read(0, 1.0, 100) in (LEAST_READ, LEAST_READ + 1)
+
+
+def test_drafting_rests_while_a_head_has_too_much_to_catch_up_with():
+    """On a small model each token of a short answer paid for thinking about heads that were not going to run."""
+    controller, _ = dear_rows()
+    controller.costs.row_s = 1.0
+    thought = []
+    for _ in range(20):
+        thought.append(controller.begin_cycle())
+        if thought[-1]:
+            assert controller.rows_to_read(0, 1.0, 100) is None
+            controller.end_proposal(0)
+        controller.learn_cycle(1, 0.050)
+    assert thought == ([True] + [False] * REST + [True] + [False] * REST + [True, False])
 
 
 def test_short_answers_are_no_reason_to_read_a_long_prompt():

@@ -8,10 +8,11 @@ from reference.checkpoint import load_checkpoint
 from reference.decode import draft
 from tiny_model import tiny_gguf
 
+from step35 import native
 from step35.chooser import Chooser
 from step35.engine import Engine
 from step35.generation import begin, step
-from step35.options import EngineOptions
+from step35.options import ContextOptions, EngineOptions, ModelOptions
 from step35.sampling import Sampling
 
 PROMPT = "def read_file(path, encoding='utf-8'):\n    "
@@ -59,3 +60,13 @@ def test_every_head_drafts_what_the_reference_drafts(reference):
 def divergence(wanted: np.ndarray, got: np.ndarray) -> float:
     p, q = (torch.tensor(x).double().log_softmax(-1) for x in (wanted, got))
     return float((p.exp() * (p - q)).sum())
+
+
+def test_a_context_takes_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp takes four: on two cores they waited for each other, and a script of a few lines ran at a fifteenth."""
+    monkeypatch.setattr(native, "usable_cores", lambda: 1)
+    model = native.Model(ModelOptions(tiny_gguf()))
+    by_default, as_asked = model.open_trunk(ContextOptions(64, 32)), model.open_trunk(ContextOptions(64, 32, n_threads=3))
+    assert [native.C.llama_n_threads(context._ctx) for context in (by_default, as_asked)] == [1, 3]
+    for part in (by_default, as_asked, model):
+        part.close()

@@ -169,6 +169,7 @@ class DepthController:
         self._heads = [Acceptance() for _ in range(n_heads)]
         self._lookups: dict[int, Acceptance] = {}
         self._frequency = [FREQUENT] * n_heads
+        self._has_run = False
         self._n_worth = 0  # heads of this cycle that are worth their time, whatever they have to catch up with
         self._answers = Answers()
         self._budget_s = 0.0
@@ -179,25 +180,26 @@ class DepthController:
 
     # before a cycle
 
-    def begin_cycle(self, n_behind: int = 0) -> bool:
+    def begin_cycle(self, n_behind: Callable[[], int] = lambda: 0) -> bool:
         """Returns whether to think about drafting at all; decides whether the cycle is a probe.
 
-        A probe is at full depth, or without a draft; `n_behind` rows must be decoded by each head
+        A probe is at full depth, or without a draft; `n_behind` counts the rows that each head must decode
         before it. Cycles after one that ran no head rest: thinking takes time, too.
         """
-        self._probe, self._n_worth = None, 0
+        self._probe = None
         if self._n_resting:
             self._n_resting -= 1
             return False
+        self._n_worth, self._has_run = 0, False
         depth = len(self._heads) if self._next_probe_is_deep else 0
-        if self._heads and self._budget_s > self._probe_cost(depth, n_behind) > 0:
+        if self._heads and self._budget_s > self._probe_cost(depth, n_behind()) > 0:
             self._probe = depth
             self._next_probe_is_deep = not self._next_probe_is_deep
         return True
 
     def end_proposal(self, n_drafted: int) -> None:
-        """Takes a rest when not even running a head was worth it."""
-        if not n_drafted and not self._n_worth and self._probe is None:
+        """Takes a rest when not even running a head was worth it, or it had too much to catch up with."""
+        if not n_drafted and not self._has_run and self._probe is None:
             self._n_resting = REST
 
     def wake(self) -> None:
@@ -238,7 +240,9 @@ class DepthController:
         if net <= 0:
             return None
         self._n_worth = max(self._n_worth, head + 1)
-        return self._affordable(n_behind, READ_SHARE * net * self._cycles_in_a_row(head))
+        n_read = self._affordable(n_behind, READ_SHARE * net * self._cycles_in_a_row(head))
+        self._has_run |= n_read is not None
+        return n_read
 
     def _affordable(self, n_behind: int, seconds: float) -> int | None:
         if n_behind * self.costs.row_s <= seconds:

@@ -85,7 +85,7 @@ class Drafter:
             return
         if self._fixed_depth is not None:
             self._run_heads(cycles)
-        elif self.controller.begin_cycle(max(map(self._n_behind, cycles))):
+        elif self.controller.begin_cycle(lambda: max(map(self._n_behind, cycles))):
             started = self._clock()
             self._consider(cycles)
             seconds = self._clock() - started

@@ -239,10 +239,14 @@ def link_bandwidth(sources: Sources, address: str | None) -> float:
 # this very box
 
 
+def usable_cores() -> int:
+    """Returns how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def this_box() -> Sources:
     """Returns the sources of the box that this runs on."""
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Sources(_read, _devices, cached_bandwidth, n_cpus, platform.system())
+    return Sources(_read, _devices, cached_bandwidth, usable_cores(), platform.system())
 
 
 def _devices() -> list[Device]:

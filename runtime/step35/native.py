@@ -23,6 +23,7 @@ from step35 import draft_vocabulary
 from step35.backend.chosen import check_identity, chosen_libraries, describe
 from step35.draft_vocabulary import DraftVocabulary
 from step35.errors import Cancelled, ContextFull, ModelError, NativeError, SettingsError
+from step35.hardware import usable_cores
 from step35.long_runs import cut_long_runs
 from step35.machine import DISCRETE, INTEGRATED, Device
 from step35.options import ContextOptions, ModelOptions
@@ -672,9 +673,9 @@ class Context:
             params.cb_eval = watch
         params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, options.n_batch, options.n_batch
         params.n_seq_max, params.n_outputs_max = options.n_seq, options.n_outputs
-        if options.n_threads:
-            params.n_threads = options.n_threads
-            params.n_threads_batch = options.n_threads_batch or options.n_threads
+        # llama.cpp's own number may be more than the cores: its threads spin, and wait for each other's time slices
+        params.n_threads = options.n_threads or min(params.n_threads, usable_cores())
+        params.n_threads_batch = options.n_threads_batch or params.n_threads
         params.type_k = params.type_v = KV_TYPES[options.kv_type]
         params.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
         params.ctx_type = C.LLAMA_CONTEXT_TYPE_DEFAULT if head is None else C.LLAMA_CONTEXT_TYPE_MTP

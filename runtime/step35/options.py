@@ -40,6 +40,7 @@ class ContextOptions:
     n_outputs: int = 0
     """Rows of logits one decode may ask for; 0 = n_batch."""
     n_threads: int = 0
+    """0 = as many as llama.cpp takes by itself, but no more than there are cores."""
     n_threads_batch: int = 0
     kv_type: str = "f16"
     flash_attention: bool | None = None
