@@ -84,18 +84,16 @@ def _times(head: Context, n_embd: int, n_rows: int, n_outputs: int) -> Iterator[
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("sides", type=click.Path(path_type=Path), nargs=-1)
+@click.option("--depth", "depths", multiple=True, default=("1", "2", "3"), show_default=True)
 @click.option("--rounds", default=2, show_default=True)
-def cycles(model: Path, sides: tuple[Path, ...], rounds: int) -> None:
+def cycles(model: Path, sides: tuple[Path, ...], depths: tuple[str, ...], rounds: int) -> None:
     task = Task("random", random_tokens(np.random.default_rng(0), 64), 48)
-    taken: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds):
-        for side in (None, *sides)[:: 1 if number % 2 else -1]:
-            for depth in ("off", "1", "2", "3"):
-                name = side.name if side else "its own heads"
-                _, _, seconds = next(time_cycle(Step35(Setup(model, mtp=side, n_threads=2), depth), task))
-                taken.setdefault((name, depth), []).append(seconds)
-    for (name, depth), seconds in taken.items():
-        click.echo(f"{name}, depth {depth}: {1e3 * min(seconds):.1f} ms at best, {' '.join(f'{1e3 * s:.1f}' for s in seconds)}")
+        for depth in depths:
+            for side in (None, *sides)[:: -1 if number % 2 else 1]:
+                contender = Step35(Setup(model, mtp=side, n_threads=2), depth)
+                (_, _, seconds), _ = time_cycle(contender, task)
+                click.echo(f"{side.name if side else 'its own heads'}, depth {depth}: {1e3 * seconds:.1f} ms")
 
 
 @main.command()

@@ -38,7 +38,8 @@ def read_buffers(lines: Iterable[str]) -> list[Buffer]:
 def differences(planned: Usage, buffers: Sequence[Buffer], gpus: Sequence[str]) -> list[str]:
     """Returns a sentence for each device and kind that takes over 2 % more or less than counted.
 
-    `gpus` are ggml's names of GPU0, GPU1 and so on. A mapped file isn't a buffer of weights: then those are not compared.
+    `gpus` are ggml's names of GPU0, GPU1 and so on. A mapped file isn't a buffer of weights: then those are not
+    compared.
     """
     real: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for buffer in buffers:

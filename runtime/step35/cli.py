@@ -194,7 +194,8 @@ def summary_line(stats: "Stats") -> str:
         return line
     heads = " ".join(f"{a}/{d}" for a, d in zip(stats.accepted_per_head, stats.drafted_per_head, strict=True))
     per_head = f", per head {heads}" if heads else ""
-    return f"{line} · accepted {stats.n_accepted} of {stats.n_drafted} drafted{per_head}, mean depth {stats.mean_depth:.2f}"
+    drafted = f"accepted {stats.n_accepted} of {stats.n_drafted} drafted{per_head}"
+    return f"{line} · {drafted}, mean depth {stats.mean_depth:.2f}"
 
 
 cli.add_command(plan)

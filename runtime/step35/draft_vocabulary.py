@@ -37,7 +37,7 @@ def checked(path: Path, tokens: np.ndarray, stand_ins: np.ndarray, digest: str) 
     is_sound = is_sound and 0 <= stand_ins.min() and stand_ins.max() < n
     if not is_sound or not np.array_equal(stand_ins[tokens], np.arange(n)):
         raise ModelError(
-            f"damaged heads: {path} expected ascending step35.draft.tokens and a stand-in for each token of the model, got "
-            f"{n} and {n_model} values that don't fit; make it again with convert-step35 mtp trim"
+            f"damaged heads: {path} expected ascending step35.draft.tokens and a stand-in for each token of the model, "
+            f"got {n} and {n_model} values that don't fit; make it again with convert-step35 mtp trim"
         )
     return DraftVocabulary(tokens, stand_ins, digest)

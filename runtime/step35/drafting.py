@@ -79,7 +79,7 @@ class Drafter:
     # before the trunk's decode
 
     def propose(self, cycles: Sequence[Cycle]) -> None:
-        """Fills in the drafts of each cycle; there is none while a prompt is read, and after it drafting gets a new chance."""
+        """Fills in the drafts of each cycle; no cycle means that a prompt is read: after it drafting has a new chance."""
         if not cycles:
             self.controller.wake()
             return

@@ -155,7 +155,8 @@ def with_side(header: Header, side: Header) -> Header:
         raise ModelError(
             f"no MTP heads: {side.path} expected some, got none; make it with convert-step35 run --mtp only"
         )
-    shape = replace(header.shape, n_heads=side.shape.n_heads, n_head_vocab=side.shape.n_vocab, layers=header.shape.trunk + side.shape.heads)
+    layers = header.shape.trunk + side.shape.heads
+    shape = replace(header.shape, n_heads=side.shape.n_heads, n_head_vocab=side.shape.n_vocab, layers=layers)
     trunk = tuple(_idle(tensor) for tensor in header.tensors if not is_skipped(tensor))
     heads = tuple(_of_head(tensor, shape.n_trunk) for tensor in side.tensors)
     return replace(header, shape=shape, tensors=trunk + heads)

@@ -82,7 +82,8 @@ def trunk_context(shape: ModelShape, run: Run) -> ContextBytes:
     """Returns the buffers of the trunk's context."""
     n_batch = min(run.n_batch, run.n_ctx)
     n_ring = ring_cells(shape, run, n_batch)
-    kv = [cell_bytes(shape, layer, run.kv_type) * (n_ring if layer.is_sliding else run.n_cells) for layer in shape.trunk]
+    n_cells = [n_ring if layer.is_sliding else run.n_cells for layer in shape.trunk]
+    kv = [cell_bytes(shape, layer, run.kv_type) * n for layer, n in zip(shape.trunk, n_cells, strict=True)]
     step = _step(run, n_batch, min(n_batch, VERIFY_ROWS * run.n_sessions), n_ring)
     outputs = F32 * (shape.n_vocab * step.n_outputs + shape.n_embd * n_batch)
     compute = graph_memory.n_bytes(trunk_graph(shape, step))

@@ -179,7 +179,8 @@ def as_table(header, judged, hints) -> str:
     placement = judged.placement
     run = placement.run
     what = f"{header.path.name} ({format_size(header.n_bytes)}) on {placement.machine}, policy {placement.policy}"
-    settings = f"context {run.n_ctx}, batch {run.n_batch}, KV {run.kv_type}, {run.n_sessions} session(s), {run.n_heads} MTP heads"
+    settings = f"context {run.n_ctx}, batch {run.n_batch}, KV {run.kv_type}, "
+    settings += f"{run.n_sessions} session(s), {run.n_heads} MTP heads"
     lines = [what, settings, "", *_bytes_table(judged.usage), ""]
     lines += [f"{p.name}: {format_size(_taken(judged, p))} of {format_size(p.budget)}" for p in judged.pools]
     lines += ["", *(f"- {reason}" for reason in placement.reasons), ""]

@@ -20,7 +20,7 @@ Choices = Mapping[int, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """A trace, summed up. `counts` has the uses of each expert by layer; `hits` LRU hit rates by experts cached a layer.
+    """A trace, summed up: `counts` are uses of each expert by layer, `hits` LRU hit rates by experts cached a layer.
 
     `distinct[n - 1]` is how many of a layer's experts n adjacent tokens use, the mean over layers and places.
     """
@@ -128,8 +128,11 @@ def report(routing: Routing) -> list[str]:
     distinct = ", ".join(f"{n:.1f}" for n in routing.distinct[:4])
     hits = ", ".join(f"{rate:.0%} with {n}" for n, rate in routing.hits.items())
     return [
-        f"{routing.n_tokens} tokens, {len(routing.counts)} MoE layers of {routing.n_expert} experts, {routing.n_expert_used} a token",
-        f"experts that 1, 2, 3, 4 adjacent tokens use: {distinct}; a token shares {routing.overlap:.0%} with the one before",
-        f"busiest tenth of the experts: {np.mean(skews):.0%} of the uses ({min(skews):.0%} to {max(skews):.0%} by layer)",
+        f"{routing.n_tokens} tokens, {len(routing.counts)} MoE layers of {routing.n_expert} experts, "
+        f"{routing.n_expert_used} a token",
+        f"experts that 1, 2, 3, 4 adjacent tokens use: {distinct}; "
+        f"a token shares {routing.overlap:.0%} with the one before",
+        f"busiest tenth of the experts: {np.mean(skews):.0%} of the uses "
+        f"({min(skews):.0%} to {max(skews):.0%} by layer)",
         f"LRU hit rate by experts cached a layer: {hits}",
     ]

@@ -44,7 +44,8 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
     plain = _plain(header, machine, plan_path, n_ctx)
     request = Request(n_prompt, n_predict)
     changes = neighbours(header, machine, plain)
-    click.echo(f"step35: {rounds} rounds of {1 + len(changes)} plans, each loaded afresh; then the gains together", err=True)
+    n_plans = 1 + len(changes)
+    click.echo(f"step35: {rounds} rounds of {n_plans} plans, each loaded afresh; then the gains together", err=True)
     with tempfile.TemporaryDirectory(prefix="step35-tune-") as folder:
 
         def measure(placement):

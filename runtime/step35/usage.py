@@ -127,8 +127,10 @@ def _add_buffers(counted: dict, header: Header, run: Run, layout: Layout, n_gpus
     if run.n_heads:
         head, device = head_context(header.shape, run), layout.layers[-1]
         counted[HOST][Purpose.OUTPUTS] += run.n_heads * head.outputs
-        counted[device][Purpose.COMPUTE] += run.n_heads * (head.compute + (n_copies - 1) * (head.inputs + head.embedded))
-        counted[HOST][Purpose.COMPUTE] += run.n_heads * (n_copies * head.inputs + head.embedded) if device != HOST else 0
+        more = (n_copies - 1) * (head.inputs + head.embedded)
+        counted[device][Purpose.COMPUTE] += run.n_heads * (head.compute + more)
+        if device != HOST:
+            counted[HOST][Purpose.COMPUTE] += run.n_heads * (n_copies * head.inputs + head.embedded)
 
 
 def _add_rest(counted: dict, header: Header, machine: Machine, run: Run, layout: Layout, loading: Loading) -> None:

@@ -30,10 +30,12 @@ def self_test(folder: Path) -> str:
     off = float(np.abs(ours - stock).max()) / known.spread
     if not off <= TOLERANCE or int(ours.argmax()) != known.best:  # a NaN isn't
         raise BackendError(
-            f"the build computes something else: {folder} expected token {known.best} and logits within {TOLERANCE:.0%} "
-            f"of the stock build's, got token {int(ours.argmax())} and {off:.1%}; try another driver, toolkit or compiler"
+            f"the build computes something else: {folder} expected token {known.best} and logits within "
+            f"{TOLERANCE:.0%} of the stock build's, got token {int(ours.argmax())} and {off:.1%}; "
+            "try another driver, toolkit or compiler"
         )
-    return f"token {known.best} as known, logits {'bit-equal to' if off == 0 else f'within {off:.2%} of'} the stock build's"
+    distance = "bit-equal to" if off == 0 else f"within {off:.2%} of"
+    return f"token {known.best} as known, logits {distance} the stock build's"
 
 
 def stock_folder() -> Path:

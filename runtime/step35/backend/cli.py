@@ -50,7 +50,8 @@ _SDIST = click.option(
 def build(target, architectures, definitions, sdist, n_jobs, no_use) -> None:
     """Builds the pinned llama.cpp with the patches and its RPC backend, tests it, and chooses it.
 
-    Without an option for a GPU it is what the stock wheel is. Builds for GPUs have not been tried by those who wrote this.
+    Without an option for a GPU it is what the stock wheel is. Builds for GPUs have not been tried by those who
+    wrote this.
     """
     from step35.backend import store
     from step35.backend.build import Wanted, this_box

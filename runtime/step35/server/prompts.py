@@ -27,7 +27,10 @@ MAX_CHARS = 16_000_000
 LEAST_MARK = 32
 """A checkpoint of fewer tokens saves less than it costs."""
 TAIL, LEAST_TEXT = 4, 256
-"""Tokens at the end of a text without messages that may become others as it is typed on; a shorter text is read again."""
+"""Tokens at the end of a text without messages that may become others as it is typed on.
+
+A shorter text is read again.
+"""
 BILLING = re.compile(r"^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 
 Render = Callable[[Conversation], str]
