@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/convert-step35 verify $(DEMO)/tiny-Q4_K_M.gguf --against $(TINY)
 	$(BIN)/convert-step35 inspect $(DEMO)/tiny-Q4_K_M.gguf
 	@printf '%b' '$(PROMPT)' > $(DEMO)/prompt.py
-	$(BIN)/step35 generate $(DEMO)/tiny-Q4_K_M.gguf -n 64 --temp 0 -f $(DEMO)/prompt.py
+	$(BIN)/step35 generate $(DEMO)/tiny-Q4_K_M.gguf -n 64 --temp 0 --draft 3 -f $(DEMO)/prompt.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
