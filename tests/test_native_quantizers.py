@@ -105,12 +105,17 @@ IMPORTANCE: dict[str, Callable[[np.random.Generator], Rows | None]] = {
 }
 
 
+def importance_of(name: str, rng: np.random.Generator) -> np.ndarray | None:
+    """Returns an imatrix's weights of 512 columns, float32; None for none."""
+    weights = IMPORTANCE[name](rng)
+    return None if weights is None else weights.astype(np.float32)
+
+
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_adversarial_rows_become_libggmls_bytes_at_every_width(kind: GgmlType, importance: str) -> None:
     rng = np.random.default_rng(1)
-    weights = IMPORTANCE[importance](rng)
-    weights = None if weights is None else weights.astype(np.float32)
+    weights = importance_of(importance, rng)
     rows = np.concatenate([make(rng) for make in ADVERSARIAL.values()])
     for lanes in widths():
         assert_equal(kind, rows, weights, lanes)
@@ -224,8 +229,7 @@ def restored_by_libggml(kind: GgmlType, packed: Rows, shape: tuple[int, ...]) ->
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_bfloat16_rows_become_libggmls_bytes_of_the_same_rows_in_float32(kind: GgmlType, importance: str) -> None:
     rng = np.random.default_rng(2)
-    weights = IMPORTANCE[importance](rng)
-    weights = None if weights is None else weights.astype(np.float32)
+    weights = importance_of(importance, rng)
     halves, rows = halves_of(np.concatenate([make(rng) for make in ADVERSARIAL.values()]))
     expected = quantized(GGML, kind, rows, weights)
     for lanes in widths():

@@ -83,21 +83,27 @@ def test_a_few_common_tokens_are_no_checkpoint():
     serve(fake_service(), talk)
 
 
-def test_short_prompts_beside_an_answer_are_read_at_once_until_they_take_too_long():
-    """Of four requests that came together the last waited while the first ones answered, for as long as it took to read them."""
+def read_beside_an_answer(n_prompt: int, decode_s: float) -> FakeContext:
+    """Reads a prompt that comes after 30 decodes of an answer, on a clock of decodes; returns the trunk's context."""
     gate = Gate(30)
     script = Script(on_decode=gate)
 
     async def talk(service):
-        service.scheduler._clock = lambda: 0.03 * sum(len(context.decodes) for context in script.contexts)
+        service.scheduler._clock = lambda: decode_s * sum(len(context.decodes) for context in script.contexts)
         running, _ = await service.submit(ask(prompts(1)[0], 200), "answer", None)
         await gate.held()
-        job, _ = await service.submit(ask(prompts(2, 300)[1], 2), "prompt", None)
+        job, _ = await service.submit(ask(prompts(2, n_prompt)[1], 2), "prompt", None)
         gate.open()
         await asyncio.gather(events_of(job), events_of(running))
 
     serve(fake_service(script, n_ctx=1000, draft="off"), talk)
     [trunk] = [context for context in script.contexts if context.head is None]
+    return trunk
+
+
+def test_short_prompts_beside_an_answer_are_read_at_once_until_they_take_too_long():
+    """Of four requests that came together the last waited while the first ones answered, for as long as it took to read them."""
+    trunk = read_beside_an_answer(300, decode_s=0.03)
     has_prompt = [any(len(r.tokens) > 1 for r in rows) for rows in trunk.decodes[31:]]
     n_free = has_prompt.index(False)
     assert 0.25 / 0.03 <= n_free <= 0.25 / 0.03 + 2
@@ -223,19 +229,7 @@ def test_a_context_full_of_answers_ends_the_youngest_and_a_waiting_prompt_gets_i
 
 
 def test_a_long_prompt_takes_at_most_half_of_the_time_of_a_running_answer():
-    gate = Gate(30)
-    script = Script(on_decode=gate)
-
-    async def talk(service):
-        service.scheduler._clock = lambda: float(sum(len(context.decodes) for context in script.contexts))
-        running, _ = await service.submit(ask(prompts(1)[0], 200), "answer", None)
-        await gate.held()
-        job, _ = await service.submit(ask(prompts(2, 250)[1], 2), "prompt", None)
-        gate.open()
-        await asyncio.gather(events_of(job), events_of(running))
-
-    serve(fake_service(script, n_ctx=1000, draft="off"), talk)
-    [trunk] = [context for context in script.contexts if context.head is None]
+    trunk = read_beside_an_answer(250, decode_s=1.0)
     beside = [{r.seq: len(r.tokens) for r in rows} for rows in trunk.decodes[30:]]
     prompt_seq = max(beside[1].keys() | beside[2].keys(), key=lambda seq: max(sizes.get(seq, 0) for sizes in beside))
     has_prompt = [sizes.get(prompt_seq, 0) > 1 for sizes in beside]

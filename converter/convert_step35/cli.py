@@ -11,7 +11,7 @@ import click
 from gguf import LlamaFileType
 
 from convert_step35 import __version__, tables
-from convert_step35.console import PATH, console, cores, json_option, output_path, threads_option
+from convert_step35.console import PATH, console, cores, json_option, output_path, overwrite_option, threads_option
 from convert_step35.conversion import Tools, convert
 from convert_step35.errors import CheckpointError, ConvertError, OptionError, OutputError, printable
 from convert_step35.ggml import load_ggml
@@ -166,9 +166,7 @@ def plan(checkpoint: Path, as_json: bool, **choices: Any) -> None:
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
 @_what_to_make
-@click.option(
-    "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
-)
+@overwrite_option
 @click.option("--restart", is_flag=True, help="Drop an unfinished conversion instead of going on with it.")
 @threads_option
 @json_option

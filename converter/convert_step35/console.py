@@ -15,6 +15,9 @@ PATH = click.Path(path_type=Path, readable=False)
 _NEVER_FOLD = 100_000
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
+)
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), default=None, help="Threads.  [default: one a core]"
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from convert_step35.console import PATH, console, cores, json_option, output_path, threads_option
+from convert_step35.console import PATH, console, cores, json_option, output_path, overwrite_option, threads_option
 from convert_step35.errors import OptionError, OutputError
 from convert_step35.gguf_model import GgufModel
 from convert_step35.output import write_atomically
@@ -35,9 +35,7 @@ def mtp(context: click.Context) -> None:
 @click.argument("file", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--type", "type_name", metavar="T", required=True, help="ggml type of the heads' matrices, such as Q4_K.")
-@click.option(
-    "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
-)
+@overwrite_option
 @threads_option
 @json_option
 def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: int | None, as_json: bool) -> None:
@@ -69,9 +67,7 @@ def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: 
 @click.option(
     "--counts", type=PATH, required=True, help="What step35 count-tokens wrote of a text like the model's work."
 )
-@click.option(
-    "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
-)
+@overwrite_option
 @json_option
 def trim(file: Path, out: Path, n_kept: int, counts: Path, overwrite: bool, as_json: bool) -> None:
     """Make OUT (.gguf), a side file of FILE's MTP heads that draft the N most frequent tokens only.

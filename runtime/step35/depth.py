@@ -334,13 +334,12 @@ class DepthController:
         self._answers.add(n_tokens)
         if self._probe is None:
             self._learn_frequency()
-        if self._probe is not None:
+        else:
             self._budget_s -= max(0.0, seconds - n_tokens * self.token_value_s()) if self._probe else seconds
             self._probe = None
         self._tokens = self._tokens * DECAY + n_tokens
         self._seconds = self._seconds * DECAY + seconds
         self._budget_s += PROBE_SHARE * seconds
-
 
     def _learn_frequency(self) -> None:
         """Learns in which share of cycles each head is worth its time."""
