@@ -28,6 +28,7 @@ from tiny_model import tiny_gguf
 TESTS = Path(__file__).parent
 DRAFTS = ["off", "1", "2", "3", "auto", "ngram"]
 FLOAT_NOISE = 2e-2  # as in test_runtime_lossless
+SPLIT_NOISE = 0.3  # of logits with a spread of 2.5: flash attention adds up its halves of the cells in half precision
 
 
 @pytest.fixture
@@ -77,6 +78,21 @@ def test_a_head_returns_hidden_states_of_rows_without_logits(our_backend_folder:
     assert [ours[n]["hidden"] for n in ("4", "2", "1", "0")] == [wanted] * 4
     assert [stock[n]["hidden"] for n in ("2", "1")] == [wanted[-2:], wanted[-1:]]
     assert {tuple(ours[n]["best"]) for n in ("4", "2", "1")} == {tuple(stock["4"]["best"])}
+
+
+def test_a_decode_looks_only_at_its_own_cells(our_backend_folder: Path) -> None:
+    """Symptom: with conversations at rest a token took twice as long, as every decode looked at all cells in use."""
+    ours, stock = (run_with(folder, "attended_cells.py") for folder in (our_backend_folder, stock_folder()))
+    assert all(n <= of for n, of in zip(ours["cells"], stock["cells"], strict=True))
+    assert sum(ours["cells"]) < 0.6 * sum(stock["cells"])
+    (flash, plain), (stock_flash, stock_plain) = ours["logits"], stock["logits"]
+    assert plain == stock_plain
+    assert np.abs(np.array(flash) - stock_flash).max() < SPLIT_NOISE
+
+
+def test_cells_between_two_sequences_cost_them_little(our_backend_folder: Path) -> None:
+    ours, stock = (run_with(folder, "masked_cells.py") for folder in (our_backend_folder, stock_folder()))
+    assert ours["apart"] - ours["beside"] < 0.5 * (stock["apart"] - stock["beside"])
 
 
 def test_every_command_runs_the_chosen_build_and_doctor_says_so(chosen: Path) -> None:
