@@ -47,6 +47,8 @@ N_PIECES = 16384
 """Tokens whose text is kept: a text has few different ones."""
 LONGEST_UNSAVED_S = 60.0
 """Sessions are written when nothing runs; a server that never rests writes one this often."""
+SENT_APART_S = 0.002
+"""To send a token costs as much as to decode one of a small model: those of quick decodes go out together."""
 LAST_WORDS_S = 5.0
 """For answers to end and say why, when the memory ran out."""
 
@@ -83,6 +85,7 @@ class Scheduler:
         self._prefill_debt_s = 0.0
         self._last_active = self._last_save = clock()
         self._drain_until = float("inf")
+        self._last_sent, self._is_urgent = 0.0, False
         self._ids: tuple[int | None, frozenset[int]] = (None, frozenset())
         self._speed = Speed()
         metrics.queue.set_function(lambda: len(self.waiting))
@@ -189,8 +192,9 @@ class Scheduler:
         self._receive()
         self._look_after_clients()
         self._admit()
-        self.mail.send()
-        if self.running:
+        if not self.running:
+            self.mail.send()
+        else:
             self._advance()
             self._last_active = self._clock()
             if self._last_active - self._last_save >= LONGEST_UNSAVED_S and self.conversations.save_one():
@@ -201,6 +205,8 @@ class Scheduler:
         is_idle = not self.running and not self.waiting and self.state != "draining"
         if is_idle:
             self.mail.send()
+        elif self._inbox.empty():  # as between most decodes
+            return
         try:
             job = self._inbox.get(timeout=self._idle_s()) if is_idle else self._inbox.get_nowait()
             while True:
@@ -216,7 +222,7 @@ class Scheduler:
         return 0.1 if self.conversations.disk and any(held.is_unsaved for held in self.conversations.held) else 5.0
 
     def _look_after_clients(self) -> None:
-        for job in [job for job in self.waiting if job.feed.is_left]:
+        for job in [job for job in self.waiting if job.feed.is_left] if self.waiting else ():
             self.waiting.remove(job)
             self._end(job, "cancelled", [])
         for job in [job for job in self.running if job.feed.is_left]:
@@ -303,8 +309,9 @@ class Scheduler:
     def _advance(self) -> None:
         """One decode for the turns whose time it is."""
         prefilling = [job for job in self.running if job.is_prefilling]
-        answering = [job for job in self.running if not job.is_prefilling]
+        answering = [job for job in self.running if job not in prefilling] if prefilling else self.running
         is_mixed = bool(prefilling and answering)
+        self._send(at_once=bool(prefilling))
         if is_mixed and self._prefill_debt_s > BURST_S:
             jobs, quantum = answering, None
         else:
@@ -318,6 +325,13 @@ class Scheduler:
         (self.metrics.prefill_seconds if with_prompt else self.metrics.decode_seconds).inc(elapsed)
         for job in list(jobs):
             self._take(job)
+
+    def _send(self, *, at_once: bool) -> None:
+        """Sends what is ready, now that a decode begins: a first token and the end of an answer wait for nothing."""
+        now = self._clock()
+        if at_once or self._is_urgent or now - self._last_sent >= SENT_APART_S:
+            self.mail.send()
+            self._last_sent, self._is_urgent = now, False
 
     def _owe(self, seconds: float, to: Sequence[Job]) -> None:
         """Adds to what steps with prompts have taken from running answers; without any there is no debt."""
@@ -394,7 +408,7 @@ class Scheduler:
 
     def _count(self, job: Job, n_new: int) -> None:
         if n_new and job.first_token is None:
-            job.first_token = self._clock()
+            job.first_token, self._is_urgent = self._clock(), True
             self.metrics.first_token.observe(job.first_token - job.arrived)
         self.metrics.generated_tokens.inc(n_new)
         self._speed.add(n_new, self._clock())
@@ -446,7 +460,7 @@ class Scheduler:
         self.running, self.waiting = [], deque()
 
     def _end(self, job: Job, finish: str, events: Sequence[Event]) -> None:
-        job.finish, job.ended = finish, self._clock()
+        job.finish, job.ended, self._is_urgent = finish, self._clock(), True
         with self._lock:
             self._n_submitted -= 1
         job.feed.publish(events)
