@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from math import ceil
 
 from step35.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
@@ -262,6 +263,7 @@ class Scheduler:
             return True
         if held.session.n_kv >= LEAST_MARK:
             held.session.checkpoint()  # an edit of the last message comes back here
+        job.turn.marks = job.prompt.marks_after(held.session.n_kv)
         held.turn, job.held, job.started = job.turn, held, self._clock()
         job.n_seen, job.n_cached = len(job.prompt.tokens), job.turn.stats.n_reused
         self.running.append(job)
@@ -315,7 +317,7 @@ class Scheduler:
         if is_mixed and self._prefill_debt_s > BURST_S:
             jobs, quantum = answering, None
         else:
-            jobs, quantum = self.running, QUANTUM if is_mixed else None
+            jobs, quantum = self.running, self._quantum(prefilling, is_mixed)
         started = self._clock()
         if not self._step([job.turn for job in jobs], quantum):
             return
@@ -332,6 +334,19 @@ class Scheduler:
         if at_once or self._is_urgent or now - self._last_sent >= SENT_APART_S:
             self.mail.send()
             self._last_sent, self._is_urgent = now, False
+
+    def _quantum(self, prefilling: Sequence[Job], is_mixed: bool) -> int:
+        """Returns how many rows of prompts to read in a step: a prompt alone comes in equal pieces, without a rest.
+
+        A rest of a few rows takes llama.cpp several times as long a row.
+        """
+        most = min(QUANTUM, self.engine.options.n_batch) if is_mixed else self.engine.options.n_batch
+        if len(prefilling) != 1:
+            return most
+        turn = prefilling[0].turn
+        n_kv = turn.session.n_kv
+        n_rows = min((mark for mark in turn.marks if mark > n_kv), default=turn.n_prompt) - n_kv
+        return ceil(n_rows / ceil(n_rows / most))
 
     def _owe(self, seconds: float, to: Sequence[Job]) -> None:
         """Adds to what steps with prompts have taken from running answers; without any there is no debt."""
