@@ -325,8 +325,9 @@ class Scheduler:
         with_prompt = jobs is self.running and bool(prefilling)
         self._owe(elapsed if with_prompt else -elapsed, to=answering)
         (self.metrics.prefill_seconds if with_prompt else self.metrics.decode_seconds).inc(elapsed)
-        for job in list(jobs):
-            self._take(job)
+        n_new = sum([self._take(job) for job in list(jobs)])
+        self.metrics.generated_tokens.inc(n_new)
+        self._speed.add(n_new, self._clock())
 
     def _send(self, *, at_once: bool) -> None:
         """Sends what is ready, now that a decode begins: a first token and the end of an answer wait for nothing."""
@@ -336,17 +337,13 @@ class Scheduler:
             self._last_sent, self._is_urgent = now, False
 
     def _quantum(self, prefilling: Sequence[Job], is_mixed: bool) -> int:
-        """Returns how many rows of prompts to read in a step: a prompt alone comes in equal pieces, without a rest.
+        """Returns how many rows of prompts to read in a step: what there is in equal pieces, without a rest.
 
         A rest of a few rows takes llama.cpp several times as long a row.
         """
         most = min(QUANTUM, self.engine.options.n_batch) if is_mixed else self.engine.options.n_batch
-        if len(prefilling) != 1:
-            return most
-        turn = prefilling[0].turn
-        n_kv = turn.session.n_kv
-        n_rows = min((mark for mark in turn.marks if mark > n_kv), default=turn.n_prompt) - n_kv
-        return ceil(n_rows / ceil(n_rows / most))
+        n_rows = sum(map(_n_to_next_mark, prefilling))
+        return ceil(n_rows / ceil(n_rows / most)) if n_rows else most
 
     def _owe(self, seconds: float, to: Sequence[Job]) -> None:
         """Adds to what steps with prompts have taken from running answers; without any there is no debt."""
@@ -390,30 +387,33 @@ class Scheduler:
         else:
             self._complete(self.running[-1], "length")
 
-    def _take(self, job: Job) -> None:
-        """Turns what a step brought to events, and ends the job if that is its end."""
-        turn, guide = job.turn, job.guide
+    def _take(self, job: Job) -> int:
+        """Turns what a step brought to events, and ends the job if that is its end; returns the number of new tokens."""
+        turn, guide, answer = job.turn, job.guide, job.answer
         if guide.is_broken:
             self._break(job, "the model's output isn't a number: the sequence was stopped and its cache dropped")
-            return
+            return 0
         tokens = turn.session.tokens
         n_end, n_before = len(tokens) - (turn.finish == "stop"), job.n_seen
         events: list[Event] = []
         if job.is_prefilling:
             events.append(Progress(turn.session.n_kv, turn.n_prompt))
-        while job.n_seen < n_end and not job.answer.is_over:
+        while job.n_seen < n_end and not answer.is_over:
             at = job.n_seen - turn.n_prompt
-            events += job.answer.feed(tokens[job.n_seen], guide.logprobs[at] if at < len(guide.logprobs) else None)
+            events += answer.feed(tokens[job.n_seen], guide.logprobs[at] if at < len(guide.logprobs) else None)
             job.n_seen += 1
-        self._count(job, job.n_seen - n_before)
+        n_new = job.n_seen - n_before
+        if n_new and job.first_token is None:
+            self._note_first_token(job)
         job.n_generated = turn.n_generated
         if events:
             job.feed.publish(merged(events))
-        if job.answer.is_over or turn.finish:
-            self._complete(job, "stop" if job.answer.is_over else turn.finish)
+        if answer.is_over or turn.finish:
+            self._complete(job, "stop" if answer.is_over else turn.finish)
         elif self._is_endless(job):
             after = f"after {turn.n_generated} tokens"
             self._break(job, f"the output repeats itself without end, {after}: stopped, and its cache dropped")
+        return n_new
 
     def _is_endless(self, job: Job) -> bool:
         if job.turn.n_generated < job.next_check:
@@ -421,12 +421,9 @@ class Scheduler:
         job.next_check = job.turn.n_generated + CHECK_REPEAT_EVERY
         return is_endless(job.turn.generated)
 
-    def _count(self, job: Job, n_new: int) -> None:
-        if n_new and job.first_token is None:
-            job.first_token, self._is_urgent = self._clock(), True
-            self.metrics.first_token.observe(job.first_token - job.arrived)
-        self.metrics.generated_tokens.inc(n_new)
-        self._speed.add(n_new, self._clock())
+    def _note_first_token(self, job: Job) -> None:
+        job.first_token, self._is_urgent = self._clock(), True
+        self.metrics.first_token.observe(job.first_token - job.arrived)
 
     # ending
 
@@ -479,6 +476,12 @@ class Scheduler:
         with self._lock:
             self._n_submitted -= 1
         job.feed.publish(events)
+
+
+def _n_to_next_mark(job: Job) -> int:
+    """Returns how many rows of a job's prompt a decode may take at most."""
+    n_kv = job.turn.session.n_kv
+    return min((mark for mark in job.turn.marks if mark > n_kv), default=job.turn.n_prompt) - n_kv
 
 
 def _told(error: Step35Error) -> ApiError:
