@@ -81,7 +81,7 @@ def test_without_known_turns_a_prompt_is_what_the_template_says():
     ],
 )
 def test_a_mark_close_behind_a_checkpoint_is_not_worth_a_decode(starts, n_cached, marks):
-    """A short message took three decodes, one for its end and one for the answer's five tokens, each with every turn."""
+    """A short message took three decodes in every turn, one of them for the five tokens before the answer."""
     assert Prompt([0] * 1000, starts).marks_after(n_cached) == marks
 
 

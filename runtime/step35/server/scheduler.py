@@ -388,7 +388,7 @@ class Scheduler:
             self._complete(self.running[-1], "length")
 
     def _take(self, job: Job) -> int:
-        """Turns what a step brought to events, and ends the job if that is its end; returns the number of new tokens."""
+        """Turns what a step brought to events, ends the job if that is its end, and returns how many tokens it took."""
         turn, guide, answer = job.turn, job.guide, job.answer
         if guide.is_broken:
             self._break(job, "the model's output isn't a number: the sequence was stopped and its cache dropped")
