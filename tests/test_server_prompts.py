@@ -11,7 +11,7 @@ from step35.engine import Engine
 from step35.long_runs import cut_long_runs
 from step35.options import EngineOptions
 from step35.server.conversation import Conversation, Message, Tool, ToolCall
-from step35.server.prompts import PromptBuilder, TokenCache
+from step35.server.prompts import Prompt, PromptBuilder, TokenCache
 from step35.server.slots import Choice, Slot, choose_slot, eviction_order, why_broken
 from step35.server.template import ChatTemplate
 from step35.server.turns import KnownTurn, TurnMap, known_turn
@@ -67,6 +67,22 @@ def test_without_known_turns_a_prompt_is_what_the_template_says():
     assert text_of(prompt.tokens[prompt.answer_start :]) == "<|im_start|>assistant\n<think>\n"
     assert text_of(prompt.tokens[prompt.last_start :]).startswith("<|im_start|>tool_response")
     assert set(prompt.marks) == {prompt.starts[1], prompt.last_start, prompt.answer_start}
+
+
+@pytest.mark.parametrize(
+    ("starts", "n_cached", "marks"),
+    [
+        ((0, 500, 700, 900), 0, (500, 700, 900)),
+        ((0, 500, 520, 900), 0, (500, 900)),
+        ((0, 500, 940, 990), 0, (500, 940)),
+        ((0, 500, 940, 960), 930, ()),
+        ((0, 500, 940, 960), 480, (500, 940)),
+        ((0, 500, 800, 960), 600, (800, 960)),
+    ],
+)
+def test_a_mark_close_behind_a_checkpoint_is_not_worth_a_decode(starts, n_cached, marks):
+    """A short message took three decodes in every turn, one of them for the five tokens before the answer."""
+    assert Prompt([0] * 1000, starts).marks_after(n_cached) == marks
 
 
 @pytest.mark.parametrize("reasoning", [None, "", "why\n", " why"])

@@ -60,7 +60,7 @@ def test_a_text_asked_for_again_or_typed_on_is_cached():
         [text, other] = prompts(2, 300)
         _, events = await answer(service, ask(text, 90))
         whole = text_of(events)
-        for prompt, n_cached in ((text, 297), ([*text[:-2], 5, 6, 7], 297), (text, 298)):
+        for prompt, n_cached in ((text, 297), ([*text[:-2], 5, 6, 7], 297), (text, 297)):
             await answer(service, ask(other[:40], 60))  # the ring goes on
             _, events = await answer(service, ask(prompt, 90))
             assert text_of(events) == greedy(prompt, 90)
@@ -121,6 +121,34 @@ def test_the_log_counts_an_answers_own_tokens():
         assert job.n_generated == 5
 
     serve(fake_service(n_sessions=1, n_parallel=1), talk)
+
+
+def test_a_prompt_alone_is_read_in_equal_pieces():
+    """The last 51 rows of 563 took as long as 140 others."""
+    script = Script()
+
+    async def talk(service):
+        await answer(service, ask(prompts(1, 37)[0], 1))
+
+    serve(fake_service(script, draft="off"), talk)
+    [trunk] = [context for context in script.contexts if context.head is None]
+    assert [len(rows[0].tokens) for rows in trunk.decodes] == [13, 13, 12]
+
+
+@pytest.mark.parametrize(("decode_s", "n_apart"), [(0.0005, 4), (0.003, 1)])
+def test_tokens_of_quick_decodes_go_out_together(decode_s: float, n_apart: int):
+    """To wake the event loop for every token took as long as to decode one of a small model."""
+    script = Script()
+
+    async def talk(service):
+        scheduler, sent = service.scheduler, []
+        scheduler._clock = lambda: decode_s * sum(len(context.decodes) for context in script.contexts)
+        scheduler.mail.send = lambda send=scheduler.mail.send: (sent.append(1), send())
+        await answer(service, ask(prompts(1)[0], 80))
+        return len(sent)
+
+    n_sent = serve(fake_service(script, draft="off"), talk)
+    assert 80 / n_apart <= n_sent <= 80 / n_apart + 8, "the prompt, the first token and the end wait for nothing"
 
 
 def test_a_full_queue_is_refused_and_a_drained_server_too():

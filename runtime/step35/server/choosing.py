@@ -117,14 +117,14 @@ class Guide(Chooser):
 
     def choose(self, logits: np.ndarray, history: Sequence[int]) -> int:
         """Returns the token that follows `history`, given its logits (n_vocab,)."""
-        if not isfinite(logits.max()):  # NaN shows in a maximum, too
+        if not isfinite(logits[logits.argmax()]):  # NaN counts as the largest; cheaper than max()
             self.is_broken = True
             self.logprobs += [] if self._n_logprobs is None else [TokenLogprobs(self._eog, 0.0, ())]
             return self._eog
         end = self._reasoning_end
         if end and not self._forced:
             self._forced.extend(end.before(lambda: self._wanted(logits, history)))
-        token = super().choose(self._only_forced(logits), history)
+        token = super().choose(self._only_forced(logits) if self._forced else logits, history)
         if end:
             self._forced.extend(end.after(token))
         return token
@@ -134,8 +134,6 @@ class Guide(Chooser):
         return choose(adjust(logits, self.sampling, history), self.sampling, len(history))
 
     def _only_forced(self, logits: np.ndarray) -> np.ndarray:
-        if not self._forced:
-            return logits
         only = np.full_like(logits, -np.inf)
         only[self._forced.popleft()] = 0.0
         return only

@@ -148,15 +148,15 @@ class EventStream(Response):
         async def out(events: Sequence[Sse], *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": encode(events), "more_body": more})
 
-        await out(self._writer.open())
-        progress, last_sent = None, time.monotonic()
-        async with aclosing(self._job.feed.follow(POLL_S)) as followed:
+        writer, feed = self._writer, self._job.feed
+        await out(writer.open())
+        last_sent = time.monotonic()
+        async with aclosing(feed.follow(POLL_S)) as followed:
             async for new in followed:
-                progress = next((event for event in reversed(new) if isinstance(event, Progress)), progress)
-                written = [sse for event in merged(new) for sse in self._writer.event(event)]
+                written = [sse for event in merged(new) for sse in writer.event(event)]
                 if not written and time.monotonic() - last_sent >= PING_S:
-                    written = self._writer.ping(progress)
+                    written = writer.ping(feed.last(Progress))
                 if written:
                     await out(written)
                     last_sent = time.monotonic()
-        await out(self._writer.close(), more=False)
+        await out(writer.close(), more=False)

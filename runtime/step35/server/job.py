@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from step35.generation import Turn
 from step35.server.answer import Answer
@@ -12,6 +13,9 @@ from step35.server.choosing import Guide
 from step35.server.conversation import Ask, Event, Failed, Finished
 from step35.server.conversations import Held
 from step35.server.prompts import Prompt
+
+_E = TypeVar("_E", bound=Event)
+ENDS = (Finished, Failed)
 
 
 class Mail:
@@ -51,7 +55,7 @@ class Feed:
     def __init__(self, mail: Mail) -> None:
         self._mail = mail
         self._events: list[Event] = []
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: list[asyncio.Future[None]] = []
         self._n_clients = 0
         self.is_ended = False
         self.is_left = False
@@ -72,37 +76,48 @@ class Feed:
         self._mail.post(self, events)
 
     def take(self, events: Sequence[Event]) -> None:
-        """Adds events, in the event loop."""
+        """Adds events, in the event loop; nothing follows an end."""
         self._events += events
-        self.is_ended = self.is_ended or any(isinstance(event, Finished | Failed) for event in events)
-        for waiting in self._waiting:
-            _wake(waiting)
+        self.is_ended = self.is_ended or (bool(events) and isinstance(events[-1], ENDS))
+        self._wake()
 
-    async def follow(self, timeout: float) -> AsyncIterator[list[Event]]:
-        """Yields all events from the first on, as many as are there; none whenever none came for `timeout` seconds."""
-        n_seen = 0
-        while n_seen < len(self._events) or not self.is_ended:
-            if n_seen == len(self._events):
-                await self._change(timeout)
-            new = self._events[n_seen:]
-            n_seen += len(new)
-            yield new
+    async def follow(self, every_s: float) -> AsyncIterator[list[Event]]:
+        """Yields all events from the first on, as many as are there; and none, every so many seconds.
 
-    async def _change(self, timeout: float) -> None:
-        """Waits for events, or for so many seconds. A bare future: this is done for every token."""
-        waiting = self._mail.loop.create_future()
-        self._waiting.add(waiting)
-        timer = self._mail.loop.call_later(timeout, _wake, waiting)
+        One timer for the whole time, and bare futures: what is done here is done for every token.
+        """
+        n_seen, stop_ticking = 0, self._tick(every_s)
         try:
-            await waiting
+            while n_seen < len(self._events) or not self.is_ended:
+                if n_seen == len(self._events):
+                    self._waiting.append(waiting := self._mail.loop.create_future())
+                    await waiting
+                new = self._events[n_seen:]
+                n_seen += len(new)
+                yield new
         finally:
-            timer.cancel()
-            self._waiting.discard(waiting)
+            stop_ticking()
 
+    def last(self, kind: type[_E]) -> _E | None:
+        """Returns the last event of a kind so far."""
+        return next((event for event in reversed(self._events) if isinstance(event, kind)), None)
 
-def _wake(waiting: "asyncio.Future[None]") -> None:
-    if not waiting.done():
-        waiting.set_result(None)
+    def _tick(self, every_s: float) -> Callable[[], None]:
+        """Wakes whoever waits, over and over; returns what ends that."""
+
+        def tick() -> None:
+            nonlocal timer
+            timer = self._mail.loop.call_later(every_s, tick)
+            self._wake()
+
+        timer = self._mail.loop.call_later(every_s, tick)
+        return lambda: timer.cancel()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():  # a client that has left has cancelled its own
+                future.set_result(None)
 
 
 @dataclass(slots=True, eq=False)

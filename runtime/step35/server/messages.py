@@ -28,7 +28,7 @@ from step35.server.conversation import (
     Usage,
 )
 from step35.server.errors import ApiError, bad_request
-from step35.server.reading import OMITTED, Body, Count, SamplingBody, dumps
+from step35.server.reading import OMITTED, Body, Count, Frame, SamplingBody, dumps
 
 SIGNATURE = "step35"
 """Thinking needs one to be sent back; nobody checks it here."""
@@ -231,6 +231,8 @@ class Writer:
         self._ask, self._request_id = ask, request_id
         self._index = -1
         self._block: str | None = None
+        self._frame: Frame | None = None
+        """Of the open block's deltas, once there was one."""
 
     def open(self) -> list[Sse]:
         return [_sse("message_start", message=_message(self._ask, self._request_id, [], None, None, Usage()))]
@@ -264,10 +266,13 @@ class Writer:
 
     def _delta(self, block: str, empty: dict[str, Any], kind: str, key: str, text: str) -> list[Sse]:
         opened = [] if self._block == block else [*self._end(), self._begin(block, empty)]
-        return [*opened, _sse("content_block_delta", index=self._index, delta={"type": kind, key: text})]
+        if self._frame is None:
+            delta = {"type": kind, key: Frame.HOLE}
+            self._frame = Frame({"type": "content_block_delta", "index": self._index, "delta": delta})
+        return [*opened, Sse("content_block_delta", self._frame.filled(text))]
 
     def _begin(self, block: str, empty: dict[str, Any]) -> Sse:
-        self._index, self._block = self._index + 1, block
+        self._index, self._block, self._frame = self._index + 1, block, None
         return _sse("content_block_start", index=self._index, content_block={"type": block, **empty})
 
     def _end(self) -> list[Sse]:

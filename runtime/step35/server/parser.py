@@ -146,15 +146,19 @@ class Parser:
 
     def _reasoning(self, piece: str | Tag) -> None:
         match piece:
+            case str(text):
+                self._add_reasoning(text)
             case Tag(kind="/think"):
                 self._end_reasoning()
             case Tag(kind="tool_call") if self._tools:
                 self._expect_function(piece)
             case _:
-                self._add_reasoning(_text(piece))
+                self._add_reasoning(piece.text)
 
     def _content(self, piece: str | Tag) -> None:
         match piece:
+            case str(text):
+                self._add_content(text)
             case Tag(kind="think") if not self._has_content and not self._n_calls:
                 self._state, self._at_start = self._reasoning, True
             case Tag(kind="/think") if not self._has_content:
@@ -167,7 +171,7 @@ class Parser:
                 self._is_wrapped = False
                 self._white.clear()
             case _:
-                self._add_content(_text(piece))
+                self._add_content(piece.text)
 
     def _function(self, piece: str | Tag) -> None:
         """Between the parameters of a call; text has no place here."""
@@ -185,6 +189,8 @@ class Parser:
 
     def _value(self, piece: str | Tag) -> None:
         match piece:
+            case str(text):
+                self._add_value(text)
             case Tag(kind="/parameter"):
                 self._doubt_value_end(piece, self._follows_value, self._end_value)
             case Tag(kind="parameter") if self._is_next_parameter(piece):
@@ -195,7 +201,7 @@ class Parser:
             case Tag(kind="/tool_call") if self._may_end_line():
                 self._doubt_value_end(piece, lambda tag: tag.kind == "tool_call", self._end_value_and_call)
             case _:
-                self._add_value(_text(piece))
+                self._add_value(piece.text)
 
     # reasoning and content
 
@@ -322,10 +328,6 @@ class Parser:
     def _taken(self) -> list[Event]:
         events, self._events = self._events, []
         return merged(events)
-
-
-def _text(piece: str | Tag) -> str:
-    return piece.text if isinstance(piece, Tag) else piece
 
 
 def merged(events: list[Event]) -> list[Event]:

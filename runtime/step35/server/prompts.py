@@ -26,6 +26,9 @@ MAX_CHARS = 16_000_000
 """Of texts whose ids are kept."""
 LEAST_MARK = 32
 """A checkpoint of fewer tokens saves less than it costs."""
+LEAST_PIECE = 64
+"""Tokens between checkpoints: to read fewer in a decode of their own, every time, costs more than to read them again
+after an edit. llama.cpp's attention is also slower, by two on a CPU, for fewer rows than this."""
 TAIL, LEAST_TEXT = 4, 256
 """Tokens at the end of a text without messages that may become others as it is typed on.
 
@@ -66,6 +69,18 @@ class Prompt:
         """Where checkpoints are worth their while: after the system's message, before the last, before the answer."""
         wanted = {*self.starts[1:2], self.last_start, self.answer_start}
         return tuple(sorted(n for n in wanted if LEAST_MARK <= n < len(self.tokens)))
+
+    def marks_after(self, n_cached: int) -> tuple[int, ...]:
+        """Returns the marks to come, but for those close behind another one or behind the cached tokens' end.
+
+        The first message's stays: it serves other conversations.
+        """
+        marks, last = [], n_cached
+        for n in self.marks:
+            if n - last >= LEAST_PIECE or (n > n_cached and n in self.starts[1:2]):
+                marks.append(n)
+                last = n
+        return tuple(marks)
 
 
 class TokenCache:

@@ -32,7 +32,7 @@ from step35.server.conversation import (
 )
 from step35.server.errors import bad_request
 from step35.server.openai_errors import error_body
-from step35.server.reading import Body, Count, SamplingBody, Whole, dumps
+from step35.server.reading import Body, Count, Frame, SamplingBody, Whole, dumps
 
 __all__ = ["Writer", "error_body", "read", "whole"]
 
@@ -244,6 +244,8 @@ class _Item:
     body: dict[str, Any]
     index: int
     pieces: list[str] = field(default_factory=list)
+    frame: Frame | None = None
+    """Of its deltas, but for their type and number, once there was one."""
 
     @property
     def text(self) -> str:
@@ -310,9 +312,15 @@ class Writer:
         return [*opened, self._delta(event, text, content_index=0, **extra)]
 
     def _delta(self, event: str, text: str, **extra: Any) -> Sse:
-        assert self._item
-        self._item.pieces.append(text)
-        return self._sse(event, **self._place(), delta=text, **extra)
+        item = self._item
+        assert item
+        item.pieces.append(text)
+        if extra.get("logprobs"):
+            return self._sse(event, **self._place(), delta=text, **extra)
+        if item.frame is None:
+            item.frame = Frame({**self._place(), "delta": Frame.HOLE, **extra})
+        number, self._n_sent = self._n_sent, self._n_sent + 1
+        return Sse(event, f'{{"type":"{event}","sequence_number":{number},{item.frame.filled(text)[1:]}')
 
     def _place(self) -> dict[str, Any]:
         assert self._item

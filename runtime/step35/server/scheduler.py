@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from math import ceil
 
 from step35.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
@@ -47,6 +48,8 @@ N_PIECES = 16384
 """Tokens whose text is kept: a text has few different ones."""
 LONGEST_UNSAVED_S = 60.0
 """Sessions are written when nothing runs; a server that never rests writes one this often."""
+SENT_APART_S = 0.002
+"""To send a token costs as much as to decode one of a small model: those of quick decodes go out together."""
 LAST_WORDS_S = 5.0
 """For answers to end and say why, when the memory ran out."""
 
@@ -83,6 +86,7 @@ class Scheduler:
         self._prefill_debt_s = 0.0
         self._last_active = self._last_save = clock()
         self._drain_until = float("inf")
+        self._last_sent, self._is_urgent = 0.0, False
         self._ids: tuple[int | None, frozenset[int]] = (None, frozenset())
         self._speed = Speed()
         metrics.queue.set_function(lambda: len(self.waiting))
@@ -189,8 +193,9 @@ class Scheduler:
         self._receive()
         self._look_after_clients()
         self._admit()
-        self.mail.send()
-        if self.running:
+        if not self.running:
+            self.mail.send()
+        else:
             self._advance()
             self._last_active = self._clock()
             if self._last_active - self._last_save >= LONGEST_UNSAVED_S and self.conversations.save_one():
@@ -201,6 +206,8 @@ class Scheduler:
         is_idle = not self.running and not self.waiting and self.state != "draining"
         if is_idle:
             self.mail.send()
+        elif self._inbox.empty():  # as between most decodes
+            return
         try:
             job = self._inbox.get(timeout=self._idle_s()) if is_idle else self._inbox.get_nowait()
             while True:
@@ -216,7 +223,7 @@ class Scheduler:
         return 0.1 if self.conversations.disk and any(held.is_unsaved for held in self.conversations.held) else 5.0
 
     def _look_after_clients(self) -> None:
-        for job in [job for job in self.waiting if job.feed.is_left]:
+        for job in [job for job in self.waiting if job.feed.is_left] if self.waiting else ():
             self.waiting.remove(job)
             self._end(job, "cancelled", [])
         for job in [job for job in self.running if job.feed.is_left]:
@@ -256,6 +263,7 @@ class Scheduler:
             return True
         if held.session.n_kv >= LEAST_MARK:
             held.session.checkpoint()  # an edit of the last message comes back here
+        job.turn.marks = job.prompt.marks_after(held.session.n_kv)
         held.turn, job.held, job.started = job.turn, held, self._clock()
         job.n_seen, job.n_cached = len(job.prompt.tokens), job.turn.stats.n_reused
         self.running.append(job)
@@ -303,12 +311,13 @@ class Scheduler:
     def _advance(self) -> None:
         """One decode for the turns whose time it is."""
         prefilling = [job for job in self.running if job.is_prefilling]
-        answering = [job for job in self.running if not job.is_prefilling]
+        answering = [job for job in self.running if job not in prefilling] if prefilling else self.running
         is_mixed = bool(prefilling and answering)
+        self._send(at_once=bool(prefilling))
         if is_mixed and self._prefill_debt_s > BURST_S:
             jobs, quantum = answering, None
         else:
-            jobs, quantum = self.running, QUANTUM if is_mixed else None
+            jobs, quantum = self.running, self._quantum(prefilling, is_mixed)
         started = self._clock()
         if not self._step([job.turn for job in jobs], quantum):
             return
@@ -316,8 +325,25 @@ class Scheduler:
         with_prompt = jobs is self.running and bool(prefilling)
         self._owe(elapsed if with_prompt else -elapsed, to=answering)
         (self.metrics.prefill_seconds if with_prompt else self.metrics.decode_seconds).inc(elapsed)
-        for job in list(jobs):
-            self._take(job)
+        n_new = sum([self._take(job) for job in list(jobs)])
+        self.metrics.generated_tokens.inc(n_new)
+        self._speed.add(n_new, self._clock())
+
+    def _send(self, *, at_once: bool) -> None:
+        """Sends what is ready, now that a decode begins: a first token and the end of an answer wait for nothing."""
+        now = self._clock()
+        if at_once or self._is_urgent or now - self._last_sent >= SENT_APART_S:
+            self.mail.send()
+            self._last_sent, self._is_urgent = now, False
+
+    def _quantum(self, prefilling: Sequence[Job], is_mixed: bool) -> int:
+        """Returns how many rows of prompts to read in a step: what there is in equal pieces, without a rest.
+
+        A rest of a few rows takes llama.cpp several times as long a row.
+        """
+        most = min(QUANTUM, self.engine.options.n_batch) if is_mixed else self.engine.options.n_batch
+        n_rows = sum(map(_n_to_next_mark, prefilling))
+        return ceil(n_rows / ceil(n_rows / most)) if n_rows else most
 
     def _owe(self, seconds: float, to: Sequence[Job]) -> None:
         """Adds to what steps with prompts have taken from running answers; without any there is no debt."""
@@ -361,30 +387,33 @@ class Scheduler:
         else:
             self._complete(self.running[-1], "length")
 
-    def _take(self, job: Job) -> None:
-        """Turns what a step brought to events, and ends the job if that is its end."""
-        turn, guide = job.turn, job.guide
+    def _take(self, job: Job) -> int:
+        """Turns what a step brought to events, ends the job if that is its end, and returns how many tokens it took."""
+        turn, guide, answer = job.turn, job.guide, job.answer
         if guide.is_broken:
             self._break(job, "the model's output isn't a number: the sequence was stopped and its cache dropped")
-            return
+            return 0
         tokens = turn.session.tokens
         n_end, n_before = len(tokens) - (turn.finish == "stop"), job.n_seen
         events: list[Event] = []
         if job.is_prefilling:
             events.append(Progress(turn.session.n_kv, turn.n_prompt))
-        while job.n_seen < n_end and not job.answer.is_over:
+        while job.n_seen < n_end and not answer.is_over:
             at = job.n_seen - turn.n_prompt
-            events += job.answer.feed(tokens[job.n_seen], guide.logprobs[at] if at < len(guide.logprobs) else None)
+            events += answer.feed(tokens[job.n_seen], guide.logprobs[at] if at < len(guide.logprobs) else None)
             job.n_seen += 1
-        self._count(job, job.n_seen - n_before)
+        n_new = job.n_seen - n_before
+        if n_new and job.first_token is None:
+            self._note_first_token(job)
         job.n_generated = turn.n_generated
         if events:
             job.feed.publish(merged(events))
-        if job.answer.is_over or turn.finish:
-            self._complete(job, "stop" if job.answer.is_over else turn.finish)
+        if answer.is_over or turn.finish:
+            self._complete(job, "stop" if answer.is_over else turn.finish)
         elif self._is_endless(job):
             after = f"after {turn.n_generated} tokens"
             self._break(job, f"the output repeats itself without end, {after}: stopped, and its cache dropped")
+        return n_new
 
     def _is_endless(self, job: Job) -> bool:
         if job.turn.n_generated < job.next_check:
@@ -392,12 +421,9 @@ class Scheduler:
         job.next_check = job.turn.n_generated + CHECK_REPEAT_EVERY
         return is_endless(job.turn.generated)
 
-    def _count(self, job: Job, n_new: int) -> None:
-        if n_new and job.first_token is None:
-            job.first_token = self._clock()
-            self.metrics.first_token.observe(job.first_token - job.arrived)
-        self.metrics.generated_tokens.inc(n_new)
-        self._speed.add(n_new, self._clock())
+    def _note_first_token(self, job: Job) -> None:
+        job.first_token, self._is_urgent = self._clock(), True
+        self.metrics.first_token.observe(job.first_token - job.arrived)
 
     # ending
 
@@ -446,10 +472,16 @@ class Scheduler:
         self.running, self.waiting = [], deque()
 
     def _end(self, job: Job, finish: str, events: Sequence[Event]) -> None:
-        job.finish, job.ended = finish, self._clock()
+        job.finish, job.ended, self._is_urgent = finish, self._clock(), True
         with self._lock:
             self._n_submitted -= 1
         job.feed.publish(events)
+
+
+def _n_to_next_mark(job: Job) -> int:
+    """Returns how many rows of a job's prompt a decode may take at most."""
+    n_kv = job.turn.session.n_kv
+    return min((mark for mark in job.turn.marks if mark > n_kv), default=job.turn.n_prompt) - n_kv
 
 
 def _told(error: Step35Error) -> ApiError:

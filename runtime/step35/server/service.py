@@ -18,6 +18,7 @@ from step35.server.errors import TOO_LONG, bad_request
 from step35.server.grammar import grammar_of
 from step35.server.job import Feed, Job
 from step35.server.metrics import Metrics, resident_bytes
+from step35.server.presets import shipped_presets
 from step35.server.prompts import Prompt, PromptBuilder, TokenCache
 from step35.server.reasoning import budget_of, reasoning_so_far
 from step35.server.scheduler import Limits, Scheduler
@@ -62,6 +63,7 @@ class Service:
     def open(self) -> Conversations:
         """Opens the engine, the template and the sessions on disk."""
         engine = self._open_engine()
+        shipped_presets()  # read now, so that the first client doesn't wait for it
         model = engine.model
         source = getattr(model, "chat_template", None)
         if source is not None:

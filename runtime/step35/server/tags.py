@@ -33,6 +33,9 @@ class TagReader:
 
     def feed(self, text: str) -> list[str | Tag]:
         text = self._held + text
+        if "<" not in text:
+            self._held = ""
+            return [text] if text else []
         n_safe = len(text) - _n_begun(text)
         self._held = text[n_safe:]
         return _split(text[:n_safe])
