@@ -33,7 +33,9 @@ CAUTION = 0.9
 READ_SHARE = 0.5
 LEAST_READ = 8  # rows: with fewer a head guesses
 REST = 8  # cycles, at least, after one that ran no head before drafting is considered again
+LONGEST_REST = 24  # a text that begins to repeat itself must not wait long for look-ups
 THINK_SHARE = 0.005  # of the time may go into considering what then isn't done
+WINNING = 0.9  # a token at less than this much of a plain decode: then drafts are worth a thought
 USUAL_ANSWER = 64.0  # tokens, before one has ended
 ANSWER_DECAY = 0.8
 FREQUENT = 0.9  # share of cycles in which a head is worth its time, before any
@@ -205,11 +207,14 @@ class DepthController:
     def end_proposal(self, n_drafted: int, seconds: float = 0.0) -> None:
         """Takes a rest when not even running a head was worth it, or it had too much to catch up with.
 
-        The longer the longer it took to see that: beside a decode of a small model, thinking isn't cheap.
+        The longer the longer it took to see that, where drafts haven't won much of late: beside a decode of a small
+        model, thinking isn't cheap.
         """
         if not n_drafted and not self._has_run and self._probe is None:
-            pause_s = THINK_SHARE * self.costs.verify(1)
-            self._n_resting = max(REST, int(seconds / pause_s) if pause_s else 0)
+            plain = self.costs.verify(1)
+            is_winning = self.token_value_s() < WINNING * plain
+            n_paying = int(seconds / (THINK_SHARE * plain or math.inf))
+            self._n_resting = REST if is_winning else min(max(REST, n_paying), LONGEST_REST)
 
     def wake(self) -> None:
         """Ends a rest and forgets what a token has cost of late: another text may be easier to draft, or harder."""
@@ -243,15 +248,20 @@ class DepthController:
         """
         if self._probe is not None:
             return n_behind if head < self._probe else None
-        lines = self._outlook(head)
-        gain = self._heads[head].expectation(lambda chance: max(0.0, _best(lines, chain_chance * chance)))
-        net = CAUTION * gain - self.costs.draft(head)
+        net = self._likely_gain(head, chain_chance) - self.costs.draft(head)
         if net <= 0:
             return None
         self._n_worth = max(self._n_worth, head + 1)
         n_read = self._affordable(n_behind, READ_SHARE * net * self._cycles_in_a_row(head))
         self._has_run |= n_read is not None
         return n_read
+
+    def _likely_gain(self, head: int, chain_chance: float) -> float:
+        """Returns the seconds that a head's token is likely to win, of which its run takes some."""
+        lines = self._outlook(head)
+        if CAUTION * _best(lines, chain_chance) <= self.costs.draft(head):  # not even a certain token pays: seen fast
+            return 0.0
+        return CAUTION * self._heads[head].expectation(lambda chance: max(0.0, _best(lines, chain_chance * chance)))
 
     def _affordable(self, n_behind: int, seconds: float) -> int | None:
         if n_behind * self.costs.row_s <= seconds:
@@ -359,7 +369,7 @@ class DepthController:
 
 
 def _best(lines: Sequence[tuple[float, float]], chance: float) -> float:
-    return max(chance * worth - cost for worth, cost in lines)
+    return max([chance * worth - cost for worth, cost in lines])
 
 
 def _lookup_margin(match_length: int) -> float:
