@@ -1,6 +1,6 @@
 """step35 beside llama-server and llama-bench: the same GGUF, tokens, threads, context and kernels.
 
-Four parts: `tiny` (the bundled checkpoint: acceptance per head), `widened` (the same text from a 4 GB
+Four parts: `tiny` (the bundled checkpoint: acceptance per head), `widened` (the same text from a 3.5 GB
 model: tokens per second at temperature 0 and 1), `slice` (five layers of the real width, random weights:
 milliseconds per decode, per verification, per draft cycle, prefill), `wrecked` (heads of noise: automatic
 drafting must not lose). The contenders stay loaded and run each task in turns, so that a machine whose
@@ -60,11 +60,11 @@ class Result:
 # the tasks
 
 
-def make_tasks(n_code: int, n_chats: int, n_predict: int) -> list[Task]:
+def make_tasks(n_code: int, n_chats: int, n_predict: int, code_chars: int = CODE_CHARS) -> list[Task]:
     """Returns prompts the model wasn't trained on: beginnings of source files, and chats before an answer."""
     encode = Tokenizer.from_file(str(BUNDLED / "tokenizer.json")).encode
     _, files = split_sources(standard_library())
-    code = [text[: text.rindex("\n", 0, CODE_CHARS) + 1] for text in files if len(text) > 4 * CODE_CHARS][:n_code]
+    code = [text[: text.rindex("\n", 0, code_chars) + 1] for text in files if len(text) > 4 * CODE_CHARS][:n_code]
     chats = [chat.rpartition(OPENING)[0] + OPENING for chat in generate_chats(n_chats, HELD_OUT_SEED)]
     texts = [*(("code", text) for text in code), *(("chat", text) for text in chats)]
     return [Task(kind, tuple(encode(text).ids), n_predict) for kind, text in texts]
@@ -99,17 +99,13 @@ class Cell:
     results: list[Result]
 
     @property
-    def decode_tps(self) -> float:
-        rounds = self._rounds.values()
-        return median(sum(run.n_decoded for run in runs) / sum(run.decode_s for run in runs) for runs in rounds)
+    def decode_tps(self) -> dict[int, float]:
+        """Tokens a second of each round, decoding alone."""
+        return {n: sum(r.n_decoded for r in runs) / sum(r.decode_s for r in runs) for n, runs in self._rounds.items()}
 
     @property
-    def tps(self) -> float:
-        return median(self.tps_of_rounds.values())
-
-    @property
-    def tps_of_rounds(self) -> dict[int, float]:
-        """Tokens a second from end to end: one reads a prompt with its heads at once, another when it first drafts."""
+    def tps(self) -> dict[int, float]:
+        """The same from end to end: one reads a prompt with its heads at once, another when it first drafts."""
         return {n: sum(r.n_decoded + 1 for r in runs) / sum(r.prefill_s + r.decode_s for r in runs) for n, runs in self._rounds.items()}
 
     @property
@@ -140,9 +136,9 @@ def cells(results: Sequence[Result], kind: str, temperature: float) -> dict[str,
     return {name: Cell([r for r in wanted if r.contender == name]) for name in dict.fromkeys(r.contender for r in wanted)}
 
 
-def ratio(over: Cell, under: Cell) -> float:
+def ratio(over: dict[int, float], under: dict[int, float]) -> float:
     """Returns the median of the rounds' ratios of speed."""
-    return median(over.tps_of_rounds[n] / under.tps_of_rounds[n] for n in over.tps_of_rounds)
+    return median(over[n] / under[n] for n in over)
 
 
 def show(part: str, results: Sequence[Result]) -> None:
@@ -154,19 +150,30 @@ def show(part: str, results: Sequence[Result]) -> None:
             plain = by_name[f"{name.split()[0]} off"]
             accepted = " ".join(f"{share:.3f}" for share in cell.acceptance)
             decodes = f"{cell.head_decodes:.2f}" if cell.head_decodes else ""
-            table.add_row(name, f"{cell.decode_tps:.2f}", f"{cell.tps:.2f}", f"{ratio(cell, plain):.3f}x", f"{cell.tokens_per_decode:.2f}", accepted, decodes)
+            table.add_row(name, *_speeds(cell, plain), f"{cell.tokens_per_decode:.2f}", accepted, decodes)
         Console(width=120).print(f"{part}, {kind}, temperature {temperature:g}", table)
         for line in _verdicts(by_name):
             click.echo(line)
 
 
+def _speeds(cell: Cell, plain: Cell) -> tuple[str, ...]:
+    medians = (f"{median(speeds.values()):.2f}" for speeds in (cell.decode_tps, cell.tps))
+    return *medians, f"{ratio(cell.tps, plain.tps):.3f}x"
+
+
 def _verdicts(by_name: dict[str, Cell]) -> Iterator[str]:
-    auto, plain = by_name["step35 auto"], by_name["step35 off"]
-    yield f"  auto / plain: {ratio(auto, plain):.3f}x (wanted 0.98x or more)"
+    auto = by_name["step35 auto"]
+    yield f"  auto / plain: {_ratios(auto, by_name['step35 off'])} (wanted 0.98x or more)"
     peers = {name: cell for name, cell in by_name.items() if name.startswith("llama-server")}
     if peers:
-        best = max(peers, key=lambda name: peers[name].tps)
-        yield f"  auto / {best}: {ratio(auto, peers[best]):.3f}x (wanted 1.15x on the widened model)"
+        best = max(peers, key=lambda name: median(peers[name].tps.values()))
+        yield f"  auto / {best}: {_ratios(auto, peers[best])} (wanted 1.15x on the widened model)"
+
+
+def _ratios(over: Cell, under: Cell) -> str:
+    rounds = " ".join(f"{over.tps[n] / under.tps[n]:.2f}" for n in over.tps)
+    decoding = ratio(over.decode_tps, under.decode_tps)
+    return f"{ratio(over.tps, under.tps):.3f}x from end to end ({rounds}), decoding {decoding:.3f}x"
 
 
 # the parts
@@ -189,7 +196,8 @@ class Bench:
 
     def widened(self) -> list[Result]:
         setup = Setup(self._widened_model(), n_threads=self.n_threads)
-        tasks = at_temperatures(make_tasks(1, 3, 64), (0.0, 1.0))
+        tasks = at_temperatures(make_tasks(2, 3, 64, code_chars=200), (0.0,))
+        tasks += at_temperatures(make_tasks(4, 3, 64, code_chars=200), (1.0,))  # texts differ most in code at T = 1
         return list(play("widened", self._contenders(setup), tasks, self.rounds))
 
     def wrecked(self) -> list[Result]:

@@ -30,7 +30,7 @@ def test_one_module_imports_llama_cpp():
 
 @pytest.mark.parametrize("name", PURE)
 def test_a_pure_module_knows_no_clock_no_disk_and_no_model(name):
-    allowed = {"bisect", "codecs", "collections", "collections.abc", "dataclasses", "itertools", "math", "numpy", "operator", "pathlib"}
+    allowed = {"bisect", "codecs", "collections", "collections.abc", "dataclasses", "functools", "itertools", "math", "numpy", "operator", "pathlib"}
     allowed |= {f"step35.{pure}" for pure in PURE}
     assert imports_of(PACKAGE / f"{name}.py") <= allowed
 

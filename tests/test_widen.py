@@ -1,4 +1,4 @@
-"""The bench's wide model computes what the tiny one does."""
+"""The bench's wide and deep model computes what the tiny one does."""
 
 import json
 import sys
@@ -13,9 +13,10 @@ from reference.model import Step35
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from widen import Factors, widened, widened_config  # noqa: E402
+from widen import Factors, deepened, deepened_config, widened, widened_config  # noqa: E402
 
 FACTORS = Factors(hidden=4, heads=2, dense=8, expert=2)  # all different where they meet in one matrix
+N_MORE = 3  # layers, the last with full attention
 N_TOKENS = 150  # more than two windows
 
 
@@ -26,9 +27,10 @@ def all_logits(model: Step35, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 
 def wide_model() -> Step35:
-    config = widened_config(json.loads((BUNDLED / "config.json").read_text(encoding="utf-8")), FACTORS)
-    model = Step35(Config.from_dict(config))
-    model.load_state_dict({name: widened(name, t, FACTORS).float() for name, t in load_tensors(BUNDLED).items()})
+    config = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
+    tensors = deepened(load_tensors(BUNDLED), config, N_MORE)
+    model = Step35(Config.from_dict(widened_config(deepened_config(config, N_MORE), FACTORS)))
+    model.load_state_dict({name: widened(name, tensor, FACTORS).float() for name, tensor in tensors.items()})
     return model.eval()
 
 

@@ -25,13 +25,17 @@ from operator import mul
 
 PROBE_SHARE = 0.01
 MARGIN_EDGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+N_BINS = len(MARGIN_EDGES) + 1
 PRIOR_WEIGHT = 4.0
 DECAY = 0.98
 N_SAMPLES = 15
 CAUTION = 0.9
 READ_SHARE = 0.5
 LEAST_READ = 8  # rows: with fewer a head guesses
-REST = 8  # cycles after one that ran no head before drafting is considered again
+REST = 8  # cycles, at least, after one that ran no head before drafting is considered again
+LONGEST_REST = 24  # a text that begins to repeat itself must not wait long for look-ups
+THINK_SHARE = 0.005  # of the time may go into considering what then isn't done
+WINNING = 0.9  # a token at less than this much of a plain decode: then drafts are worth a thought
 USUAL_ANSWER = 64.0  # tokens, before one has ended
 ANSWER_DECAY = 0.8
 FREQUENT = 0.9  # share of cycles in which a head is worth its time, before any
@@ -44,21 +48,20 @@ class Costs:
 
     _verify: dict[int, deque[float]] = field(default_factory=dict)
     _draft: dict[int, deque[float]] = field(default_factory=dict)
+    _medians: dict[int, float] = field(default_factory=dict)
     _verify_s: dict[int, float] = field(default_factory=dict)
     _draft_s: dict[int, float] = field(default_factory=dict)
     row_s: float = 0.0
     """Seconds of a row that a head has to catch up with."""
 
     def observe_verify(self, width: int, seconds: float) -> None:
-        _add(self._verify, width, seconds)
+        self._medians[width] = _median_with(self._verify, width, seconds)
         cheapest = math.inf
-        for known in sorted(self._verify, reverse=True):  # fewer tokens never cost more: heals a bad sample
-            cheapest = min(cheapest, _median(self._verify[known]))
-            self._verify_s[known] = cheapest
+        for known in sorted(self._medians, reverse=True):  # fewer tokens never cost more: heals a bad sample
+            cheapest = self._verify_s[known] = min(cheapest, self._medians[known])
 
     def observe_draft(self, head: int, seconds: float) -> None:
-        _add(self._draft, head, seconds)
-        self._draft_s[head] = _median(self._draft[head])
+        self._draft_s[head] = _median_with(self._draft, head, seconds)
 
     def verify(self, width: int) -> float:
         """Returns the seconds of a decode of `width` tokens, on the line between measured widths."""
@@ -80,18 +83,22 @@ class Costs:
         return verify | {("draft", head): seconds for head, seconds in self._draft_s.items()}
 
 
-def _add(samples: dict[int, deque[float]], key: int, seconds: float) -> None:
-    samples.setdefault(key, deque(maxlen=N_SAMPLES)).append(seconds)
-
-
-def _median(samples: deque[float]) -> float:
-    return sorted(samples)[len(samples) // 2]
+def _median_with(samples: dict[int, deque[float]], key: int, seconds: float) -> float:
+    """Adds a sample and returns the median of the last ones."""
+    if key not in samples:
+        samples[key] = deque(maxlen=N_SAMPLES)
+    samples[key].append(seconds)
+    return sorted(samples[key])[len(samples[key]) // 2]
 
 
 def _ends(known: Sequence[int], at: int) -> tuple[int, int]:
     if len(known) == 1:
         return known[0], known[0]
     return (known[0], known[1]) if at == 0 else (known[-2], known[-1])
+
+
+_MIDDLES = [(a + b) / 2 for a, b in zip((0.0, *MARGIN_EDGES), (*MARGIN_EDGES, 8.0))]
+_PRIORS = [1 / (1 + math.exp(-middle)) for middle in _MIDDLES]
 
 
 @dataclass(slots=True)
@@ -102,39 +109,39 @@ class Acceptance:
     is the margin's logistic.
     """
 
-    _n: list[float] = field(default_factory=lambda: [0.0] * (len(MARGIN_EDGES) + 1))
-    _hits: list[float] = field(default_factory=lambda: [0.0] * (len(MARGIN_EDGES) + 1))
-    _seen: list[float] = field(default_factory=lambda: [1.0] * (len(MARGIN_EDGES) + 1))
+    _n: list[float] = field(default_factory=lambda: [0.0] * N_BINS)
+    _hits: list[float] = field(default_factory=lambda: [0.0] * N_BINS)
+    _seen: list[float] = field(default_factory=lambda: [1.0] * N_BINS)
+    _chances: list[float] = field(default_factory=lambda: list(_PRIORS))
+    _mean: float | None = None
 
     def chance(self, margin: float) -> float:
         """Returns the probability that a draft with this margin is accepted."""
-        return self._bin_chance(bisect(MARGIN_EDGES, margin))
-
-    def _bin_chance(self, i: int) -> float:
-        prior = 1 / (1 + math.exp(-_MIDDLES[i]))
-        return (self._hits[i] + PRIOR_WEIGHT * prior) / (self._n[i] + PRIOR_WEIGHT)
+        return self._chances[bisect(MARGIN_EDGES, margin)]
 
     def see(self, margin: float) -> None:
         """Counts a margin, whether or not its draft is going to be verified."""
         self._seen = [n * DECAY for n in self._seen]
         self._seen[bisect(MARGIN_EDGES, margin)] += 1
+        self._mean = None
 
     def observe(self, margin: float, accepted: bool) -> None:
         """Learns the outcome of a verified draft."""
         i = bisect(MARGIN_EDGES, margin)
         self._n[i] = self._n[i] * DECAY + 1
         self._hits[i] = self._hits[i] * DECAY + accepted
+        self._chances[i] = (self._hits[i] + PRIOR_WEIGHT * _PRIORS[i]) / (self._n[i] + PRIOR_WEIGHT)
+        self._mean = None
 
     def mean_chance(self) -> float:
         """Returns the chance of a draft with the usual margins."""
-        return self.expectation(lambda chance: chance)
+        if self._mean is None:
+            self._mean = self.expectation(lambda chance: chance)
+        return self._mean
 
     def expectation(self, gain_s: Callable[[float], float]) -> float:
         """Returns the mean over usual margins of a function of the chance."""
-        return sum(n * gain_s(self._bin_chance(i)) for i, n in enumerate(self._seen)) / sum(self._seen)
-
-
-_MIDDLES = [(a + b) / 2 for a, b in zip((0.0, *MARGIN_EDGES), (*MARGIN_EDGES, 8.0))]
+        return sum(map(mul, self._seen, map(gain_s, self._chances))) / sum(self._seen)
 
 
 @dataclass(slots=True)
@@ -197,10 +204,17 @@ class DepthController:
             self._next_probe_is_deep = not self._next_probe_is_deep
         return True
 
-    def end_proposal(self, n_drafted: int) -> None:
-        """Takes a rest when not even running a head was worth it, or it had too much to catch up with."""
+    def end_proposal(self, n_drafted: int, seconds: float = 0.0) -> None:
+        """Takes a rest when not even running a head was worth it, or it had too much to catch up with.
+
+        The longer the longer it took to see that, where drafts haven't won much of late: beside a decode of a small
+        model, thinking isn't cheap.
+        """
         if not n_drafted and not self._has_run and self._probe is None:
-            self._n_resting = REST
+            plain = self.costs.verify(1)
+            is_winning = self.token_value_s() < WINNING * plain
+            n_paying = int(seconds / (THINK_SHARE * plain or math.inf))
+            self._n_resting = REST if is_winning else min(max(REST, n_paying), LONGEST_REST)
 
     def wake(self) -> None:
         """Ends a rest and forgets what a token has cost of late: another text may be easier to draft, or harder."""
@@ -234,15 +248,20 @@ class DepthController:
         """
         if self._probe is not None:
             return n_behind if head < self._probe else None
-        lines = self._outlook(head)
-        gain = self._heads[head].expectation(lambda chance: max(0.0, _best(lines, chain_chance * chance)))
-        net = CAUTION * gain - self.costs.draft(head)
+        net = self._likely_gain(head, chain_chance) - self.costs.draft(head)
         if net <= 0:
             return None
         self._n_worth = max(self._n_worth, head + 1)
         n_read = self._affordable(n_behind, READ_SHARE * net * self._cycles_in_a_row(head))
         self._has_run |= n_read is not None
         return n_read
+
+    def _likely_gain(self, head: int, chain_chance: float) -> float:
+        """Returns the seconds that a head's token is likely to win, of which its run takes some."""
+        lines = self._outlook(head)
+        if CAUTION * _best(lines, chain_chance) <= self.costs.draft(head):  # not even a certain token pays: seen fast
+            return 0.0
+        return CAUTION * self._heads[head].expectation(lambda chance: max(0.0, _best(lines, chain_chance * chance)))
 
     def _affordable(self, n_behind: int, seconds: float) -> int | None:
         if n_behind * self.costs.row_s <= seconds:
@@ -343,12 +362,14 @@ class DepthController:
 
     def _learn_frequency(self) -> None:
         """Learns in which share of cycles each head is worth its time."""
-        for head, share in enumerate(self._frequency):
-            self._frequency[head] = share * FREQUENCY_DECAY + (head < self._n_worth) * (1 - FREQUENCY_DECAY)
+        for head in range(len(self._frequency)):
+            self._frequency[head] *= FREQUENCY_DECAY
+            if head < self._n_worth:
+                self._frequency[head] += 1 - FREQUENCY_DECAY
 
 
 def _best(lines: Sequence[tuple[float, float]], chance: float) -> float:
-    return max(chance * worth - cost for worth, cost in lines)
+    return max([chance * worth - cost for worth, cost in lines])
 
 
 def _lookup_margin(match_length: int) -> float:

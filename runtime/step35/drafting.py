@@ -59,14 +59,8 @@ class Drafter:
         self.controller = DepthController(len(heads) if heads else 0)
         self._clock = clock
         self._fixed_depth = int(mode) if mode.isdigit() else None
-
-    @property
-    def is_off(self) -> bool:
-        return self.mode != "ngram" and not self.heads and self.mode != "auto"
-
-    @property
-    def wants_hidden(self) -> bool:
-        return self.heads is not None
+        self.wants_hidden = self.heads is not None
+        self.is_off = mode not in ("auto", "ngram") and not self.wants_hidden
 
     def new_memory(self) -> Memory:
         return Memory(self.heads.new_tracks() if self.heads else [])
@@ -91,13 +85,13 @@ class Drafter:
             seconds = self._clock() - started
             for cycle in cycles:
                 cycle.seconds = seconds
+            self.controller.end_proposal(sum([len(cycle.drafts) for cycle in cycles]), seconds)
 
     def _consider(self, cycles: Sequence[Cycle]) -> None:
         for cycle in cycles:
             self._look_up(cycle)
         if self.heads:
             self._run_heads([c for c in cycles if c.source == "plain"])
-        self.controller.end_proposal(sum(len(c.drafts) for c in cycles))
 
     def _n_behind(self, cycle: Cycle) -> int:
         """Returns how many rows the head that is farthest behind would have to catch up with."""

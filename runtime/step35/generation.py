@@ -139,10 +139,6 @@ class Feed:
     def is_prompt(self) -> bool:
         return self.rows.start + len(self.rows.tokens) - len(self.cycle.drafts) <= self.turn.n_prompt
 
-    @property
-    def has_output(self) -> bool:
-        return self.rows.outputs > 0
-
 
 def step(engine: Engine, turns: Sequence[Turn], quantum: int | None = None) -> None:
     """Advances turns by one decode: each by a piece of its prompt, or by one or more tokens.
@@ -154,8 +150,9 @@ def step(engine: Engine, turns: Sequence[Turn], quantum: int | None = None) -> N
     n_free = engine.n_free_cells
     cycles = _propose(engine, turns, n_free)
     feeds = _share_batch(engine, turns, cycles, quantum or engine.options.n_batch, n_free)
-    logits, verify_s = _decode(engine, feeds)
-    _take_outputs(engine, feeds, logits, verify_s)
+    wants_hidden = engine.drafter.wants_hidden and any([_is_in_window(engine, feed) for feed in feeds])
+    logits, verify_s = _decode(engine, feeds, wants_hidden)
+    _take_outputs(engine, feeds, logits, engine.trunk.hidden() if wants_hidden else None, verify_s)
     elapsed = engine.clock() - started
     for feed in feeds:
         _charge(feed, elapsed)
@@ -182,12 +179,15 @@ def _share_batch(
     room = engine.options.n_batch
     feeds = []
     for turn, cycle in zip(turns, cycles, strict=True):
-        n = min(turn.n_todo, room, _to_next_mark(turn), quantum if turn.n_todo > 1 else 1)
+        n_todo = turn.n_todo
+        n = min(n_todo, room)
+        if n_todo > 1:
+            n = min(n, _to_next_mark(turn), quantum)
+            quantum -= max(n, 0)
         if n <= 0:
             continue
-        quantum -= n if turn.n_todo > 1 else 0
         session = turn.session
-        is_last = n == turn.n_todo
+        is_last = n == n_todo
         tokens = session.tokens[session.n_kv : session.n_kv + n] + cycle.draft_tokens
         n_free -= len(tokens)
         if n_free < 0:
@@ -206,10 +206,15 @@ def _to_next_mark(turn: Turn) -> int:
     return min((mark - n_kv for mark in turn.marks if mark > n_kv), default=turn.n_todo)
 
 
-def _decode(engine: Engine, feeds: Sequence[Feed]) -> tuple[np.ndarray | None, float]:
+def _is_in_window(engine: Engine, feed: Feed) -> bool:
+    """The heads see one window: of a long prompt only the last chunks' hidden states are wanted."""
+    return feed.rows.start + len(feed.rows.tokens) > feed.turn.n_prompt - engine.window
+
+
+def _decode(engine: Engine, feeds: Sequence[Feed], wants_hidden: bool) -> tuple[np.ndarray | None, float]:
     """Runs the trunk; returns the logits (n_outputs, n_vocab) if any are wanted, and the seconds until they came."""
     started = engine.clock()
-    engine.trunk.extract_hidden(any(_wants_hidden(engine, feed) for feed in feeds))
+    engine.trunk.extract_hidden(wants_hidden)
     try:
         engine.trunk.decode([feed.rows for feed in feeds])
     except BaseException:
@@ -217,18 +222,13 @@ def _decode(engine: Engine, feeds: Sequence[Feed]) -> tuple[np.ndarray | None, f
             engine.trunk.truncate(feed.rows.seq, feed.rows.start)
         engine.check_pressure(Level.REJECT)  # says why, if the watchdog cancelled it
         raise
-    logits = engine.trunk.logits() if any(feed.has_output for feed in feeds) else None
+    logits = engine.trunk.logits() if any([feed.rows.outputs for feed in feeds]) else None
     return logits, engine.clock() - started
 
 
-def _wants_hidden(engine: Engine, feed: Feed) -> bool:
-    """The heads see one window: of a long prompt only the last chunks' hidden states are wanted."""
-    end = feed.rows.start + len(feed.rows.tokens)
-    return engine.drafter.wants_hidden and end > feed.turn.n_prompt - engine.window
-
-
-def _take_outputs(engine: Engine, feeds: Sequence[Feed], logits: np.ndarray | None, verify_s: float) -> None:
-    hidden = engine.trunk.hidden() if any(_wants_hidden(engine, feed) for feed in feeds) else None
+def _take_outputs(
+    engine: Engine, feeds: Sequence[Feed], logits: np.ndarray | None, hidden: np.ndarray | None, verify_s: float
+) -> None:
     at_output = at_row = 0
     for feed in feeds:
         n_outputs, n_rows = feed.rows.outputs, len(feed.rows.tokens)

@@ -7,12 +7,9 @@ class HiddenRows:
     """Consecutive rows [start, end) of width n_embd, float32; at most `capacity` of them are kept."""
 
     def __init__(self, capacity: int, n_embd: int) -> None:
+        self.capacity = capacity
         self._ring = np.zeros((capacity, n_embd), np.float32)
         self.start = self.end = 0
-
-    @property
-    def capacity(self) -> int:
-        return len(self._ring)
 
     def put(self, first: int, rows: np.ndarray) -> None:
         """Stores rows from position `first` on; rows after them are forgotten.

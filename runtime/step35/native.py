@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +110,8 @@ _set_nextn = _bind(
 _get_nextn = _bind(
     "llama_get_embeddings_nextn", "_Z26llama_get_embeddings_nextnP13llama_context", [_context_p], ctypes.c_void_p
 )
+_get_logits = C._lib["llama_get_logits"]  # not C's own function: a bare address is read faster than a pointer
+_get_logits.argtypes, _get_logits.restype = [_context_p], ctypes.c_void_p
 _set_head = _bind(
     "llama_set_nextn_layer_offset",
     "_Z28llama_set_nextn_layer_offsetP13llama_contexti",
@@ -289,6 +291,8 @@ class Model:
         self._handle = _load(options, self.facts.draft_vocabulary is not None)
         self._vocab = C.llama_model_get_vocab(self._handle)
         self.draft_vocabulary = self.facts.draft_vocabulary
+        self._pieces: dict[tuple[int, bool], bytes] = {}
+        self._is_eog: dict[int, bool] = {}
         self.n_logits: int = C.llama_vocab_n_tokens(self._vocab)
         """Logits of a row: one a token of the vocabulary, or of the trimmed heads' own."""
         self.n_vocab = len(self.draft_vocabulary.stand_ins) if self.draft_vocabulary else self.n_logits
@@ -355,6 +359,12 @@ class Model:
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Returns a token's bytes; control tokens are empty unless `special`."""
+        found = self._pieces.get((token, special))
+        if found is None:
+            found = self._pieces[token, special] = self._piece(token, special)
+        return found
+
+    def _piece(self, token: int, special: bool) -> bytes:
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
@@ -364,7 +374,10 @@ class Model:
             room = -n
 
     def is_eog(self, token: int) -> bool:
-        return C.llama_vocab_is_eog(self._vocab, token)
+        found = self._is_eog.get(token)
+        if found is None:
+            found = self._is_eog[token] = C.llama_vocab_is_eog(self._vocab, token)
+        return found
 
     def open_grammar(self, gbnf: str) -> "Grammar":
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
@@ -632,6 +645,22 @@ class _Batch:
             kind = dict(C.llama_batch._fields_)[field]
             setattr(self.c, field, ctypes.cast(array.ctypes.data, kind))
 
+    def put(self, at: int, rows: Rows) -> int:
+        """Writes rows from place `at` on; returns the place after them."""
+        n = len(rows.tokens)
+        if n == 1:  # most decodes: a number is written five times as fast as a slice
+            self.token[at], self.pos[at], self.seq[at] = rows.tokens[0], rows.start, rows.seq
+            self.output[at] = rows.outputs
+        else:
+            here = slice(at, at + n)
+            self.token[here], self.seq[here] = rows.tokens, rows.seq
+            self.pos[here] = np.arange(rows.start, rows.start + n)
+            self.output[at : at + n - rows.outputs] = 0
+            self.output[at + n - rows.outputs : at + n] = 1
+        if self.embd is not None:
+            self.embd[at : at + n] = rows.hidden
+        return at + n
+
     def _pointers(self) -> Iterator[tuple[str, np.ndarray]]:
         yield from (("token", self.token), ("pos", self.pos), ("n_seq_id", self._one))
         yield from (("seq_id", self._seq_rows), ("logits", self.output))
@@ -727,23 +756,14 @@ class Context:
         self._n_rows = n
 
     def _fill(self, rows: Sequence[Rows]) -> int:
-        batch, at, self._n_outputs = self._batch, 0, 0
-        if sum(len(r.tokens) for r in rows) > self.n_batch:
-            raise NativeError(
-                f"batch too long: expected at most {self.n_batch} rows, got {sum(len(r.tokens) for r in rows)}"
-            )
+        n = sum([len(r.tokens) for r in rows])
+        if n > self.n_batch:
+            raise NativeError(f"batch too long: expected at most {self.n_batch} rows, got {n}")
+        at = 0
         for r in rows:
-            end = at + len(r.tokens)
-            batch.token[at:end] = r.tokens
-            batch.pos[at:end] = np.arange(r.start, r.start + len(r.tokens))
-            batch.seq[at:end] = r.seq
-            batch.output[at:end] = 0
-            batch.output[end - r.outputs : end] = 1
-            if batch.embd is not None:
-                batch.embd[at:end] = r.hidden
-            self._n_outputs += r.outputs
-            at = end
-        return at
+            at = self._batch.put(at, r)
+        self._n_outputs = sum([r.outputs for r in rows])
+        return n
 
     def _raise(self, code: int, n_rows: int) -> None:
         reason = _reason()
@@ -759,7 +779,7 @@ class Context:
 
     def logits(self) -> np.ndarray:
         """Returns a view (n_outputs, n_logits) float32 of the last decode's output rows, in batch order."""
-        return _view(C.llama_get_logits(self._ctx), self._n_outputs, self.model.n_logits)
+        return _view(_get_logits(self._ctx), self._n_outputs, self.model.n_logits)
 
     def hidden(self) -> np.ndarray:
         """Returns a view (rows, n_embd) float32 of pre-norm hidden states.
@@ -808,8 +828,8 @@ class Context:
             )
 
 
-def _view(pointer: object, n_rows: int, width: int) -> np.ndarray:
-    address = pointer if isinstance(pointer, int) else ctypes.cast(pointer, ctypes.c_void_p).value
+@lru_cache(maxsize=64)  # they seldom move
+def _view(address: int | None, n_rows: int, width: int) -> np.ndarray:
     if not address:
         raise NativeError(f"llama.cpp returned no rows: expected {n_rows} of width {width}")
     return np.frombuffer((ctypes.c_float * (n_rows * width)).from_address(address), np.float32).reshape(n_rows, width)

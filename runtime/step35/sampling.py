@@ -8,18 +8,22 @@ agrees with the target far more often than a greedy one.
 Truncation follows llama.cpp's order: bias, penalties, top_k, top_p, min_p, then temperature.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
 from step35.errors import SettingsError
 
 DRAFT_MIN_P = 1e-4  # a draft needs no tail: tokens this far below the best are left out
-FEW = 256  # candidates that are cheap to sort
+LEAST_WEIGHTS = (1e-2, 1e-3, 1e-4)  # beside the heaviest: how far down a nucleus is looked for, before all is sorted
 BLOCK = 64
+FEW = 128  # scores whose noise costs less than a look at which of them matter
 UNLIKELY = 8.0  # a score this far below the best (e^-8) wins by extraordinary noise only
+ROUNDING = 2**12  # of a float64 beside 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,10 @@ class Sampling:
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("penalty_last_n", self.penalty_last_n, 0, 2**31)
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def changes_logits(self) -> bool:
@@ -115,9 +123,9 @@ def _nucleus(values: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def _enough(weights: np.ndarray, wanted: float) -> np.ndarray:
-    """Returns indices of the heaviest weights, together at least `wanted`; few if few will do, to be sorted fast."""
-    for k in (FEW, 16 * FEW):
-        heaviest = _leaders(weights, k)
+    """Returns indices of the heaviest weights, together more than `wanted`; few if few will do, to be sorted fast."""
+    for least in LEAST_WEIGHTS:
+        heaviest = (weights > least).nonzero()[0]
         if weights[heaviest].sum(dtype=np.float64) > wanted:
             return heaviest
     return np.arange(len(weights))
@@ -137,24 +145,41 @@ def _leaders(values: np.ndarray, k: int) -> np.ndarray:
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
+_11, _27, _30, _31 = map(np.uint64, (11, 27, 30, 31))
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def gumbel(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
     """Returns Gumbel noise (len(ids),) float64, a function of seed, position and token alone."""
-    return -np.log(-np.log(_uniform(seed, position, ids)))
+    return _noise(_bits(seed, position, _spread(ids)))
 
 
-def _uniform(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
-    """Returns numbers between 0 and 1, float64.
+def _noise(bits: np.ndarray) -> np.ndarray:
+    uniform = ((bits >> _11).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
 
-    splitmix64 (Steele, Lea, Flood 2014) over the token id, keyed by seed and position.
-    """
+
+def _bits(seed: int, position: int, spread: np.ndarray) -> np.ndarray:
+    """Returns random bits (len(spread),) uint64: splitmix64 (Steele, Lea, Flood 2014), keyed by seed and position."""
     key = _mix(_mix(seed & _MASK) + (position + 1) * _GOLDEN & _MASK)
-    x = ids.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    x = spread + np.uint64(key)
+    shifted = x >> _30  # one array for all shifts: a new megabyte costs more than what is done with it
+    x ^= shifted
+    x *= _FIRST
+    x ^= np.right_shift(x, _27, out=shifted)
+    x *= _SECOND
+    x ^= np.right_shift(x, _31, out=shifted)
+    return x
+
+
+def _spread(ids: np.ndarray) -> np.ndarray:
+    """Returns what token ids add to the key."""
+    return ids.astype(np.uint64) * np.uint64(_GOLDEN)
+
+
+@lru_cache(maxsize=2)
+def _spread_all(n_vocab: int) -> np.ndarray:
+    return _spread(np.arange(n_vocab))
 
 
 def _mix(x: int) -> int:
@@ -167,26 +192,31 @@ def choose(logits: np.ndarray, sampling: Sampling, position: int) -> int:
     """Returns the token for a position from its adjusted logits."""
     if sampling.temperature == 0:
         return int(logits.argmax())
+    spread = _spread_all(len(logits))
+    if not sampling.truncates:
+        return _best(logits / sampling.temperature, _bits(sampling.seed, position, spread))
     ids = truncate(logits, sampling)
-    scores = logits[ids] / sampling.temperature
-    if len(ids) > 8 * FEW:
-        able = _able_to_win(scores, sampling.seed, position, ids)
-        ids, scores = ids[able], scores[able]
-    scores = scores + gumbel(sampling.seed, position, ids)
-    return int(ids[scores.argmax()])
+    return int(ids[_best(logits[ids] / sampling.temperature, _bits(sampling.seed, position, spread[ids]))])
 
 
-def _able_to_win(scores: np.ndarray, seed: int, position: int, ids: np.ndarray) -> np.ndarray:
-    """Returns indices of the likely ids, and of the unlikely ones whose noise may lift them to the top.
+def _best(scores: np.ndarray, bits: np.ndarray) -> int:
+    """Returns the argmax of scores and noise. Exact, and takes the logarithms of noise that may matter only.
 
-    Exact, and saves the logarithms: below `floor` an id must make up for the distance to the best
-    noised score among the likely ones, which takes a uniform number of at least `needed`.
+    Below `floor` a score must make up for the distance to the best noised one above it, which takes bits of at
+    least `needed`.
     """
+    if len(scores) <= FEW:
+        return int((scores + _noise(bits)).argmax())
     floor = scores.max() - UNLIKELY
-    likely = np.flatnonzero(scores > floor)
-    best = (scores[likely] + gumbel(seed, position, ids[likely])).max()
-    needed = np.exp(-np.exp(-(best - floor)))
-    return np.flatnonzero((scores > floor) | (_uniform(seed, position, ids) >= needed))
+    is_likely = scores > floor
+    likely = is_likely.nonzero()[0]
+    noised = scores[likely] + _noise(bits[likely])
+    best = noised.argmax()
+    needed = int(math.exp(-math.exp(floor - noised[best])) * 2**64) - ROUNDING
+    able = (is_likely | (bits >= np.uint64(max(0, needed)))).nonzero()[0]
+    if len(able) > len(likely):
+        likely, best = able, (scores[able] + _noise(bits[able])).argmax()
+    return int(likely[best])
 
 
 def choose_with_margin(
