@@ -123,16 +123,17 @@ def test_the_log_counts_an_answers_own_tokens():
     serve(fake_service(n_sessions=1, n_parallel=1), talk)
 
 
-def test_a_prompt_alone_is_read_in_equal_pieces():
+@pytest.mark.parametrize(("n_prompt", "pieces"), [(128, [128]), (172, [64, 108]), (200, [128, 72])])
+def test_a_prompt_leaves_no_rest_of_a_few_rows(n_prompt: int, pieces: list[int]):
     """The last 51 rows of 563 took as long as 140 others."""
     script = Script()
 
     async def talk(service):
-        await answer(service, ask(prompts(1, 37)[0], 1))
+        await answer(service, ask([1, *range(2, 50), *[7] * (n_prompt - 49)], 1))
 
-    serve(fake_service(script, draft="off"), talk)
+    serve(fake_service(script, draft="off", n_batch=128), talk)
     [trunk] = [context for context in script.contexts if context.head is None]
-    assert [len(rows[0].tokens) for rows in trunk.decodes] == [13, 13, 12]
+    assert [len(rows[0].tokens) for rows in trunk.decodes] == pieces
 
 
 @pytest.mark.parametrize(("decode_s", "n_apart"), [(0.0005, 4), (0.003, 1)])

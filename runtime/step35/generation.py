@@ -273,8 +273,14 @@ def _extend(feed: Feed, chosen: Sequence[int], hidden: np.ndarray | None) -> Non
         session.engine.trunk.truncate(session.seq, session.n_kv)
     if hidden is not None:
         session.memory.tracks[0].inputs.put(rows.start, hidden[:n_kept])
-    if session.n_kv in feed.turn.marks:
+    if session.n_kv in feed.turn.marks or _ends_with_next_decode(feed.turn):
         session.checkpoint()
+
+
+def _ends_with_next_decode(turn: Turn) -> bool:
+    """Whether a prompt's last piece is what is left: asked for again, the prompt then takes that one decode."""
+    n_todo = turn.n_todo
+    return 1 < n_todo <= turn.session.engine.options.n_batch and n_todo == _to_next_mark(turn)
 
 
 def _charge(feed: Feed, elapsed_s: float) -> None:

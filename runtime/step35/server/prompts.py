@@ -66,8 +66,8 @@ class Prompt:
 
     @property
     def marks(self) -> tuple[int, ...]:
-        """Where checkpoints are worth their while: after the system's message, before the last, before the answer."""
-        wanted = {*self.starts[1:2], self.last_start, self.answer_start}
+        """Where checkpoints are worth their while: after the system's message, and before the last."""
+        wanted = {*self.starts[1:2], self.last_start}
         return tuple(sorted(n for n in wanted if LEAST_MARK <= n < len(self.tokens)))
 
     def marks_after(self, n_cached: int) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from math import ceil
 
 from step35.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
@@ -34,7 +33,7 @@ from step35.server.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_reques
 from step35.server.job import Job, Mail
 from step35.server.metrics import Metrics, Speed
 from step35.server.parser import Parser, merged
-from step35.server.prompts import LEAST_MARK
+from step35.server.prompts import LEAST_MARK, LEAST_PIECE
 from step35.server.reasoning import watch
 from step35.server.turns import TurnMap, known_turn
 
@@ -337,13 +336,13 @@ class Scheduler:
             self._last_sent, self._is_urgent = now, False
 
     def _quantum(self, prefilling: Sequence[Job], is_mixed: bool) -> int:
-        """Returns how many rows of prompts to read in a step: what there is in equal pieces, without a rest.
+        """Returns how many rows of prompts to read in a step: all that fit, but no rest of a few.
 
-        A rest of a few rows takes llama.cpp several times as long a row.
+        On a CPU llama.cpp's attention takes rows by 64, and several times as long a row where there are fewer.
         """
         most = min(QUANTUM, self.engine.options.n_batch) if is_mixed else self.engine.options.n_batch
-        n_rows = sum(map(_n_to_next_mark, prefilling))
-        return ceil(n_rows / ceil(n_rows / most)) if n_rows else most
+        rest = sum(map(_n_to_next_mark, prefilling)) - most
+        return most - LEAST_PIECE if 0 < rest < LEAST_PIECE < most else most
 
     def _owe(self, seconds: float, to: Sequence[Job]) -> None:
         """Adds to what steps with prompts have taken from running answers; without any there is no debt."""
