@@ -1,4 +1,4 @@
-"""Plays with sequences that share a cache; prints, as JSON, what came of it: run with each backend, see test_backend_real.
+"""Plays with sequences that share a cache; prints, as JSON, what came of it. Run by test_backend_real, with each backend.
 
 `logits`: of the last row of each decode, with flash attention and without. `cells`: how many cells of a layer with full
 attention each decode looked at.
@@ -74,7 +74,7 @@ def play(model: native.Model, flash_attention: bool, watch: object = None) -> li
 
 
 def counting(cells: list[int]) -> object:
-    """Returns a callback that notes the cells: without flash attention a layer's scores are a tensor (cells, rows, heads)."""
+    """Returns a callback that notes the cells: without flash attention, a layer's scores are (cells, rows, heads)."""
 
     @native.C.ggml_backend_sched_eval_callback
     def watch(tensor: int, is_asking: bool, _: object) -> bool:

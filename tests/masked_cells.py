@@ -1,5 +1,6 @@
-"""Prints, as JSON, the CPU seconds of a decode of two sequences, side by side and with a third one's cells between them:
-run with each backend, see test_backend_real.
+"""Prints, as JSON, the CPU seconds of a decode of two sequences, side by side and with a third one's cells between.
+
+A program of test_backend_real, run with each backend.
 """
 
 import json
