@@ -166,3 +166,36 @@ def test_truncation_of_a_large_vocabulary_equals_its_definition(seed, top_k, top
     values = np.random.default_rng(seed).normal(0, spread, 30_000).astype(np.float32)
     kept = truncate(values, Sampling(1.0, top_k, top_p))
     assert set(kept) == _slow_truncate(values, top_k, top_p, 0.0) or _is_tie(values, kept)
+
+
+@pytest.mark.parametrize("n_vocab", [64, 4096])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-6, 1e-3])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 40}, {"min_p": 0.05}])
+def test_a_temperature_next_to_nothing_is_greedy(n_vocab, temperature, truncation):
+    """Symptom: infinite scores, of which none was likely, and the server ended."""
+    logits = np.random.default_rng(0).normal(0, 9, n_vocab).astype(np.float32)
+    logits[7] = logits.max() + 1
+    sampling = Sampling(temperature, **truncation)
+    assert choose(logits, sampling, 3) == 7
+    token, margin = choose_with_margin(logits, sampling, 3)
+    assert token == 7 and margin > 0
+
+
+@pytest.mark.parametrize("bias", [float("inf"), float("nan"), 1e308])
+def test_a_bias_that_makes_a_logit_infinite_is_refused(bias):
+    with pytest.raises(SettingsError, match="bad sampling value: logit_bias expected -inf to 1000000.0, got"):
+        Sampling(logit_bias={3: bias})
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.6, 100.0])
+def test_the_largest_bias_forces_and_minus_infinity_forbids(temperature):
+    logits = np.random.default_rng(0).normal(0, 3, 4096).astype(np.float32)
+    for sampling in (Sampling(temperature, logit_bias={3: 1e6, 5: -np.inf}), Sampling(temperature, 0, 1.0, logit_bias={3: 1e6})):
+        assert choose(adjust(logits, sampling, []), sampling, 0) == 3
+    banned = Sampling(temperature, logit_bias=dict.fromkeys(range(1, 4096), -np.inf))
+    assert choose(adjust(logits, banned, []), banned, 0) == 0
+
+
+def test_logits_that_are_not_numbers_end_in_a_token_and_no_traceback():
+    logits = np.full(4096, np.nan, np.float32)
+    assert 0 <= choose(logits, Sampling(1.0, top_p=1.0), 0) < 4096

@@ -18,6 +18,8 @@ import numpy as np
 
 from step35.errors import SettingsError
 
+LEAST_TEMPERATURE = 1e-6  # below it only equal scores could be told apart, and scores become infinite
+MOST_BIAS = 1e6
 DRAFT_MIN_P = 1e-4  # a draft needs no tail: tokens this far below the best are left out
 LEAST_WEIGHTS = (1e-2, 1e-3, 1e-4)  # beside the heaviest: how far down a nucleus is looked for, before all is sorted
 BLOCK = 64
@@ -28,7 +30,7 @@ ROUNDING = 2**12  # of a float64 beside 64 bits
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy, top_k 0 and top_p 1 truncate nothing."""
+    """How tokens are chosen; temperature 0 is greedy, top_k 0 and top_p 1 truncate nothing, a bias of -inf forbids."""
 
     temperature: float = 0.6
     top_k: int = 0
@@ -51,6 +53,12 @@ class Sampling:
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("penalty_last_n", self.penalty_last_n, 0, 2**31)
+        for bias in self.logit_bias.values():
+            _check("logit_bias", bias, -math.inf, MOST_BIAS)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def truncates(self) -> bool:
@@ -190,7 +198,7 @@ def _mix(x: int) -> int:
 
 def choose(logits: np.ndarray, sampling: Sampling, position: int) -> int:
     """Returns the token for a position from its adjusted logits."""
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return int(logits.argmax())
     spread = _spread_all(len(logits))
     if not sampling.truncates:
@@ -205,10 +213,11 @@ def _best(scores: np.ndarray, bits: np.ndarray) -> int:
     Below `floor` a score must make up for the distance to the best noised one above it, which takes bits of at
     least `needed`.
     """
-    if len(scores) <= FEW:
+    highest = scores.max()
+    if len(scores) <= FEW or not math.isfinite(highest):  # what isn't a number wins, as it does without noise
         return int((scores + _noise(bits)).argmax())
-    floor = scores.max() - UNLIKELY
-    is_likely = scores > floor
+    floor = highest - UNLIKELY
+    is_likely = scores >= floor
     likely = is_likely.nonzero()[0]
     noised = scores[likely] + _noise(bits[likely])
     best = noised.argmax()
@@ -228,7 +237,7 @@ def choose_with_margin(
     """
     ids = np.flatnonzero(logits >= logits.max() + np.log(DRAFT_MIN_P) * max(sampling.temperature, 1.0))
     scores = logits[ids].astype(np.float64)
-    if sampling.temperature > 0:
+    if not sampling.is_greedy:
         kept = truncate(scores, sampling)
         ids = ids[kept]
         tokens = ids if names is None else names[ids]
