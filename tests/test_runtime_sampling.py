@@ -190,8 +190,9 @@ def test_a_bias_that_makes_a_logit_infinite_is_refused(bias):
 @pytest.mark.parametrize("temperature", [1e-6, 0.6, 100.0])
 def test_the_largest_bias_forces_and_minus_infinity_forbids(temperature):
     logits = np.random.default_rng(0).normal(0, 3, 4096).astype(np.float32)
-    for sampling in (Sampling(temperature, logit_bias={3: 1e6, 5: -np.inf}), Sampling(temperature, 0, 1.0, logit_bias={3: 1e6})):
-        assert choose(adjust(logits, sampling, []), sampling, 0) == 3
+    for top_p in (0.95, 1.0):
+        forced = Sampling(temperature, top_p=top_p, logit_bias={3: 1e6, 5: -np.inf})
+        assert choose(adjust(logits, forced, []), forced, 0) == 3
     banned = Sampling(temperature, logit_bias=dict.fromkeys(range(1, 4096), -np.inf))
     assert choose(adjust(logits, banned, []), banned, 0) == 0
 
