@@ -88,6 +88,12 @@ class Turn:
     def n_todo(self) -> int:
         return len(self.session.tokens) - self.session.n_kv
 
+    @property
+    def n_to_next_mark(self) -> int:
+        """How many tokens a decode may take at most."""
+        n_kv = self.session.n_kv
+        return min((mark - n_kv for mark in self.marks if mark > n_kv), default=self.n_todo)
+
 
 def begin(
     session: Session, prompt: Sequence[int], chooser: Chooser, n_predict: int = -1, marks: Sequence[int] = ()
@@ -182,7 +188,7 @@ def _share_batch(
         n_todo = turn.n_todo
         n = min(n_todo, room)
         if n_todo > 1:
-            n = min(n, _to_next_mark(turn), quantum)
+            n = min(n, turn.n_to_next_mark, quantum)
             quantum -= max(n, 0)
         if n <= 0:
             continue
@@ -199,11 +205,6 @@ def _share_batch(
         rows = Rows(session.seq, session.n_kv, tokens, outputs=is_last + len(cycle.drafts))
         feeds.append(Feed(turn, rows, cycle))
     return feeds
-
-
-def _to_next_mark(turn: Turn) -> int:
-    n_kv = turn.session.n_kv
-    return min((mark - n_kv for mark in turn.marks if mark > n_kv), default=turn.n_todo)
 
 
 def _is_in_window(engine: Engine, feed: Feed) -> bool:
@@ -280,7 +281,7 @@ def _extend(feed: Feed, chosen: Sequence[int], hidden: np.ndarray | None) -> Non
 def _ends_with_next_decode(turn: Turn) -> bool:
     """Whether a prompt's last piece is what is left: asked for again, the prompt then takes that one decode."""
     n_todo = turn.n_todo
-    return 1 < n_todo <= turn.session.engine.options.n_batch and n_todo == _to_next_mark(turn)
+    return 1 < n_todo <= turn.session.engine.options.n_batch and n_todo == turn.n_to_next_mark
 
 
 def _charge(feed: Feed, elapsed_s: float) -> None:

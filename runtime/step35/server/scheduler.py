@@ -19,7 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 from step35.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
@@ -43,8 +43,6 @@ ROWS_PER_ANSWER = 8
 BURST_S = 0.25
 CHECK_REPEAT_EVERY = 64
 QUIET_BEFORE_SAVE_S = 0.5
-N_PIECES = 16384
-"""Tokens whose text is kept: a text has few different ones."""
 LONGEST_UNSAVED_S = 60.0
 """Sessions are written when nothing runs; a server that never rests writes one this often."""
 SENT_APART_S = 0.002
@@ -158,7 +156,7 @@ class Scheduler:
         self.engine = self.conversations.engine
         self.engine.on_pressure.append(self._feel)
         piece = self.engine.model.piece
-        self._pieces = [lru_cache(N_PIECES)(partial(piece, special=special)) for special in (False, True)]
+        self._pieces = [partial(piece, special=special) for special in (False, True)]
         self.metrics.cells.set(self.engine.n_ctx)
         self.metrics.cells_used.set_function(lambda: self.engine.n_ctx - self.engine.n_free_cells)
         if self.state == "loading":
@@ -222,7 +220,7 @@ class Scheduler:
         return 0.1 if self.conversations.disk and any(held.is_unsaved for held in self.conversations.held) else 5.0
 
     def _look_after_clients(self) -> None:
-        for job in [job for job in self.waiting if job.feed.is_left] if self.waiting else ():
+        for job in [job for job in self.waiting if job.feed.is_left]:
             self.waiting.remove(job)
             self._end(job, "cancelled", [])
         for job in [job for job in self.running if job.feed.is_left]:
@@ -341,7 +339,7 @@ class Scheduler:
         On a CPU llama.cpp's attention takes rows by 64, and several times as long a row where there are fewer.
         """
         most = min(QUANTUM, self.engine.options.n_batch) if is_mixed else self.engine.options.n_batch
-        rest = sum(map(_n_to_next_mark, prefilling)) - most
+        rest = sum(job.turn.n_to_next_mark for job in prefilling) - most
         return most - LEAST_PIECE if 0 < rest < LEAST_PIECE < most else most
 
     def _owe(self, seconds: float, to: Sequence[Job]) -> None:
@@ -475,12 +473,6 @@ class Scheduler:
         with self._lock:
             self._n_submitted -= 1
         job.feed.publish(events)
-
-
-def _n_to_next_mark(job: Job) -> int:
-    """Returns how many rows of a job's prompt a decode may take at most."""
-    n_kv = job.turn.session.n_kv
-    return min((mark for mark in job.turn.marks if mark > n_kv), default=job.turn.n_prompt) - n_kv
 
 
 def _told(error: Step35Error) -> ApiError:
