@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 # The build of llama-cpp-python takes minutes; pip keeps the wheel it builds, so it happens once a machine.
-NATIVE := hatch_build.py $(wildcard converter/convert_step35/native/*.[ch]pp)
+NATIVE := hatch_build.py $(wildcard converter/convert_step35/quantization/native/*.[ch]pp)
 
 $(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/.created
 	@echo "Installing step35; the first build of llama-cpp-python takes a few minutes ..."

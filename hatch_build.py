@@ -11,7 +11,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCES = Path("converter/convert_step35/native")
+_SOURCES = Path("converter/convert_step35/quantization/native")
 _LIBRARY = {"darwin": "libquantizers.dylib", "win32": "quantizers.dll"}.get(sys.platform, "libquantizers.so")
 # Contracted or reordered arithmetic would give other bytes than libggml's.
 _FLAGS = [

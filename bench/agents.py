@@ -18,8 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 
-from step35.server import chat_completions, messages, responses
-from step35.server.conversation import (
+from step35.chat.errors import ApiError
+from step35.chat.messages import (
     Ask,
     ContentDelta,
     Conversation,
@@ -33,8 +33,8 @@ from step35.server.conversation import (
     ToolCallEnd,
     Usage,
 )
-from step35.server.errors import ApiError
-from step35.server.launch import CLIENTS, Server
+from step35.cli.agents import CLIENTS, Server
+from step35.server.api import chat_completions, messages, responses
 
 APIS = {"/v1/responses": responses, "/v1/messages": messages, "/v1/chat/completions": chat_completions}
 SHELLS = {"exec_command": "cmd", "shell_command": "command", "Bash": "command", "bash": "command"}

@@ -16,7 +16,7 @@ import click
 import llama_cpp
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the tests' pin of upstream
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' pin of upstream
 
 import upstream  # noqa: E402
 

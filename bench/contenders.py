@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import build_peers
 import numpy as np
+
+import build_peers
 from step35 import Engine, EngineOptions, Sampling
-from step35.chooser import Chooser
-from step35.generation import begin, generate
-from step35.text import stream_text
+from step35.engine.decode_loop import begin, generate
+from step35.engine.detokenize import stream_text
+from step35.sampling.token_chooser import Chooser
 
 START_S, REQUEST_S = 600, 3600
 

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the tests' checkpoint generator and upstream driver
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' checkpoint generator and upstream driver
 
 import upstream  # noqa: E402
 from checkpoints import REAL, Shape, random_tensors, tensor_shapes, write_checkpoint  # noqa: E402
-from convert_step35.presets import PRESETS  # noqa: E402
-from convert_step35.quantizers import SWITCH  # noqa: E402
+from convert_step35.planning.presets import PRESETS  # noqa: E402
+from convert_step35.quantization.quantizers import SWITCH  # noqa: E402
 from measure import Usage, measure  # noqa: E402
 
 QUANTIZE = """
@@ -42,7 +42,7 @@ READ = """
 import sys
 from pathlib import Path
 from threading import Thread
-from convert_step35.reading import N_READERS, SPAN_BYTES, Item, Place, ReadAhead
+from convert_step35.writing.reading import N_READERS, SPAN_BYTES, Item, Place, ReadAhead
 files = [(path, path.stat().st_size) for path in sorted(Path(sys.argv[1]).glob("*.safetensors"))]
 places = [Place(path, at, min(SPAN_BYTES, size - at)) for path, size in files for at in range(0, size, SPAN_BYTES)]
 ahead = ReadAhead((Item(0, None, place) for place in places), 0, 1)
@@ -57,7 +57,7 @@ import sys
 from threading import Thread
 import numpy as np
 from gguf import GGMLQuantizationType
-from convert_step35.quantizers import load_quantizers
+from convert_step35.quantization.quantizers import load_quantizers
 kind, n_weights, n_threads = GGMLQuantizationType[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3])
 quantizers = load_quantizers()
 quantizers.prepare({kind})
@@ -147,7 +147,7 @@ class Bench:
 
     def upstream(self, number: int) -> Iterator[Step]:
         middle, out = self.work / "upstream-bf16.gguf", self.work / "upstream.gguf"
-        tests, n_threads = str(ROOT / "tests"), str(len(os.sched_getaffinity(0)))
+        tests, n_threads = str(ROOT / "tests" / "support"), str(len(os.sched_getaffinity(0)))
         convert = [f"{tests}/upstream_convert.py", str(upstream.sources()), str(self.checkpoint)]
         convert += ["--outtype", "bf16", "--outfile", str(middle)]
         yield self._step(number, "upstream", "convert", convert, middle)

@@ -16,19 +16,21 @@ from statistics import median
 
 import click
 import numpy as np
+
 import real_width
 from contenders import Setup, Step35, Task
-from convert_step35.mapping import MtpMode
-from convert_step35.quantizers import load_quantizers
-from convert_step35.trimming import plan_trim, trim
+from convert_step35.quantization.quantizers import load_quantizers
+from convert_step35.source.mapping import MtpMode
+from convert_step35.writing.trimming import plan_trim, trim
 from peers import Result, at_temperatures, cells, make_tasks, random_tokens, time_cycle
-from step35.mtp import REDONE
-from step35.native import Context, Model
+from step35.drafting.mtp_heads import REDONE
+from step35.native.context import Context
+from step35.native.model import Model
+from step35.native.rows import Rows
 from step35.options import ContextOptions, ModelOptions
-from step35.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the bundled checkpoint's text
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the bundled checkpoint's text
 
 from reference.chats import generate_chats  # noqa: E402
 from reference.corpus import split_sources, standard_library  # noqa: E402

@@ -1,4 +1,4 @@
-"""Writes runtime/step35/known_logits.json: what the made-up model of `step35 doctor` gives, by the torch reference.
+"""Writes runtime/step35/selftest/known_logits.json: what the made-up model of `step35 doctor` gives, by the torch reference.
 
 python bench/known_logits.py
 """
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the torch reference
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the torch reference
 
 from made_up_reference import reference_logits
 
@@ -25,7 +25,7 @@ def main() -> None:
         "spread": round(float(logits.std()), 4),
         "logits": {str(token): round(float(logits[token]), 4) for token in tokens},
     }
-    path = ROOT / "runtime" / "step35" / "known_logits.json"
+    path = ROOT / "runtime" / "step35" / "selftest" / "known_logits.json"
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

@@ -21,14 +21,15 @@ from statistics import median
 
 import click
 import numpy as np
-from contenders import Contender, LlamaServer, Run, Setup, Step35, Task, hold_in_memory, llama_bench
 from rich.console import Console
 from rich.table import Table
-from step35.rows import Rows
 from tokenizers import Tokenizer
 
+from contenders import Contender, LlamaServer, Run, Setup, Step35, Task, hold_in_memory, llama_bench
+from step35.native.rows import Rows
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the bundled checkpoint and its training text
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the bundled checkpoint and its training text
 
 import real_width  # noqa: E402
 import widen  # noqa: E402

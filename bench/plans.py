@@ -14,16 +14,16 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the tests' generator of sparse GGUFs
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' generator of sparse GGUFs
 
 import planned_gguf
 from checkpoints import REAL
-from step35.estimate import Box, cycle_seconds, expected_tokens, prefill, speed, step_seconds, touched
-from step35.gguf_facts import Header, read_header
-from step35.machine import Machine, known_machines
-from step35.memory import Run
-from step35.placement import SHORT, Judged, Wishes, place
-from step35.usage import HOST, Layout, gpu_name
+from step35.planning.context_memory import Run
+from step35.planning.machine import Machine, known_machines
+from step35.planning.memory_usage import HOST, Layout, gpu_name
+from step35.planning.model_header import Header, read_header
+from step35.planning.placement import SHORT, Judged, Wishes, place
+from step35.planning.speed import Box, cycle_seconds, expected_tokens, prefill, speed, step_seconds, touched
 
 RECIPES = ("MOE_IQ3_S_IQ4_XS", "MOE_IQ4_XS", "MOE_IQ4_XS_Q4_K", "MOE_Q4_K_Q5_K")
 CONTEXTS = (32768, 131072, 262144)

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from peers import at_temperatures, make_tasks
 from rich.console import Console
 from rich.table import Table
+
+from peers import at_temperatures, make_tasks
 from step35 import Engine, EngineOptions, Sampling
-from step35.chooser import Chooser
-from step35.generation import begin, generate
-from step35.native import Context, Model
+from step35.engine.decode_loop import begin, generate
+from step35.native.context import Context
+from step35.native.model import Model
+from step35.native.rows import Rows
 from step35.options import ModelOptions
-from step35.rows import Rows
+from step35.sampling.token_chooser import Chooser
 
 MODES = ("off", "auto", "1", "2", "3", "ngram")
 

@@ -19,8 +19,8 @@ from gguf import GGMLQuantizationType as GgmlType
 from rich.console import Console
 from rich.table import Table
 
-from convert_step35.ggml import load_ggml, row_bytes
-from convert_step35.quantizers import Native, native_path
+from convert_step35.gguf.ggml import load_ggml, row_bytes
+from convert_step35.quantization.quantizers import Native, native_path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import click
 import numpy as np
-from convert_step35.ggml import block_size, load_ggml, row_bytes
-from convert_step35.mapping import Kind, MtpMode
-from convert_step35.metadata import rope_freqs
-from convert_step35.models import load_models
-from convert_step35.plan import PlannedFile, PlannedTensor, Wishes
-from convert_step35.workspace import open_workspace
 from gguf import GGMLQuantizationType as GgmlType
 
+from convert_step35.cli.workspace import open_workspace
+from convert_step35.gguf.ggml import block_size, load_ggml, row_bytes
+from convert_step35.gguf.metadata import rope_freqs
+from convert_step35.planning.models import load_models
+from convert_step35.planning.plan import PlannedFile, PlannedTensor, Wishes
+from convert_step35.source.mapping import Kind, MtpMode
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the tests' checkpoint generator
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' checkpoint generator
 
 from checkpoints import REAL, write_checkpoint  # noqa: E402
 

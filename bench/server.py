@@ -21,10 +21,11 @@ from typing import Any
 
 import click
 import numpy as np
-from step35.sampling import gumbel
+
+from step35.sampling.sampler import gumbel
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the server as a process
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the server as a process
 
 from live_server import LiveServer
 

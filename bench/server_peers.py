@@ -36,9 +36,10 @@ from statistics import median
 from typing import Any, Self
 
 import click
+
 from server import CHAT, ROOT, TEXT, Heard, ask
 
-sys.path.insert(0, str(ROOT / "tests"))  # the server as a process, the text
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the server as a process, the text
 
 import build_peers
 from contenders import free_port

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, zeros_like
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # the reference model's checkpoint reader
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the reference model's checkpoint reader
 
 from reference.checkpoint import INDEX_NAME, load_tensors, write_json  # noqa: E402
 

@@ -20,18 +20,20 @@ from typing import Any
 
 import numpy as np
 
-from step35.applying import planned_options
-from step35.autoplan import AutoPlan, auto_options
-from step35.chooser import Chooser, TokenLogprobs
-from step35.engine import Engine
+from step35.engine.decode_loop import Turn, begin, step
+from step35.engine.detokenize import TextStream
+from step35.engine.engine import Engine
+from step35.engine.session import Snapshot
 from step35.errors import SettingsError
-from step35.generation import Turn, begin, step
-from step35.hardware import before_loading
-from step35.native import Jinja2ChatFormatter, LlamaGrammar, LlamaState, StockLlama, read_facts, stripped
+from step35.native.file_facts import read_facts
+from step35.native.library import Jinja2ChatFormatter, LlamaGrammar, LlamaState, StockLlama
+from step35.native.model import stripped
 from step35.options import EngineOptions
-from step35.sampling import Sampling
-from step35.session import Snapshot
-from step35.text import TextStream
+from step35.planning.autoplan import AutoPlan, auto_options
+from step35.planning.hardware import before_loading
+from step35.planning.llama_options import planned_options
+from step35.sampling.sampler import Sampling
+from step35.sampling.token_chooser import Chooser, TokenLogprobs
 
 _KV_NAMES = {None: "f16", 0: "f32", 1: "f16", 2: "q4_0", 8: "q8_0", 30: "bf16"}
 _SERVED = {

@@ -1,1 +1,1 @@
-"""Builds of llama.cpp of our own: the pinned sources, our patches on them, and which build runs."""
+"""Builds of llama.cpp of our own: the pinned sources, our patches on them, the self-test."""

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from step35 import hardware
-from step35.backend import series, store, upstream
+from step35.backend import series, upstream
 from step35.backend.check import self_test
 from step35.backend.flags import Box, Flags, flags_for
 from step35.backend.processes import run_logged
 from step35.backend.sources import cache_folder, pristine
-from step35.backend.store import Build
 from step35.errors import BackendError
+from step35.native import builds
+from step35.native.builds import Build
+from step35.planning import hardware
 
 LIBRARIES = ("llama", "ggml-rpc-server")
 """The targets: libllama with all of ggml, and the server for a second box."""
@@ -60,7 +61,7 @@ def build(wanted: Wanted, box: Box, patches: Path, say: Say, test: Callable[[Pat
     made = _named(pin, patch_list, patches / "src", flags)
     if made.folder.is_dir():
         say(f"{made.name} is there already")
-        return store.read(made.folder)
+        return builds.read(made.folder)
     cmake = find_cmake(box)
     with _locked(made.name) as workplace:
         _prepare(workplace.folder, patches, patch_list, wanted.sdist, say)
@@ -179,15 +180,15 @@ def configure(cmake: str, work: Path, made: Build, flags: Flags) -> list[str]:
 
 def _finish(work: Path, made: Build, say: Say, test: Callable[[Path], str]) -> None:
     """Puts the libraries into a folder, tests them there, and gives it its name."""
-    store.home().mkdir(parents=True, exist_ok=True)
-    partial = store.home() / f"{store.PARTIAL}{made.name}"
+    builds.home().mkdir(parents=True, exist_ok=True)
+    partial = builds.home() / f"{builds.PARTIAL}{made.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     binaries = work / "build" / "bin"
     for path in sorted([*binaries.glob("lib*.so*"), *binaries.glob("lib*.dylib"), *binaries.glob("*.metallib")]):
         shutil.copy2(path, partial / path.name, follow_symlinks=False)
-    shutil.copy2(binaries / "ggml-rpc-server", partial / store.SERVER)
-    store.write(made, partial)
+    shutil.copy2(binaries / "ggml-rpc-server", partial / builds.SERVER)
+    builds.write(made, partial)
     say(f"self-test: {test(partial)}")
     for path in partial.iterdir():
         _sync(path)

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from step35 import made_up
-from step35.backend.chosen import VARIABLE
 from step35.errors import BackendError
+from step35.native.chosen_build import VARIABLE
+from step35.selftest import synthetic_model
 
 TOLERANCE = 0.05
-"""Of the logits' spread, as in step35.doctor: a GPU may round products to 10 bits."""
+"""Of the logits' spread, as in selftest/doctor.py: a GPU may round products to 10 bits."""
 _LOGITS = """\
 import json
-from step35.doctor import made_up_logits
-from step35.engine import Engine
+from step35.selftest.doctor import made_up_logits
+from step35.engine.engine import Engine
 print(json.dumps(made_up_logits(Engine).tolist()))
 """
 
@@ -26,7 +26,7 @@ print(json.dumps(made_up_logits(Engine).tolist()))
 def self_test(folder: Path) -> str:
     """Returns what was compared; raises BackendError if the libraries can't run or compute something else."""
     ours, stock = logits_of(folder), logits_of(stock_folder())
-    known = made_up.known_logits()
+    known = synthetic_model.known_logits()
     off = float(np.abs(ours - stock).max()) / known.spread
     if not off <= TOLERANCE or int(ours.argmax()) != known.best:  # a NaN isn't
         raise BackendError(

@@ -1,1 +1,1 @@
-"""The local server: the three APIs that agents and chat front ends speak, on one engine."""
+"""The local server: OpenAI's and Anthropic's APIs on one engine."""

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from step35.generation import Turn
-from step35.server.answer import Answer
-from step35.server.choosing import Guide
-from step35.server.conversation import Ask, Event, Failed, Finished
-from step35.server.conversations import Held
-from step35.server.prompts import Prompt
+from step35.chat.answer import Answer
+from step35.chat.messages import Ask, Event, Failed, Finished
+from step35.chat.prompt_builder import Prompt
+from step35.engine.decode_loop import Turn
+from step35.server.cache.session_pool import Held
+from step35.server.guided_chooser import Guide
 
 _E = TypeVar("_E", bound=Event)
 ENDS = (Finished, Failed)

@@ -21,21 +21,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from step35.engine import Engine
+from step35.chat.answer import Answer
+from step35.chat.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_request
+from step35.chat.messages import ContentDelta, Conversation, Event, Failed, Progress
+from step35.chat.output_parser import Parser, merged
+from step35.chat.prompt_builder import LEAST_MARK, LEAST_PIECE
+from step35.chat.reasoning_budget import watch
+from step35.chat.sampled_turns import TurnMap, known_turn
+from step35.engine.decode_loop import Turn, begin, step
+from step35.engine.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
-from step35.generation import Turn, begin, step
-from step35.pressure import Level
-from step35.server.answer import Answer
-from step35.server.choosing import ArmedGrammar, Guide, ReasoningEnd, is_endless
-from step35.server.conversation import ContentDelta, Conversation, Event, Failed, Progress
-from step35.server.conversations import Conversations
-from step35.server.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_request
+from step35.planning.memory_pressure import Level
+from step35.server.cache.session_pool import Conversations
+from step35.server.guided_chooser import ArmedGrammar, Guide, ReasoningEnd, is_endless
 from step35.server.job import Job, Mail
 from step35.server.metrics import Metrics, Speed
-from step35.server.parser import Parser, merged
-from step35.server.prompts import LEAST_MARK, LEAST_PIECE
-from step35.server.reasoning import watch
-from step35.server.turns import TurnMap, known_turn
 
 QUANTUM = 512
 """Rows of prompts in a step beside running answers."""

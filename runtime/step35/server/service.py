@@ -10,22 +10,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from step35.engine import Engine
-from step35.sampling import Sampling
-from step35.server.conversation import Ask, Conversation
-from step35.server.conversations import Conversations
-from step35.server.errors import TOO_LONG, bad_request
-from step35.server.grammar import grammar_of
+from step35.chat.errors import TOO_LONG, bad_request
+from step35.chat.messages import Ask, Conversation
+from step35.chat.prompt_builder import Prompt, PromptBuilder, TokenCache
+from step35.chat.reasoning_budget import budget_of, reasoning_so_far
+from step35.chat.sampled_turns import TurnMap
+from step35.chat.template import ChatTemplate
+from step35.engine.engine import Engine
+from step35.planning.memory_usage import Pool, Usage
+from step35.sampling.sampler import Sampling
+from step35.server.api.sampling_presets import shipped_presets
+from step35.server.cache.session_disk import SessionDisk, model_digest
+from step35.server.cache.session_pool import Conversations
+from step35.server.grammar.tool_grammar import grammar_of
 from step35.server.job import Feed, Job
 from step35.server.metrics import Metrics, resident_bytes
-from step35.server.presets import shipped_presets
-from step35.server.prompts import Prompt, PromptBuilder, TokenCache
-from step35.server.reasoning import budget_of, reasoning_so_far
 from step35.server.scheduler import Limits, Scheduler
-from step35.server.session_disk import SessionDisk, model_digest
-from step35.server.template import ChatTemplate
-from step35.server.turns import TurnMap
-from step35.usage import Pool, Usage
 
 BUILTIN_TEMPLATE_ERROR = "no chat template: the model file has none; convert it again, or use /v1/completions"
 

@@ -1,0 +1,49 @@
+"""What the commands share: common options, OUT's name, and stdout as wide as it is."""
+
+import os
+from pathlib import Path
+from unicodedata import category
+
+import click
+from rich.console import Console
+
+from convert_step35.errors import OutputError, quoted
+from convert_step35.gguf.gguf_model import is_shard_name
+
+# Whether a path can be read is said by what reads it.
+PATH = click.Path(path_type=Path, readable=False)
+_NEVER_FOLD = 100_000
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if it exists; the old file stays until the new one is whole."
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), default=None, help="Threads.  [default: one a core]"
+)
+
+
+def console() -> Console:
+    """Stdout as wide as the terminal; lines in a file or a pipe are never folded."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=_NEVER_FOLD)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def output_path(out: Path) -> Path:
+    """OUT, if a GGUF file can be written under that name; UsageError or OutputError if not."""
+    if out.suffix != ".gguf":
+        raise click.UsageError(f"OUT expected a name that ends in .gguf, got {out}")
+    if any(category(char) in ("Cc", "Cs") for char in out.name):
+        raise click.UsageError(f"OUT expected a name of UTF-8 without control characters, got {quoted(str(out), 400)}")
+    if is_shard_name(out.name):
+        raise click.UsageError(
+            f"OUT expected a name that is not a shard's, got {out}: --split-max-size numbers shards itself"
+        )
+    if not out.parent.is_dir():
+        raise OutputError(f"no such folder: {out.parent}; create it first")
+    return out

@@ -1,0 +1,1 @@
+"""The checkpoint: its files, its architecture, its tokenizer, and which GGUF tensors its tensors become."""

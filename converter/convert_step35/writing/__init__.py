@@ -1,0 +1,1 @@
+"""The conversion itself: reading, writing, resuming after a kill, rewriting finished files."""

@@ -1,0 +1,316 @@
+"""Runs a plan: readers bring the chunks, all threads quantize and write them, a journal thread makes them durable.
+
+Chunks come in the order of the source files, so reads are sequential and large, and go on while the workers compute.
+Output offsets are final, so the order in which chunks end is free.
+"""
+
+import hashlib
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+import numpy as np
+
+from convert_step35.errors import CheckpointError, DiskFullError, OutputError
+from convert_step35.gguf.ggml import row_bytes
+from convert_step35.gguf.imatrix import Imatrix
+from convert_step35.planning.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
+from convert_step35.planning.plan import Plan, PlannedTensor
+from convert_step35.quantization.measure import Done, Errors, Sums, non_finite, tensor_errors
+from convert_step35.quantization.quantizers import Quantizers
+from convert_step35.source.checkpoint import Checkpoint
+from convert_step35.source.mapping import MappedTensor
+from convert_step35.writing.digesting import Digest
+from convert_step35.writing.journal import Journal
+from convert_step35.writing.output import Output, discard
+from convert_step35.writing.reading import N_READERS, Item, Loaded, ReadAhead
+from convert_step35.writing.rows import RowReader
+
+_SYNC_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """A finished tensor: the digest of its bytes, what quantization did to it, and what quantized it."""
+
+    tensor: PlannedTensor
+    sha256: str
+    errors: Errors
+    quantizer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What the workers share. `on_progress` hears of each converted chunk, `on_resumed` of each in the journal."""
+
+    checkpoint: Checkpoint
+    quantizers: Quantizers
+    imatrix: Imatrix | None
+    n_threads: int
+    on_progress: Callable[[PlannedTensor, Chunk], None]
+    on_resumed: Callable[[PlannedTensor, Chunk], None] = lambda tensor, chunk: None
+
+
+def convert(
+    plan: Plan,
+    journal_path: Path,
+    fingerprint: dict[str, str],
+    tools: Tools,
+    before_publish: Callable[[list[TensorResult]], None],
+) -> list[TensorResult]:
+    """Write every tensor of the plan and publish the files; returns one result a tensor, in plan order.
+
+    An interrupt or an error of the machine leaves the partial files and the journal, and the same call goes on
+    from there; a checkpoint that can't be converted leaves nothing.
+    """
+    tools.quantizers.prepare({tensor.kind for tensor in plan.tensors})
+    with Journal(journal_path, fingerprint) as journal:
+        try:
+            results = _write(plan, journal, tools, before_publish)
+        except (CheckpointError, DiskFullError):
+            _discard_new(plan, journal)
+            raise
+        journal.remove()
+    return results
+
+
+def _write(
+    plan: Plan, journal: Journal, tools: Tools, before_publish: Callable[[list[TensorResult]], None]
+) -> list[TensorResult]:
+    with Output(plan.files) as output, RowReader(tools.checkpoint, tools.quantizers.ggml) as reader:
+        results = _Conversion(plan.tensors, journal, output, reader, tools).run()
+        before_publish(results)
+        output.publish()
+    return results
+
+
+def _discard_new(plan: Plan, journal: Journal) -> None:
+    """Leave nothing half-written behind, but what an earlier run of the same command had achieved."""
+    if not journal.done:
+        discard(plan.files)
+        journal.remove()
+
+
+@dataclass(slots=True)
+class _Buffers:
+    """One worker's memory: 12 MiB, whatever the tensor, and mostly untouched.
+
+    `scratch` is used where no native kernel takes the weights as they are.
+    """
+
+    packed: np.ndarray
+    scratch: np.ndarray
+
+    @classmethod
+    def for_tensors(cls, tensors: Sequence[PlannedTensor]) -> "_Buffers":
+        n = _largest_chunk(tensors)
+        return cls(np.empty(4 * n, np.uint8), np.empty((2, n), np.float32))
+
+
+class _Conversion:
+    """One run over the chunks that are not yet done."""
+
+    def __init__(
+        self, tensors: Sequence[PlannedTensor], journal: Journal, output: Output, reader: RowReader, tools: Tools
+    ) -> None:
+        self._tensors = tensors
+        self._journal = journal
+        self._output = output
+        self._reader = reader
+        self._tools = tools
+        self._lock = Lock()
+        self._stop = Event()
+        self._failures: list[BaseException] = []
+        self._ended = Event()
+        self._unrecorded: list[Done] = []
+        self._records: dict[int, dict[int, Done]] = {i: {} for i in range(len(tensors))}
+        self._results: dict[int, TensorResult] = {}
+        self._digests: dict[int, Digest] = {}
+        for done in journal.done:
+            self._records[done.tensor][done.chunk] = done
+            tools.on_resumed(tensors[done.tensor], chunk_at(tensors[done.tensor].mapped, done.chunk))
+        self._ahead = ReadAhead(self._work(), 4 * _largest_chunk(tensors), tools.n_threads)
+
+    def run(self) -> list[TensorResult]:
+        workers = [self._thread(self._worker) for _ in range(self._tools.n_threads)]
+        readers = [self._thread(self._ahead.read) for _ in range(N_READERS)]
+        recorder = self._thread(self._record)
+        for thread in (recorder, *readers, *workers):
+            thread.start()
+        try:
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.2)
+        finally:
+            # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
+            self._halt()
+            _join([*readers, *workers])
+            self._ended.set()
+            _join([recorder])
+        if self._failures:
+            raise self._failures[0]
+        return [self._results[i] for i in range(len(self._tensors))]
+
+    def _thread(self, target: Callable[[], None]) -> Thread:
+        return Thread(target=self._guarded, args=(target,), daemon=True)
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException as exc:
+            self._failures.append(exc)
+            self._halt()
+
+    def _halt(self) -> None:
+        self._stop.set()
+        self._ahead.stop()
+
+    def _work(self) -> Iterator[Item]:
+        """Chunks to convert in the order of the source, and None for a tensor that the journal has whole."""
+        for index in sorted(range(len(self._tensors)), key=self._source_order):
+            tensor = self._tensors[index].mapped
+            if len(self._records[index]) == n_chunks(tensor):
+                yield Item(index, None, None)
+                continue
+            done = set(self._records[index])
+            self._digests[index] = Digest(n_chunks(tensor), is_partial=bool(done))
+            for chunk in chunks(tensor):
+                if chunk.index not in done:
+                    yield Item(index, chunk, self._reader.place(tensor, chunk))
+
+    def _source_order(self, index: int) -> tuple[str, int]:
+        source = self._tensors[index].mapped.source
+        if source is None:
+            return "", 0
+        stored = self._tools.checkpoint.sources[source].weight
+        return stored.path.name, stored.offset
+
+    def _worker(self) -> None:
+        buffers = _Buffers.for_tensors(self._tensors)
+        while (loaded := self._ahead.take()) is not None and not self._stop.is_set():
+            index, chunk = loaded.item.index, loaded.item.chunk
+            if chunk is None or self._finish_chunk(index, self._convert_loaded(index, chunk, loaded, buffers)):
+                self._finish_tensor(index, buffers)
+
+    def _convert_loaded(self, index: int, chunk: Chunk, loaded: Loaded, buffers: _Buffers) -> Done:
+        weights = self._reader.weights(self._tensors[index].mapped, chunk, loaded.data, buffers.scratch[0])
+        packed, sums = self._pack(index, chunk, weights, buffers)
+        self._ahead.give_back(loaded)
+        done = self._write(index, chunk, packed, sums)
+        self._digests[index].add(chunk.index, packed)
+        return done
+
+    def _pack(self, index: int, chunk: Chunk, weights: np.ndarray, buffers: _Buffers) -> tuple[np.ndarray, Sums]:
+        """Quantize a chunk and measure what that did to it; its bytes are in `buffers` after that."""
+        planned, quantizers = self._tensors[index], self._tools.quantizers
+        importance = self._importance(planned.mapped, chunk)
+        sums = quantizers.pack(planned.kind, weights, buffers.packed, importance, buffers.scratch)
+        if sums is None:
+            wide = buffers.scratch[0, : weights.size].reshape(weights.shape)
+            raise non_finite(quantizers.widened(weights, wide), planned.mapped)
+        packed = buffers.packed[: chunk.n_rows * row_bytes(planned.kind, planned.mapped.row_size)]
+        # A scale that is NaN or infinite makes the sum so; so do squares of huge weights.
+        if not math.isfinite(sums.squared_error) and not quantizers.ggml.is_valid(planned.kind, packed):
+            raise _bad_scale(planned)
+        return packed, sums
+
+    def _write(self, index: int, chunk: Chunk, packed: np.ndarray, sums: Sums) -> Done:
+        planned = self._tensors[index]
+        self._output.write(index, packed, _offset(planned, chunk))
+        self._tools.on_progress(planned, chunk)
+        crc = zlib.crc32(packed)
+        return Done(index, chunk.index, crc, sums.max_error, sums.squared_error, sums.squared_sum)
+
+    def _importance(self, tensor: MappedTensor, chunk: Chunk) -> np.ndarray | None:
+        imatrix = self._tools.imatrix
+        entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
+        return entry.weights(chunk.expert) if entry is not None else None
+
+    def _finish_chunk(self, index: int, done: Done) -> bool:
+        """Note a converted chunk; True for the one that makes its tensor whole."""
+        with self._lock:
+            self._unrecorded.append(done)
+            records = self._records[index]
+            records[done.chunk] = done
+            return len(records) == n_chunks(self._tensors[index].mapped)
+
+    def _finish_tensor(self, index: int, buffers: _Buffers) -> None:
+        """Note a whole tensor with its digest."""
+        planned, records = self._tensors[index], self._records[index]
+        digest = self._digests[index].result() if index in self._digests else None
+        digest = digest if digest is not None else self._digest_of_file(index, buffers)
+        if digest is None:
+            return
+        ordered = [records[i] for i in sorted(records)]
+        errors, quantizer = tensor_errors(planned.mapped, ordered), self._tools.quantizers.name(planned.kind)
+        self._results[index] = TensorResult(planned, digest, errors, quantizer)
+
+    def _digest_of_file(self, index: int, buffers: _Buffers) -> str | None:
+        """Read a whole tensor back, check every chunk's CRC and digest it; None where the run stops."""
+        sha = hashlib.sha256()
+        for chunk in chunks(self._tensors[index].mapped):
+            if self._stop.is_set():
+                return None
+            sha.update(self._checked(index, chunk, buffers))
+        return sha.hexdigest()
+
+    def _checked(self, index: int, chunk: Chunk, buffers: _Buffers) -> np.ndarray:
+        """The chunk's bytes as the file has them; a chunk that an earlier run left damaged is converted again."""
+        planned = self._tensors[index]
+        data = buffers.packed[: chunk.n_rows * row_bytes(planned.kind, planned.mapped.row_size)]
+        self._output.read(index, data, _offset(planned, chunk))
+        if zlib.crc32(data) == self._records[index][chunk.index].crc:
+            return data
+        raw = np.empty(4 * chunk.n_rows * planned.mapped.row_size, np.uint8)
+        rows = self._reader.read(planned.mapped, chunk, buffers.scratch[0], raw)
+        done = self._write(index, chunk, *self._pack(index, chunk, rows, buffers))
+        self._finish_chunk(index, done)
+        self._output.read(index, data, _offset(planned, chunk))
+        if zlib.crc32(data) != done.crc:
+            raise OutputError(
+                f"the disk returns other bytes than were written: {planned.mapped.name}, chunk {chunk.index}; "
+                "check the disk"
+            )
+        return data
+
+    def _record(self) -> None:
+        """The journal thread: every second sync the data, then append the records of the chunks in it."""
+        while not self._ended.wait(_SYNC_S):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
+            batch, self._unrecorded = self._unrecorded, []
+        if batch:
+            self._output.sync()
+            self._journal.append(batch)
+
+
+def _join(threads: Sequence[Thread]) -> None:
+    """Wait whatever comes: a second Ctrl-C must not close files that threads still write."""
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt:
+                continue
+
+
+def _largest_chunk(tensors: Sequence[PlannedTensor]) -> int:
+    """Weights in the largest chunk of all."""
+    return max(CHUNK_WEIGHTS, *(tensor.mapped.row_size for tensor in tensors))
+
+
+def _bad_scale(planned: PlannedTensor) -> CheckpointError:
+    return CheckpointError(
+        f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; "
+        "choose another type for it with --tensor-type"
+    )
+
+
+def _offset(planned: PlannedTensor, chunk: Chunk) -> int:
+    return planned.offset + chunk.first_row * row_bytes(planned.kind, planned.mapped.row_size)

@@ -1,0 +1,1 @@
+"""The model's chat dialect: messages to prompts, output text to reasoning, content and tool calls."""

@@ -1,0 +1,173 @@
+"""`step35 serve`: one model behind the OpenAI and Anthropic APIs, for agents and chat front ends."""
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from step35.cli.plan import Size, options_of
+
+if TYPE_CHECKING:
+    from step35.options import EngineOptions
+    from step35.server.service import Service
+
+EXAMPLES = """
+\b
+Examples:
+  step35 serve model.gguf
+  step35 serve model.gguf --ctx 131072 --session-dir ~/.cache/step35
+  step35 serve model.gguf --host 0.0.0.0 --api-key "$KEY"
+"""
+N_SPARE = 2
+"""Sessions beyond the parallel ones: one for short side requests, one for a conversation that rests."""
+
+SERVER_OPTIONS = (
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address; any but loopback needs --api-key."),
+    click.option(
+        "--port", type=click.IntRange(0, 65535), default=8035, show_default=True, help="Port; 0 takes a free one."
+    ),
+    click.option("--api-key", envvar="STEP35_API_KEY", help="What clients must send; also STEP35_API_KEY."),
+    click.option("--cors", metavar="ORIGIN", help="A web page's origin that may call, such as http://localhost:3000."),
+    click.option("--name", help="The model's name in the APIs; default the file's."),
+    click.option("--parallel", type=click.IntRange(1, 62), default=4, show_default=True, help="Answers at a time."),
+    click.option(
+        "--sessions", "n_sessions", type=click.IntRange(1, 64), help="Conversations in memory; default parallel + 2."
+    ),
+    click.option(
+        "--queue",
+        "n_waiting",
+        type=click.IntRange(0, 10000),
+        default=32,
+        show_default=True,
+        help="Requests that may wait.",
+    ),
+    click.option(
+        "--session-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Keep conversations here over a restart.",
+    ),
+    click.option(
+        "--session-size", type=Size(), default="20GiB", show_default=True, help="What they may take together."
+    ),
+    click.option(
+        "--trace",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Write requests and answers here, texts and all.",
+    ),
+    click.option(
+        "--drain",
+        "drain_s",
+        type=click.FloatRange(0),
+        default=30.0,
+        show_default=True,
+        help="Seconds that answers have at the end.",
+    ),
+)
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists the server's options before those of the engine."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records = {param.name: record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))}
+        server = {param.name for param in self.get_params(ctx)} & _SERVER_NAMES
+        for title, wanted in (("Server", server), ("Model", records.keys() - server)):
+            with formatter.section(title):
+                formatter.write_dl([record for name, record in records.items() if name in wanted])
+
+
+_SERVER_NAMES = {
+    "host", "port", "api_key", "cors", "name", "parallel", "n_sessions", "n_waiting", "session_dir", "session_size",
+    "trace", "drain_s",
+}  # fmt: skip
+
+
+def make_serve(model_options: tuple) -> click.Command:
+    """Returns the command; `model_options` are those that every command with a model takes."""
+    function = _serve
+    for option in reversed((*model_options, *SERVER_OPTIONS)):
+        function = option(function)
+    return click.command("serve", cls=GroupedCommand, epilog=EXAMPLES)(function)
+
+
+def _serve(
+    host,
+    port,
+    api_key,
+    cors,
+    name,
+    parallel,
+    n_sessions,
+    n_waiting,
+    session_dir,
+    session_size,
+    trace,
+    drain_s,
+    **engine_options,
+) -> None:
+    """Serves MODEL to agents and chat programs over HTTP.
+
+    OpenAI's chat completions, completions and responses, Anthropic's messages. SIGTERM or Ctrl-C lets
+    running answers end, a second one doesn't.
+    """
+    from step35.server.http.app import Access
+    from step35.server.http.serve import Address, listen, run
+    from step35.server.scheduler import Limits
+    from step35.server.service import Service, Serving
+
+    address = Address(host, port)
+    if not address.is_loopback and not api_key:
+        raise click.UsageError(f"--host {host} lets others in: give --api-key, too")
+    _log_to_stderr()
+    for folder in filter(None, (session_dir, trace)):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    listener = listen(address)
+    address = replace(address, port=listener.getsockname()[1])
+    options = _options(parallel, n_sessions, engine_options)
+    serving = Serving(
+        name or options.model.stem, Limits(min(parallel, options.n_sessions), n_waiting), session_dir, session_size
+    )
+    service = Service(serving, lambda: _open(options))
+    click.echo(f"step35: {address} (loading {options.model.name})", err=True)
+    run(service, Access(api_key, cors, trace=trace), listener, lambda: _say_ready(service, address), drain_s)
+
+
+def _options(parallel: int, n_sessions: int | None, engine_options: dict) -> "EngineOptions":
+    """Returns the engine's options; a plan file has its own number of sessions."""
+    if engine_options["plan_path"] is not None:
+        return options_of(**engine_options)
+    return options_of(**engine_options, n_sessions=n_sessions or min(parallel + N_SPARE, 64))
+
+
+def _open(options: "EngineOptions"):
+    from step35.engine.engine import Engine
+
+    return Engine(options)
+
+
+def _say_ready(service: "Service", address) -> None:
+    engine, serving = service.engine, service.serving
+    options = engine.options
+    for note in engine.notes:
+        click.echo(f"step35: {note}", err=True)
+    n_heads = len(engine.drafter.heads or ())
+    answers = f"{serving.limits.n_parallel} answers at a time"
+    lines = [
+        f"ready: {serving.name}, context of {engine.n_ctx} tokens for {options.n_sessions} conversations, {answers}",
+        f"drafting {options.draft}, {n_heads} MTP heads; sessions on disk: {serving.session_dir or 'no'}",
+        f"OpenAI: {address}/v1   Anthropic: {address}   page: {address}/",
+    ]
+    for line in lines:
+        click.echo(f"step35: {line}", err=True)
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("step35.server")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,268 @@
+"""The engine: a loaded model with its open contexts. Sessions live in it as sequences."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from step35.drafting.drafter import Drafter
+from step35.drafting.mtp_heads import REDONE, Heads
+from step35.engine.budget import Budget
+from step35.engine.session import Session, n_cells
+from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
+from step35.native.rows import Rows
+from step35.options import EngineOptions, ModelOptions
+from step35.planning.memory_pressure import Level, Reading
+from step35.planning.model_header import shard_paths
+from step35.sizes import format_size
+
+if TYPE_CHECKING:
+    from step35.native.context import Context
+    from step35.native.model import Model
+    from step35.planning.admission import Guard, Need
+
+HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
+CALIBRATED_WIDTHS = (1, 2, 3, 4, 8)
+USUAL_ROWS = 2  # of a head's run: the new one, and one accepted or redone
+
+
+def _load(options: ModelOptions) -> "Model":
+    from step35.native.model import Model
+    from step35.planning.admission import drop_from_page_cache
+
+    model = Model(options)
+    if options.load_mode in ("none", "direct_io"):  # the weights were copied
+        drop_from_page_cache(shard_paths(options.path))
+    return model
+
+
+def _check_memory(options: EngineOptions) -> "Guard | None":
+    from step35.native.file_facts import read_facts
+    from step35.planning.admission import check_memory
+
+    for path in filter(None, (options.model, options.mtp)):
+        read_facts(path)  # what is wrong with the file is said before what is wrong with its size
+    return check_memory(options)
+
+
+class Engine:
+    """A loaded model. `load_model` is the seam where tests put a fake llama.cpp.
+
+    `notes` tells in plain words what differs from what was asked for. `budget` is for all that is kept for later.
+    `pressure` is how short the memory is; who must act on it adds a function to `on_pressure`, which the watchdog's
+    thread calls with the new level.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        load_model: "Callable[[ModelOptions], Model]" = _load,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.options = options
+        self.clock = clock
+        self.notes: list[str] = []
+        self.need: Need | None = None
+        """What everything takes, by device and purpose, as counted before loading; None if nobody knows the memory."""
+        self.budget = Budget()
+        self.pressure, self._reading = Level.CALM, Reading(0)
+        self.on_pressure: list[Callable[[Level], None]] = []
+        self._closers: list[Callable[[], None]] = []
+        try:
+            guard = _check_memory(options) if load_model is _load else None  # another loader has no file to judge
+            self._open(load_model)
+            if guard is not None:
+                self._watch(guard)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, load_model: "Callable[[ModelOptions], Model]") -> None:
+        options = self.options
+        wants_heads = options.draft not in ("off", "ngram")
+        self.model = self._load_trunk(load_model, wants_heads and options.mtp is None)
+        self.n_ctx = _context_size(options, self.model)
+        self.window = self.model.n_swa
+        self.trunk = self.model.open_trunk(options.context(n_outputs=_n_outputs(options)))
+        self._closers.append(self.trunk.close)
+        self.drafter = Drafter(options.draft, self._open_heads(load_model) if wants_heads else None, self.clock)
+        self._free_sequences = list(range(options.n_sessions))[::-1]
+        self._sessions: list[Session] = []
+        if self.drafter.heads:
+            self._choose_padding(self.drafter.heads)
+        if options.draft in ("auto", "ngram"):
+            self._calibrate()
+
+    def _watch(self, guard: "Guard") -> None:
+        self.need = guard.need
+        self.notes += guard.differences()
+        self.budget.limit = guard.cache_bytes
+        watchdog = guard.watchdog(shrink=self.budget.halve, on_change=self.obey)
+        self._closers.append(watchdog.stop)
+        watchdog.start()
+
+    def _load_trunk(self, load_model: "Callable[[ModelOptions], Model]", with_heads: bool) -> "Model":
+        options = self.options
+        model = load_model(options.load(options.model, with_heads=with_heads))
+        self._closers.append(model.close)
+        if not model.facts.has_trunk:
+            raise ModelError(
+                f"no trunk: {options.model} holds only MTP heads; give the model's file, and this one with --mtp"
+            )
+        return model
+
+    def _open_heads(self, load_model: "Callable[[ModelOptions], Model]") -> Heads | None:
+        model = self._head_model(load_model)
+        if not model.n_heads:
+            self.notes.append(f"{model.facts.path} has no MTP heads: running without them")
+            return None
+        depth = int(self.options.draft) if self.options.draft.isdigit() else model.n_heads
+        n_batch = max(HEAD_BATCH, REDONE * self.options.n_sessions)
+        contexts = []
+        for head in range(min(depth, model.n_heads)):
+            contexts.append(model.open_head(head, self.options.context(n_batch=n_batch, n_outputs=n_batch)))
+            self._closers.append(contexts[-1].close)
+        return Heads(contexts, self.window, self.model.n_embd, model.draft_vocabulary)
+
+    def _head_model(self, load_model: "Callable[[ModelOptions], Model]") -> "Model":
+        if self.options.mtp is None:
+            return self.model
+        model = load_model(self.options.load(self.options.mtp, with_heads=True))
+        self._closers.append(model.close)
+        for name in ("n_vocab", "n_embd", "n_swa", "vocab_digest"):
+            wanted, got = getattr(self.model, name), getattr(model, name)
+            if wanted != got:
+                raise ModelError(
+                    f"the MTP file doesn't belong to the model: {self.options.mtp} expected {name}={wanted} "
+                    f"as in {self.options.model}, got {got}; make it from the same checkpoint"
+                )
+        return model
+
+    def close(self) -> None:
+        """Frees everything, contexts before their models."""
+        while self._closers:
+            self._closers.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # sessions
+
+    def open_session(self) -> Session:
+        """Returns a new empty session; close it to give its sequence back."""
+        if not self._free_sequences:
+            raise ContextFull(
+                f"no free session: all {self.options.n_sessions} are open; close one or load with more sessions"
+            )
+        session = Session(self, self._free_sequences.pop())
+        self._sessions.append(session)
+        return session
+
+    def release(self, session: Session) -> None:
+        """Takes a closed session's sequence back."""
+        self._sessions.remove(session)
+        self._free_sequences.append(session.seq)
+
+    @property
+    def n_free_cells(self) -> int:
+        """Tokens that still fit into the context that all sessions share."""
+        return self.n_ctx - n_cells(self._sessions)
+
+    def cancel(self) -> None:
+        """Makes the running step, or the next one, raise Cancelled. Callable from any thread or handler."""
+        self.trunk.cancel()
+
+    def clear_cancel(self) -> None:
+        """Forgets a cancel that came after the last step."""
+        self.trunk.clear_cancel()
+
+    # memory
+
+    def obey(self, level: Level, reading: Reading) -> None:
+        """Takes the watchdog's word on the memory: at STOP the running step ends. Callable from any thread."""
+        self.pressure, self._reading = level, reading
+        if level is Level.STOP:
+            self.budget.limit = 0  # a last snapshot would be the last straw
+            self.cancel()
+        for tell in self.on_pressure:
+            tell(level)
+
+    def check_pressure(self, most: Level) -> None:
+        """Raises DoesNotFit if the memory is shorter than `most` tolerates."""
+        if self.pressure > most:
+            end = "nothing more is decoded" if self.pressure is Level.STOP else "no new work is begun"
+            raise DoesNotFit(
+                f"memory is short: {format_size(self._reading.available)} are free, and {end}; "
+                "end other programs, or load with a smaller context"
+            )
+
+    # text
+
+    def tokenize(self, text: str, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:
+        """Returns token ids; `add_bos` None follows the model's own setting."""
+        add_bos = self.model.add_bos if add_bos is None else add_bos
+        return self.model.tokenize(text.encode(), add_bos=add_bos, parse_special=parse_special)
+
+    # calibration
+
+    def _calibrate(self) -> None:
+        """Measures a decode of each width and a run of each head; on a busy machine the fastest is the truest."""
+        costs = self.drafter.controller.costs
+        for width in CALIBRATED_WIDTHS:
+            tokens = [i * self.model.n_vocab // width for i in range(width)]  # unlike ones touch other experts
+            costs.observe_verify(width, self._time(self.trunk, Rows(0, 0, tokens, outputs=width)))
+        if self.drafter.heads:
+            self._calibrate_heads(self.drafter.heads)
+
+    def _calibrate_heads(self, heads: Heads) -> None:
+        costs, n_usual = self.drafter.controller.costs, max(USUAL_ROWS, heads.n_least)
+        for head, context in enumerate(heads.contexts):
+            costs.observe_draft(head, self._time(context, self._head_rows(heads, head, n_usual)))
+        first = heads.contexts[0]
+        many_s = self._time(first, self._head_rows(heads, 0, first.n_batch))
+        costs.row_s = max(0.0, many_s - costs.draft(0)) / (first.n_batch - n_usual)
+
+    def _choose_padding(self, heads: Heads) -> None:
+        """Pads a head's runs to one shape where that is faster than to build a graph for each number of rows.
+
+        It is where a row costs next to nothing. On a CPU it costs what a row of a prompt does.
+        """
+        context = heads.contexts[0]
+        padded_s = self._time(context, self._head_rows(heads, 0, REDONE))
+        varied = [[self._time_once(context, self._head_rows(heads, 0, n)) for n in range(1, REDONE)] for _ in range(3)]
+        if sum(map(min, zip(*varied, strict=True))) < padded_s * (REDONE - 1):
+            heads.n_least = 1
+
+    def _head_rows(self, heads: Heads, head: int, n: int) -> Rows:
+        n_outputs = heads.n_outputs(head, n, has_new=True)
+        return Rows(0, 0, [0] * n, n_outputs, np.zeros((n, self.model.n_embd), np.float32))
+
+    def _time(self, context: "Context", rows: Rows) -> float:
+        """Returns the seconds of a decode: the least of three, after one that builds the graph."""
+        self._time_once(context, rows)
+        return min(self._time_once(context, rows) for _ in range(3))
+
+    def _time_once(self, context: "Context", rows: Rows) -> float:
+        started = self.clock()
+        context.decode([rows])
+        context.logits()
+        seconds = self.clock() - started
+        context.truncate(rows.seq, 0)
+        return seconds
+
+
+def _n_outputs(options: EngineOptions) -> int:
+    return min(options.n_batch, max(CALIBRATED_WIDTHS) * options.n_sessions)
+
+
+def _context_size(options: EngineOptions, model: "Model") -> int:
+    if options.n_ctx > model.n_ctx_train:
+        raise SettingsError(
+            f"context too long: n_ctx expected at most {model.n_ctx_train} (the model's), got {options.n_ctx}"
+        )
+    return options.n_ctx

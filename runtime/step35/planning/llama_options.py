@@ -1,0 +1,104 @@
+"""From a placement to the options that make llama.cpp do exactly that."""
+
+import os
+from collections import Counter
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+from step35.options import EngineOptions
+from step35.planning.memory_usage import HOST, MATRICES, Layout, gpu_name
+from step35.planning.model_header import Header, read_model
+from step35.planning.placement import Placement
+from step35.planning.plan_file import read_plan
+from step35.planning.remote import parse_endpoint
+
+OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
+"""Read once, when ggml's backends are registered: to be set before the first model is loaded."""
+ALL_LAYERS = -1
+
+
+def planned_options(model: Path, plan: Path, *, mtp: Path | None = None, draft: str = "auto") -> EngineOptions:
+    """Returns the engine's options of a plan file, and sets what ggml reads from the environment.
+
+    Raises SettingsError that names the line of a mistake in the plan.
+    """
+    header = read_model(model, mtp)
+    placement = read_plan(plan, header)
+    for host in placement.rpc:
+        parse_endpoint(host)
+    os.environ.update(environment(placement))
+    return engine_options(placement, header, mtp=mtp, draft=draft)
+
+
+def engine_options(
+    placement: Placement, header: Header, *, mtp: Path | None = None, draft: str = "auto"
+) -> EngineOptions:
+    """Returns the engine's options for a placement of a model."""
+    run, layout = placement.run, placement.layout
+    places = _places(layout, header.n_blocks)
+    n_on_gpu = len(places) - places.count(HOST)
+    return EngineOptions(
+        header.path,
+        mtp=mtp,
+        draft=draft if run.n_heads or mtp else "off",
+        n_ctx=run.n_ctx,
+        n_batch=run.n_batch,
+        n_sessions=run.n_sessions,
+        n_checkpoints=run.n_checkpoints,
+        n_threads=placement.n_threads,
+        n_gpu_layers=ALL_LAYERS if n_on_gpu == len(places) else n_on_gpu,
+        load_mode=placement.load_mode,
+        kv_type=run.kv_type,
+        op_offload=placement.op_offload_from is not None,
+        overrides=overrides(layout),
+        tensor_split=tensor_split(layout, header.n_blocks),
+        rpc=placement.rpc,
+        spreads_numa=placement.spreads_numa,
+    )
+
+
+def environment(placement: Placement) -> dict[str, str]:
+    """Returns the variables to set before the first model is loaded."""
+    threshold = placement.op_offload_from
+    return {} if threshold is None else {OFFLOAD_VARIABLE: str(threshold)}
+
+
+def overrides(layout: Layout) -> tuple[tuple[str, str], ...]:
+    """Returns (pattern of tensor names, buffer type) for the experts that don't lie where their layer does.
+
+    With everything on the host there is nothing to say.
+    """
+    if not layout.gpus:
+        return ()
+    found: dict[tuple[str, ...], list[int]] = {}
+    for layer, devices in enumerate(layout.experts):
+        on_host = tuple(m for m, device in zip(MATRICES, devices, strict=True) if device == HOST) if devices else ()
+        if on_host:
+            found.setdefault(on_host, []).append(layer)
+    return tuple((_pattern(layers, matrices), HOST) for matrices, layers in found.items())
+
+
+def _pattern(layers: list[int], matrices: tuple[str, ...]) -> str:
+    return rf"^blk\.({'|'.join(map(str, layers))})\.ffn_({'|'.join(matrices)})_exps\."
+
+
+def tensor_split(layout: Layout, n_blocks: int) -> tuple[float, ...]:
+    """Returns the share of the layers that each GPU takes; the output counts as one more of the file's `n_blocks`.
+
+    llama.cpp compares a layer's place among those on GPUs with the shares' running sum, so the cuts lie between two
+    layers. One GPU is named as well: without shares, llama.cpp would use all that the box has.
+    """
+    counts = Counter(place for place in _places(layout, n_blocks) if place != HOST)
+    n_gpus = max((int(device[3:]) + 1 for device in counts), default=0)
+    ends = list(accumulate(counts[gpu_name(i)] for i in range(n_gpus)))
+    bounds = [0.0, *(max(0.0, end - 0.5) for end in ends[:-1]), *map(float, ends[-1:])]
+    return tuple(b - a for a, b in pairwise(bounds))
+
+
+def _places(layout: Layout, n_blocks: int) -> list[str]:
+    """Returns the devices of what llama.cpp spreads: the layers that the trunk's file declares, then the output.
+
+    Heads may be declared that are not there.
+    """
+    missing = (layout.layers[-1],) * (n_blocks - len(layout.layers))
+    return [*layout.layers[:n_blocks], *missing, layout.output]

@@ -1,0 +1,1 @@
+"""Checks of an installation: a synthetic model with known logits, and `step35 doctor`."""

@@ -1,0 +1,346 @@
+"""OpenAI's chat completions: a request to what is asked, and events to chunks. Pure."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field
+
+from step35.chat.errors import bad_request
+from step35.chat.messages import (
+    Ask,
+    ContentDelta,
+    Conversation,
+    Event,
+    Failed,
+    Finished,
+    JsonOutput,
+    Logprobs,
+    Message,
+    Progress,
+    ReasoningDelta,
+    Sse,
+    TokenText,
+    Tool,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallBegin,
+    Usage,
+)
+from step35.server.api import request_fields, request_limits
+from step35.server.api.collected import collect
+from step35.server.api.openai_errors import error_body
+from step35.server.api.request_fields import OMITTED, Body, Count, Frame, SamplingBody, Whole, dumps
+
+__all__ = ["Writer", "error_body", "read", "whole"]
+
+DONE = Sse(None, "[DONE]")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
+
+class PartBody(Body):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionBody(Body):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCallBody(Body):
+    id: str | None = None
+    function: FunctionBody
+
+
+class MessageBody(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[PartBody] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+
+
+class DeclaredBody(Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ToolBody(Body):
+    type: str = "function"
+    function: DeclaredBody | None = None
+
+
+class SchemaBody(Body):
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class FormatBody(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaBody | None = None
+
+
+class StreamOptionsBody(Body):
+    include_usage: bool | None = None
+
+
+class ReasoningBody(Body):
+    effort: str | None = None
+    max_tokens: Count | None = None
+
+
+class TemplateBody(Body):
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+
+
+class Request(SamplingBody):
+    """The body of a chat completion."""
+
+    messages: list[MessageBody] = Field(min_length=1)
+    model: str | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: FormatBody | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptionsBody | None = None
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=request_limits.MAX_LOGPROBS)
+    n: Whole | None = None
+    reasoning_effort: str | None = None
+    reasoning_budget: Count | None = None
+    reasoning: ReasoningBody | None = None
+    chat_template_kwargs: TemplateBody | None = None
+    functions: Any = None
+    prompt_cache_key: str | None = None
+
+
+def read(body: dict[str, Any]) -> Ask:
+    """Returns what a request asks; raises ApiError that says what is wrong with it."""
+    request = request_fields.parse(Request, body)
+    _check_served(request)
+    tools = request_fields.check_tools([_tool(entry, i) for i, entry in enumerate(request.tools or ()) if entry.function])
+    return Ask(
+        prompt=Conversation(_messages(request.messages), tools),
+        sampling=request_fields.sampling_of(request, has_tools=bool(tools)),
+        n_predict=n_predict(request.max_completion_tokens, request.max_tokens),
+        stop=request_fields.stops(request.stop),
+        n_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        tool_choice=request_fields.check_choice(_choice(request.tool_choice), tools),
+        output=_output(request.response_format),
+        effort=_effort(request),
+        reasoning_budget=request.reasoning_budget or (request.reasoning and request.reasoning.max_tokens),
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        stream=bool(request.stream),
+        model=request.model or "",
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        has_seed=request_fields.has_seed(request),
+        cache_key=request.prompt_cache_key,
+    )
+
+
+def _check_served(request: Request) -> None:
+    if request.n not in (None, 1):
+        raise bad_request(
+            f"more than one choice is not served: n expected 1, got {request.n}; send the request again", "n"
+        )
+    if request.functions:
+        raise bad_request("functions are not served: expected tools, their successor, got functions", "functions")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request("top_logprobs without logprobs: expected logprobs true, got false", "top_logprobs")
+    request_limits.check_count("messages", request.messages, request_limits.MAX_MESSAGES, "messages")
+
+
+def n_predict(*given: int | None) -> int:
+    """Returns the first limit that is given; none, 0 and less fill the context."""
+    first = next((n for n in given if n is not None), -1)
+    return first if first > 0 else -1
+
+
+def _messages(bodies: list[MessageBody]) -> tuple[Message, ...]:
+    return tuple(_message(body, f"messages[{i}]") for i, body in enumerate(bodies))
+
+
+def _message(body: MessageBody, where: str) -> Message:
+    role = {"developer": "system", "function": "tool"}.get(body.role, body.role)
+    reasoning = body.reasoning_content if body.reasoning_content is not None else body.reasoning
+    return Message(
+        role,
+        text_of(body.content, f"{where}.content", omits=role == "tool"),
+        reasoning if role == "assistant" else None,
+        tuple(
+            ToolCall(call.id or f"call_{i}", call.function.name, request_fields.arguments_text(call.function.arguments))
+            for i, call in enumerate(body.tool_calls or ())
+        ),
+        body.tool_call_id,
+        body.name,
+    )
+
+
+def text_of(content: str | list[PartBody] | None, where: str, omits: bool = False) -> str:
+    """Returns a message's text; its parts are joined by newlines.
+
+    `omits` says in words that a part is left out: what a tool once returned stays in the history, and refusing it
+    would end the conversation for good.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for i, part in enumerate(content):
+        is_text = part.type in TEXT_PARTS
+        if not (is_text or omits):
+            raise bad_request(f"only text is served: {where}[{i}].type expected text, got {part.type[:40]!r}", where)
+        texts.append(part.text or part.refusal or "" if is_text else OMITTED.format(part.type[:40]))
+    return "\n".join(texts)
+
+
+def _tool(body: ToolBody, i: int) -> Tool:
+    return request_fields.tool(body.function.name, body.function.description, body.function.parameters, f"tools[{i}]")
+
+
+def _choice(choice: str | dict[str, Any] | None) -> str:
+    """Returns auto, none, required or function:NAME."""
+    match choice:
+        case None:
+            return "auto"
+        case "auto" | "none" | "required":
+            return choice
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
+            return f"function:{name}"
+        case {"type": "allowed_tools"}:
+            return "auto"
+    raise bad_request("bad tool_choice: expected auto, none, required or a function's name", "tool_choice")
+
+
+def _output(form: FormatBody | None) -> JsonOutput | None:
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return JsonOutput()
+    schema = form.json_schema and form.json_schema.json_schema
+    if schema is None:
+        raise bad_request(
+            "no schema: response_format.json_schema.schema expected a JSON schema, got nothing", "response_format"
+        )
+    request_limits.check_schema_size(schema, "response_format")
+    return JsonOutput(schema)
+
+
+def _effort(request: Request) -> str | None:
+    """Returns the effort, wherever a client may put it; `enable_thinking` false is none."""
+    extra, nested = request.chat_template_kwargs, request.reasoning
+    if extra and extra.enable_thinking is False:
+        return "none"
+    said = (request.reasoning_effort, nested and nested.effort, extra and extra.reasoning_effort)
+    return request_fields.effort_of(next((effort for effort in said if effort), None))
+
+
+class Writer:
+    """Writes an answer as a stream of chunks."""
+
+    def __init__(self, ask: Ask, request_id: str, created: int) -> None:
+        self._ask, self._request_id = ask, request_id
+        self._head = {
+            "id": f"chatcmpl-{request_id}",
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": ask.model,
+        }
+        self._logprobs: list[Logprobs] = []
+        self._frames = {key: Frame(self._body({key: Frame.HOLE})) for key in ("content", "reasoning_content")}
+
+    def open(self) -> list[Sse]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def event(self, event: Event) -> list[Sse]:
+        match event:
+            case ReasoningDelta(text):
+                return [self._text("reasoning_content", text)]
+            case ContentDelta(text):
+                return [self._text("content", text)]
+            case ToolCallBegin(index, id_, name):
+                function = {"name": name, "arguments": ""}
+                return [
+                    self._chunk({"tool_calls": [{"index": index, "id": id_, "type": "function", "function": function}]})
+                ]
+            case ToolCallArguments(index, fragment):
+                return [self._chunk({"tool_calls": [{"index": index, "function": {"arguments": fragment}}]})]
+            case Logprobs():
+                self._logprobs.append(event)
+            case Finished(reason, usage):
+                return [self._chunk({}, reason), *self._usage(usage)]
+            case Failed(error):
+                return [Sse(None, dumps(error_body(error, self._request_id)))]
+        return []
+
+    def ping(self, progress: Progress | None) -> list[Sse]:
+        """An empty delta, with how far the prompt is."""
+        extra = {"prompt_progress": {"processed": progress.n_done, "total": progress.n_total}} if progress else {}
+        return [self._chunk({}, **extra)]
+
+    def close(self) -> list[Sse]:
+        return [DONE]
+
+    def _text(self, key: str, text: str) -> Sse:
+        return self._chunk({key: text}) if self._logprobs else Sse(None, self._frames[key].filled(text))
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None, **extra: Any) -> Sse:
+        return Sse(None, dumps(self._body(delta, reason, **extra)))
+
+    def _body(self, delta: dict[str, Any], reason: str | None = None, **extra: Any) -> dict[str, Any]:
+        logprobs = None
+        if self._logprobs and (delta or reason):
+            logprobs, self._logprobs = {"content": [_logprobs(entry) for entry in self._logprobs]}, []
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        usage = {"usage": None} if self._ask.include_usage else {}
+        return {**self._head, "choices": [choice], **usage, **extra}
+
+    def _usage(self, usage: Usage) -> list[Sse]:
+        if not self._ask.include_usage:
+            return []
+        return [Sse(None, dumps({**self._head, "choices": [], "usage": usage_body(usage)}))]
+
+
+def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+    """Returns the body of an answer that isn't streamed; raises the ApiError of one that failed."""
+    answer = collect(events)
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in answer.calls
+    ]
+    message = {
+        "role": "assistant",
+        "content": answer.content or (None if calls else ""),
+        **({"reasoning_content": answer.reasoning} if answer.reasoning else {}),
+        **({"tool_calls": calls} if calls else {}),
+    }
+    logprobs = {"content": [_logprobs(entry) for entry in answer.logprobs]} if ask.n_logprobs is not None else None
+    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": answer.reason}
+    head = {"id": f"chatcmpl-{request_id}", "object": "chat.completion", "created": created, "model": ask.model}
+    return {**head, "choices": [choice], "usage": usage_body(answer.usage)}
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """Returns the counts as chat completions and completions write them."""
+    return {
+        "prompt_tokens": usage.n_prompt,
+        "completion_tokens": usage.n_generated,
+        "total_tokens": usage.n_prompt + usage.n_generated,
+        "prompt_tokens_details": {"cached_tokens": usage.n_cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.n_reasoning},
+    }
+
+
+def _logprobs(entry: Logprobs) -> dict[str, Any]:
+    return {**_token(entry.chosen), "top_logprobs": [_token(token) for token in entry.top]}
+
+
+def _token(token: TokenText) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.piece)}

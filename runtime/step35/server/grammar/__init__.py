@@ -1,0 +1,1 @@
+"""JSON schemas and tools as GBNF grammars."""

@@ -1,0 +1,1 @@
+"""HTTP: routes, streams, access, the page, and the process that serves."""
