@@ -115,7 +115,9 @@ class Step35:
 
     def __enter__(self) -> Self:
         s = self.setup
-        self.engine = Engine(EngineOptions(s.model, s.mtp, self.draft, n_ctx=s.n_ctx, n_batch=s.n_batch, n_threads=s.n_threads))
+        self.engine = Engine(
+            EngineOptions(s.model, s.mtp, self.draft, n_ctx=s.n_ctx, n_batch=s.n_batch, n_threads=s.n_threads)
+        )
         for context in self.engine.drafter.heads.contexts if self.engine.drafter.heads else ():
             context.decode = self._counted(context.decode)
         return self
@@ -197,7 +199,9 @@ class LlamaServer:
 
     def _acceptance(self) -> list[int]:
         """Returns the number of verifications so far, and how often each position was accepted."""
-        lines = [line for line in _fetch(f"{self._url}/metrics").splitlines() if line.startswith("llamacpp:spec_decode")]
+        lines = [
+            line for line in _fetch(f"{self._url}/metrics").splitlines() if line.startswith("llamacpp:spec_decode")
+        ]
         values = {name: int(float(value)) for name, value in (line.rsplit(" ", 1) for line in lines)}
         position = 'llamacpp:spec_decode_num_accepted_tokens_per_pos_total{{position="{}"}}'.format
         accepted = [values.get(position(i), 0) for i in range(self.depth)]
@@ -219,7 +223,9 @@ def _wait_until_healthy(url: str, process: subprocess.Popen) -> None:
             return
         except urllib.error.URLError:
             time.sleep(0.2)
-    raise RuntimeError(f"llama-server didn't start within {START_S} s, exit status {process.poll()}; see its log beside the model")
+    raise RuntimeError(
+        f"llama-server didn't start within {START_S} s, exit status {process.poll()}; see its log beside the model"
+    )
 
 
 def _fetch(url: str, body: dict[str, Any] | None = None) -> str:

@@ -22,7 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' checkpoint generator and upstream driver
+sys.path[:0] = [
+    str(ROOT / "tests"),
+    str(ROOT / "tests" / "support"),
+]  # the tests' checkpoint generator and upstream driver
 
 import upstream  # noqa: E402
 from checkpoints import REAL, Shape, random_tensors, tensor_shapes, write_checkpoint  # noqa: E402
@@ -220,7 +223,12 @@ def show(steps: list[Step], source_bytes: int) -> None:
 def _cells(usage: Usage, source_bytes: int) -> list[str]:
     sizes = (usage.peak_anonymous_bytes, usage.peak_rss_bytes, usage.written_bytes)
     cpu_s = usage.user_s + usage.system_s
-    return [f"{usage.wall_s:.1f}", f"{cpu_s:.1f}", f"{source_bytes / usage.wall_s / 1e9:.2f}", *(f"{n / 1e9:.2f}" for n in sizes)]
+    return [
+        f"{usage.wall_s:.1f}",
+        f"{cpu_s:.1f}",
+        f"{source_bytes / usage.wall_s / 1e9:.2f}",
+        *(f"{n / 1e9:.2f}" for n in sizes),
+    ]
 
 
 def _ratios(theirs: Usage, ours: Usage) -> list[str]:
@@ -255,7 +263,9 @@ def require_space(folder: Path, source_bytes: int) -> None:
     """Refuses before the work what would fill the disk: the checkpoint, its BF16 copy, the outputs."""
     need, free = int(2.7 * source_bytes), shutil.disk_usage(folder).free
     if free < need:
-        raise click.ClickException(f"{folder}: expected {need / 1e9:.0f} GB free, got {free / 1e9:.0f} GB; give --work DIR")
+        raise click.ClickException(
+            f"{folder}: expected {need / 1e9:.0f} GB free, got {free / 1e9:.0f} GB; give --work DIR"
+        )
 
 
 @click.command(help=__doc__)
@@ -263,8 +273,21 @@ def require_space(folder: Path, source_bytes: int) -> None:
 @click.option("--libggml", "with_libggml", is_flag=True, help="Run the converter with libggml's quantizers too.")
 @click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Rounds, each in the other order.")
 @click.option("--experts", default=REAL.moe_num_experts, show_default=True, help="Fewer make a smaller checkpoint.")
-@click.option("--work", default=ROOT / "build" / "bench", type=click.Path(path_type=Path), show_default="build/bench", help="Folder for 27 GB; the checkpoint stays there.")
-@click.option("--csv", "csv_path", default=ROOT / "bench" / "results" / "convert.csv", type=click.Path(path_type=Path), show_default="bench/results/convert.csv", help="Where the numbers go.")
+@click.option(
+    "--work",
+    default=ROOT / "build" / "bench",
+    type=click.Path(path_type=Path),
+    show_default="build/bench",
+    help="Folder for 27 GB; the checkpoint stays there.",
+)
+@click.option(
+    "--csv",
+    "csv_path",
+    default=ROOT / "bench" / "results" / "convert.csv",
+    type=click.Path(path_type=Path),
+    show_default="bench/results/convert.csv",
+    help="Where the numbers go.",
+)
 def main(preset: str, with_libggml: bool, rounds: int, experts: int, work: Path, csv_path: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     source_bytes = sum(t.n_bytes for t in random_tensors(tensor_shapes(bench_shape(experts))).values())

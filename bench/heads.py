@@ -63,7 +63,9 @@ def costs(files: tuple[Path, ...], rounds: int) -> None:
     for _ in range(rounds):
         for name, head in heads.items():
             for n_rows, n_outputs in RUNS:
-                taken.setdefault((name, n_rows, n_outputs), []).extend(_times(head, models[name].n_embd, n_rows, n_outputs))
+                taken.setdefault((name, n_rows, n_outputs), []).extend(
+                    _times(head, models[name].n_embd, n_rows, n_outputs)
+                )
     for (name, n_rows, n_outputs), seconds in taken.items():
         base = min(taken[next(iter(models)), n_rows, n_rows])
         low, middle = min(seconds), median(seconds)

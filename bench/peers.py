@@ -107,7 +107,10 @@ class Cell:
     @property
     def tps(self) -> dict[int, float]:
         """The same from end to end: one reads a prompt with its heads at once, another when it first drafts."""
-        return {n: sum(r.n_decoded + 1 for r in runs) / sum(r.prefill_s + r.decode_s for r in runs) for n, runs in self._rounds.items()}
+        return {
+            n: sum(r.n_decoded + 1 for r in runs) / sum(r.prefill_s + r.decode_s for r in runs)
+            for n, runs in self._rounds.items()
+        }
 
     @property
     def _rounds(self) -> dict[int, list[Run]]:
@@ -134,7 +137,9 @@ class Cell:
 
 def cells(results: Sequence[Result], kind: str, temperature: float) -> dict[str, Cell]:
     wanted = [r for r in results if (r.task.kind, r.task.temperature) == (kind, temperature)]
-    return {name: Cell([r for r in wanted if r.contender == name]) for name in dict.fromkeys(r.contender for r in wanted)}
+    return {
+        name: Cell([r for r in wanted if r.contender == name]) for name in dict.fromkeys(r.contender for r in wanted)
+    }
 
 
 def ratio(over: dict[int, float], under: dict[int, float]) -> float:
@@ -145,7 +150,9 @@ def ratio(over: dict[int, float], under: dict[int, float]) -> float:
 def show(part: str, results: Sequence[Result]) -> None:
     """Prints a table for each kind of prompt and temperature: tokens a second of decoding, and from end to end."""
     for kind, temperature in dict.fromkeys((r.task.kind, r.task.temperature) for r in results):
-        table = Table("contender", "decode", "tok/s", "of plain", "tokens a decode", "accepted per head", "MTP decodes a cycle")
+        table = Table(
+            "contender", "decode", "tok/s", "of plain", "tokens a decode", "accepted per head", "MTP decodes a cycle"
+        )
         by_name = cells(results, kind, temperature)
         for name, cell in by_name.items():
             plain = by_name[f"{name.split()[0]} off"]
@@ -204,7 +211,9 @@ class Bench:
     def wrecked(self) -> list[Result]:
         results = []
         for part, source in (("wrecked tiny", self._tiny_model()), ("wrecked widened", self._widened_model())):
-            model = self._made(source.with_name(f"wrecked-{source.name}"), lambda path, source=source: wreck.wreck(source, path))
+            model = self._made(
+                source.with_name(f"wrecked-{source.name}"), lambda path, source=source: wreck.wreck(source, path)
+            )
             setup = Setup(model, n_threads=self.n_threads)
             tasks = at_temperatures(make_tasks(2, 4, 64), (0.0, 1.0))
             results += play(part, [Step35(setup, draft) for draft in ("off", "auto")], tasks, self.rounds)
@@ -391,11 +400,34 @@ PARTS = ("tiny", "widened", "slice", "wrecked")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Rounds, each in the other order.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Which parts; default all.")
 @click.option("--skip", multiple=True, metavar="NAME", help="A contender to leave out, such as 'step35 1'.")
-@click.option("--long", "n_long", default=LONG_PROMPT, show_default=True, type=click.IntRange(0), help="Tokens of the slice's long prompt; 0 leaves it out.")
-@click.option("--work", default=ROOT / "build" / "peers", type=click.Path(path_type=Path), show_default="build/peers", help="Folder for the models; they stay there.")
-@click.option("--results", default=ROOT / "bench" / "results", type=click.Path(path_type=Path), show_default="bench/results", help="Folder for peers-PART.csv.")
-@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default="all cores", help="CPU threads of every contender.")
-def main(rounds: int, only: tuple[str, ...], skip: tuple[str, ...], n_long: int, work: Path, results: Path, threads: int) -> None:
+@click.option(
+    "--long",
+    "n_long",
+    default=LONG_PROMPT,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Tokens of the slice's long prompt; 0 leaves it out.",
+)
+@click.option(
+    "--work",
+    default=ROOT / "build" / "peers",
+    type=click.Path(path_type=Path),
+    show_default="build/peers",
+    help="Folder for the models; they stay there.",
+)
+@click.option(
+    "--results",
+    default=ROOT / "bench" / "results",
+    type=click.Path(path_type=Path),
+    show_default="bench/results",
+    help="Folder for peers-PART.csv.",
+)
+@click.option(
+    "--threads", default=len(os.sched_getaffinity(0)), show_default="all cores", help="CPU threads of every contender."
+)
+def main(
+    rounds: int, only: tuple[str, ...], skip: tuple[str, ...], n_long: int, work: Path, results: Path, threads: int
+) -> None:
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, rounds, threads, skip, n_long)
     for part in only or PARTS:

@@ -137,6 +137,7 @@ def published_section(header: Header) -> Iterator[str]:
     yield "bandwidth explains; at 262144 tokens the Mac has 12 GiB of KV beside a file of 104 GiB, close to its limit of 120."
     yield ""
 
+
 def drafting_section(found: dict[str, Header]) -> Iterator[str]:
     """Yields what drafting gains by the estimate, beside what others posted."""
     machines = known_machines()

@@ -116,7 +116,9 @@ def _streamed(response: http.client.HTTPResponse, started: float) -> Heard:
             continue
         data = json.loads(line[6:])
         usage = data.get("usage") or usage
-        finish = next((choice["finish_reason"] for choice in data.get("choices", ()) if choice.get("finish_reason")), finish)
+        finish = next(
+            (choice["finish_reason"] for choice in data.get("choices", ()) if choice.get("finish_reason")), finish
+        )
         tokens += _tokens(data)
         text = _delta(data)
         if text:

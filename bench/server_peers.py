@@ -74,7 +74,9 @@ class Contender:
 
 
 def contenders(setup: Setup) -> list[Contender]:
-    found = [Contender(f"step35 {draft}", lambda stack, draft=draft: _ours(stack, setup, draft)) for draft in ("off", "auto")]
+    found = [
+        Contender(f"step35 {draft}", lambda stack, draft=draft: _ours(stack, setup, draft)) for draft in ("off", "auto")
+    ]
     found += [
         Contender(f"llama-server {draft}", lambda stack, draft=draft: _llama_server(stack, setup, draft))
         for draft in ("off", "draft-mtp")

@@ -70,7 +70,9 @@ def deepened(tensors: dict[str, Tensor], config: dict, n_more: int) -> dict[str,
         old, is_new = f"model.layers.{source}.", n_trunk <= layer < n_trunk + n_more
         for name in (name for name in tensors if name.startswith(old)):
             adds_nothing = is_new and name.endswith(_WRITERS)
-            deep[name.replace(old, f"model.layers.{layer}.")] = zeros_like(tensors[name]) if adds_nothing else tensors[name]
+            deep[name.replace(old, f"model.layers.{layer}.")] = (
+                zeros_like(tensors[name]) if adds_nothing else tensors[name]
+            )
     return deep
 
 
@@ -174,7 +176,9 @@ def _by_layer(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tenso
 @click.argument("out", type=click.Path(exists=False, path_type=Path))
 @click.option("--hidden", default=Factors().hidden, show_default=True, help="Copies of the hidden state's features.")
 @click.option("--heads", default=Factors().heads, show_default=True, help="Copies of the attention heads.")
-@click.option("--dense", default=Factors().dense, show_default=True, help="Copies inside dense MLPs, the MTP heads' too.")
+@click.option(
+    "--dense", default=Factors().dense, show_default=True, help="Copies inside dense MLPs, the MTP heads' too."
+)
 @click.option("--expert", default=Factors().expert, show_default=True, help="Copies inside routed and shared experts.")
 @click.option("--layers", default=N_LAYERS, show_default=True, help="Further layers, that add nothing.")
 def main(checkpoint: Path, out: Path, layers: int, **factors: int) -> None:

@@ -1,13 +1,13 @@
 """The errors of the runtime, as one tree.
 
-    Step35Error            one clear line; the command prints `step35: error: ...` and exits 1
-    ├── ModelError         a GGUF file is not a usable Step-3.5 model
-    ├── NativeError        llama.cpp refused, failed, or lacks a symbol
-    ├── BackendError       a build of llama.cpp can't be made, found or used
-    ├── ContextFull        a timeline doesn't fit into its context
-    ├── DoesNotFit         the memory can't hold what was asked for
-    ├── SettingsError      a setting has an unknown or impossible value
-    └── Cancelled          a decode was stopped on request
+Step35Error            one clear line; the command prints `step35: error: ...` and exits 1
+├── ModelError         a GGUF file is not a usable Step-3.5 model
+├── NativeError        llama.cpp refused, failed, or lacks a symbol
+├── BackendError       a build of llama.cpp can't be made, found or used
+├── ContextFull        a timeline doesn't fit into its context
+├── DoesNotFit         the memory can't hold what was asked for
+├── SettingsError      a setting has an unknown or impossible value
+└── Cancelled          a decode was stopped on request
 """
 
 

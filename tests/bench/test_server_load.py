@@ -1,6 +1,5 @@
 """The bench's load and nonsense, in short: no answer wrong, lost or mixed up, and no body is the server's fault."""
 
-
 import pytest
 
 import server as bench

@@ -144,7 +144,13 @@ def test_separate_files_are_upstreams(upstream_gguf, tmp_path):
 
 def test_overridden_types_are_upstreams(upstream_gguf, tmp_path):
     """The first match wins, and the counters of the rules stand still for what is forced."""
-    types = {"ffn_(up|gate)_exps": "IQ4_XS", r"blk\.[12]\.attn_v": "Q3_K", "attn_v": "Q8_0", "ffn_down_shexp": "Q4_K", "token_embd": "Q6_K"}
+    types = {
+        "ffn_(up|gate)_exps": "IQ4_XS",
+        r"blk\.[12]\.attn_v": "Q3_K",
+        "attn_v": "Q8_0",
+        "ffn_down_shexp": "Q4_K",
+        "token_embd": "Q6_K",
+    }
     forced = {pattern: GGMLQuantizationType[kind].value for pattern, kind in types.items()}
     theirs = upstream.quantize(upstream_gguf(BUNDLED, "bf16"), tmp_path / "theirs.gguf", "Q4_K_M", tensor_types=forced)
     flags = [flag for pattern, kind in types.items() for flag in ("--tensor-type", f"{pattern}={kind}")]
@@ -158,16 +164,25 @@ def test_shards_hold_what_upstreams_hold(upstream_gguf, tmp_path):
     first = sorted(tmp_path.glob("split-00001-of-*.gguf"))[0]
     upstream.quantize(first, tmp_path / "theirs", "Q4_K_M", keep_split=True)
     their_shards = sorted(tmp_path.glob("theirs-0*.gguf"))
-    assert convert_step35("run", BUNDLED, tmp_path / "ours.gguf", "--type", "Q4_K_M", "--split-max-size", "4MB").exit_code == 0
+    assert (
+        convert_step35("run", BUNDLED, tmp_path / "ours.gguf", "--type", "Q4_K_M", "--split-max-size", "4MB").exit_code
+        == 0
+    )
     our_shards = sorted(tmp_path.glob("ours-0*.gguf"))
     assert len(our_shards) > 1 < len(their_shards)
     mine, theirs = ([GGUFReader(path) for path in paths] for paths in (our_shards, their_shards))
     split = {"split.no", "split.count", "split.tensors.count"}
     for i, shard in enumerate(mine):
-        assert {key: types for key, (types, _) in _metadata(shard).items() if key in split} == {key: types for key, (types, _) in _metadata(theirs[0]).items() if key in split}
+        assert {key: types for key, (types, _) in _metadata(shard).items() if key in split} == {
+            key: types for key, (types, _) in _metadata(theirs[0]).items() if key in split
+        }
         assert [_metadata(shard)[key][1] for key in sorted(split)] == [len(mine), i, len(GGUFReader(whole).tensors)]
     assert [*_metadata_differences(mine[0], theirs[0], OUR_KEYS, split)] == []
-    assert [*_tensor_differences(_Tensors(mine), _Tensors(theirs))] == [*_tensor_differences(_Tensors(mine), GGUFReader(whole))] == []
+    assert (
+        [*_tensor_differences(_Tensors(mine), _Tensors(theirs))]
+        == [*_tensor_differences(_Tensors(mine), GGUFReader(whole))]
+        == []
+    )
 
 
 class _Tensors:

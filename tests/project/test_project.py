@@ -18,7 +18,10 @@ CONVERTER, RUNTIME = ROOT / "converter" / "convert_step35", ROOT / "runtime" / "
 def modules(package: Path) -> dict[str, Path]:
     """The modules of a package by their dotted names; a folder's `__init__` has the folder's name."""
     files = sorted(package.rglob("*.py"))
-    return {".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    return {
+        ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in files
+    }
 
 
 MODULES = modules(CONVERTER) | modules(RUNTIME)
@@ -39,7 +42,9 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def importers(folder: Path, package: str) -> list[str]:
-    return sorted(path.stem for path in folder.rglob("*.py") if any(name.split(".")[0] == package for name in imports(path)))
+    return sorted(
+        path.stem for path in folder.rglob("*.py") if any(name.split(".")[0] == package for name in imports(path))
+    )
 
 
 def test_converter_and_runtime_do_not_know_each_other() -> None:
@@ -75,7 +80,16 @@ def test_no_imports_run_in_a_circle(package: str) -> None:
 
 
 FLOORS = {
-    "convert_step35": (("",), ("source",), ("gguf",), ("planning",), ("quantization",), ("writing",), ("inspection",), ("cli",)),
+    "convert_step35": (
+        ("",),
+        ("source",),
+        ("gguf",),
+        ("planning",),
+        ("quantization",),
+        ("writing",),
+        ("inspection",),
+        ("cli",),
+    ),
     "step35": (
         ("",),
         ("native",),
@@ -104,13 +118,28 @@ def test_imports_run_in_one_direction(name: str) -> None:
     package, folder = name.split(".")[0], folder_of(name)
     floors = {folder: floor for floor, folders in enumerate(FLOORS[package]) for folder in folders}
     for imported in imported_modules(name) - {package}:
-        assert folder_of(imported) == folder or floors[folder_of(imported)] < floors[folder], f"{name} imports {imported}"
+        assert folder_of(imported) == folder or floors[folder_of(imported)] < floors[folder], (
+            f"{name} imports {imported}"
+        )
 
 
 def test_a_plan_touches_neither_disk_nor_library() -> None:
     """The pure core: from a shape and wishes to the place of every byte."""
-    core = ("errors", "sizes", "source/architecture", "source/mapping", "gguf/gguf_header", "gguf/metadata", "planning/chunks", "planning/plan", "planning/presets", "planning/recipes")
-    assert [name for name in core if {"os", "ctypes", "tempfile", "shutil", "io"} & set(imports(CONVERTER / f"{name}.py"))] == []
+    core = (
+        "errors",
+        "sizes",
+        "source/architecture",
+        "source/mapping",
+        "gguf/gguf_header",
+        "gguf/metadata",
+        "planning/chunks",
+        "planning/plan",
+        "planning/presets",
+        "planning/recipes",
+    )
+    assert [
+        name for name in core if {"os", "ctypes", "tempfile", "shutil", "io"} & set(imports(CONVERTER / f"{name}.py"))
+    ] == []
 
 
 def loaded(module: str) -> set[str]:
@@ -143,7 +172,21 @@ def test_the_module_runs_like_the_command() -> None:
 
 
 def test_what_a_reader_looks_for_is_at_the_top() -> None:
-    expected = {"converter", "runtime", "patches", "tests", "docs", "bench", "models.yaml", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", ".ci"}
+    expected = {
+        "converter",
+        "runtime",
+        "patches",
+        "tests",
+        "docs",
+        "bench",
+        "models.yaml",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "Makefile",
+        ".ci",
+    }
     assert {name for name in expected if not (ROOT / name).exists()} == set()
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 

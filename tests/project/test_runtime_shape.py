@@ -10,7 +10,17 @@ import pytest
 import step35
 
 PACKAGE = Path(step35.__file__).parent
-PURE = ["drafting.depth_controller", "errors", "drafting.hidden_ring", "drafting.prompt_lookup", "options", "native.rows", "sampling.sampler", "engine.prefix", "engine.detokenize"]
+PURE = [
+    "drafting.depth_controller",
+    "errors",
+    "drafting.hidden_ring",
+    "drafting.prompt_lookup",
+    "options",
+    "native.rows",
+    "sampling.sampler",
+    "engine.prefix",
+    "engine.detokenize",
+]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -24,13 +34,27 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_one_module_imports_llama_cpp():
-    users = {path.stem for path in PACKAGE.rglob("*.py") if any(n.split(".")[0] == "llama_cpp" for n in imports_of(path))}
+    users = {
+        path.stem for path in PACKAGE.rglob("*.py") if any(n.split(".")[0] == "llama_cpp" for n in imports_of(path))
+    }
     assert users == {"library"}
 
 
 @pytest.mark.parametrize("name", PURE)
 def test_a_pure_module_knows_no_clock_no_disk_and_no_model(name):
-    allowed = {"bisect", "codecs", "collections", "collections.abc", "dataclasses", "functools", "itertools", "math", "numpy", "operator", "pathlib"}
+    allowed = {
+        "bisect",
+        "codecs",
+        "collections",
+        "collections.abc",
+        "dataclasses",
+        "functools",
+        "itertools",
+        "math",
+        "numpy",
+        "operator",
+        "pathlib",
+    }
     allowed |= {f"step35.{pure}" for pure in PURE}
     assert imports_of(PACKAGE / f"{name.replace('.', '/')}.py") <= allowed
 

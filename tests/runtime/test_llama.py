@@ -134,7 +134,12 @@ def test_a_constructor_argument_that_isnt_served_is_refused(option):
 
 
 def test_what_isnt_served_says_so(llm):
-    for call in (lambda: llm.embed("x"), lambda: llm.scores, lambda: llm.sample(), lambda: llm(PROMPT, mirostat_mode=2)):
+    for call in (
+        lambda: llm.embed("x"),
+        lambda: llm.scores,
+        lambda: llm.sample(),
+        lambda: llm(PROMPT, mirostat_mode=2),
+    ):
         with pytest.raises(SettingsError, match="not served|not kept"):
             call()
     with pytest.raises(ContextFull, match="holds 1024 tokens"):

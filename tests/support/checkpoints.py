@@ -457,9 +457,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def write_shards(
-    folder: Path, tensors: Mapping[str, Stored], shard_index: Callable[[str], int], n_shards: int
-) -> None:
+def write_shards(folder: Path, tensors: Mapping[str, Stored], shard_index: Callable[[str], int], n_shards: int) -> None:
     """Writes the weights in `n_shards` files and their index."""
     if n_shards == 1:
         return write_safetensors(folder / "model.safetensors", tensors)

@@ -33,7 +33,11 @@ def convert_step35(*arguments: object) -> Done:
     out = TextIOWrapper(BytesIO(), encoding="utf-8", write_through=True)
     err = TextIOWrapper(BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
     exit_code = 0
-    with patch.object(sys, "argv", ["convert-step35", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+    with (
+        patch.object(sys, "argv", ["convert-step35", *map(str, arguments)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         try:
             main()
         except SystemExit as exc:

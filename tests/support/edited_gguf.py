@@ -65,7 +65,11 @@ def _copy(old: BinaryIO, new: BinaryIO, stored: GgufTensor | None, start: int, i
 def _entries(file: GgufFile, metadata: Mapping[str, Any]) -> list[Entry]:
     kinds = {key: item if item is not None else kind for key, (kind, item) in file.value_types.items()}
     changed = {**file.metadata, **metadata}
-    return [value if isinstance(value, Entry) else _entry(key, kinds[key], value) for key, value in changed.items() if value is not None]
+    return [
+        value if isinstance(value, Entry) else _entry(key, kinds[key], value)
+        for key, value in changed.items()
+        if value is not None
+    ]
 
 
 def _entry(key: str, kind: V, value: Any) -> Entry:

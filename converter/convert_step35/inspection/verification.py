@@ -81,9 +81,7 @@ def check_rows(
     return digests, problems
 
 
-def _check_tensor(
-    path: Path, tensor: GgufTensor, ggml: Ggml, on_bytes: Callable[[int], None]
-) -> tuple[str, bool]:
+def _check_tensor(path: Path, tensor: GgufTensor, ggml: Ggml, on_bytes: Callable[[int], None]) -> tuple[str, bool]:
     per_row = row_bytes(tensor.ggml_type, tensor.shape[-1]) if tensor.shape else tensor.n_bytes
     piece = max(1, _PIECE_BYTES // per_row) * per_row
     sha, valid = hashlib.sha256(), True

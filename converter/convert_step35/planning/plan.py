@@ -188,9 +188,7 @@ def _fitting(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], parts
 
     def choices(name: str) -> list[TypeChoice]:
         return [
-            choose_types(
-                name, tensors, subject.arch, recipes, overrides=wishes.overrides, mtp_type=wishes.mtp_type
-            )
+            choose_types(name, tensors, subject.arch, recipes, overrides=wishes.overrides, mtp_type=wishes.mtp_type)
             for _, tensors, _ in parts
         ]
 

@@ -158,9 +158,7 @@ class Quantizers:
     def _agrees(self, kind: GgmlType) -> bool:
         if all(self._agrees_on(kind, weights) for weights in trial_weights()):
             return True
-        self.notes.append(
-            f"the native {kind.name} does otherwise than libggml here; libggml is used, which is slower"
-        )
+        self.notes.append(f"the native {kind.name} does otherwise than libggml here; libggml is used, which is slower")
         return False
 
     def _agrees_on(self, kind: GgmlType, weights: np.ndarray | None) -> bool:

@@ -84,8 +84,7 @@ def read_piece(descriptor: int, offset: int, n_bytes: int, path: Path) -> np.nda
         n = os.preadv(descriptor, [memoryview(data)[done:]], offset + done)
         if n == 0:
             raise GgufError(
-                f"truncated file: {path} expected {offset + n_bytes} bytes or more, got {offset + done}; "
-                "did it change?"
+                f"truncated file: {path} expected {offset + n_bytes} bytes or more, got {offset + done}; did it change?"
             )
         done += n
     if hasattr(os, "posix_fadvise"):

@@ -117,4 +117,3 @@ class RowReader:
                 self._convert(Source(scale), chunk, values.reshape(1, -1), data)
                 self._scales[scale.name] = values.reshape(-1, *scale.shape[-2:])
             return self._scales[scale.name]
-

@@ -146,8 +146,7 @@ def _embedding(plan: TrimPlan, quantizers: Quantizers) -> Iterator[np.ndarray]:
         quantizers.dequantize(tensor.ggml_type, data.reshape(-1), rows)
         if not quantizers.all_finite(rows):
             raise GgufError(
-                f"damaged GGUF file: {plan.model.homes[EMBEDDING]}: {EMBEDDING} holds NaN or infinity; "
-                "convert it again"
+                f"damaged GGUF file: {plan.model.homes[EMBEDDING]}: {EMBEDDING} holds NaN or infinity; convert it again"
             )
         yield rows
 

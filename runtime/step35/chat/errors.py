@@ -19,9 +19,7 @@ class ApiError(Step35Error):
     `code` is a word of OpenAI's for what its clients act upon.
     """
 
-    def __init__(
-        self, status: int, kind: str, message: str, param: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, status: int, kind: str, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.kind, self.message, self.param, self.code = status, kind, message, param, code
 

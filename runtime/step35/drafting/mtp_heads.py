@@ -55,9 +55,7 @@ class Chain:
     def row_tokens(self, head: int, first: int, end: int) -> list[int]:
         """Returns the tokens that head's rows [first, end) take."""
         shift, n = 1 + head, self.n_rows + 1
-        return [
-            self.tokens[t] if t < n else self.drafts[t - n] for t in range(first + shift, end + shift)
-        ]
+        return [self.tokens[t] if t < n else self.drafts[t - n] for t in range(first + shift, end + shift)]
 
 
 class Heads:

@@ -51,11 +51,18 @@ _EXPERTS = b"ffn_moe_topk-"
 class _Tensor(ctypes.Structure):
     """The beginning of a ggml_tensor."""
 
-    _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4)]
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+    ]
 
 
 _tensor_name = bind("ggml_get_name", "", [ctypes.c_void_p], ctypes.c_char_p)
-_tensor_get = bind("ggml_backend_tensor_get", "", [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None)
+_tensor_get = bind(
+    "ggml_backend_tensor_get", "", [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None
+)
 
 
 def _expert_watch(on_experts: OnExperts) -> object:
@@ -276,9 +283,7 @@ class Context:
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         n_read = C.llama_state_seq_set_data_ext(self._ctx, buffer, len(state), seq, flags)
         if n_read != len(state):
-            raise NativeError(
-                f"restoring sequence {seq} failed: {reason()}; expected {len(state)} bytes, got {n_read}"
-            )
+            raise NativeError(f"restoring sequence {seq} failed: {reason()}; expected {len(state)} bytes, got {n_read}")
 
 
 @lru_cache(maxsize=64)  # they seldom move

@@ -35,8 +35,6 @@ _gguf_array_data = bind("gguf_get_arr_data", "", [ctypes.c_void_p, ctypes.c_int6
 _GGUF_U16, _GGUF_U32, _GGUF_I32, _GGUF_STRING, _GGUF_ARRAY = 2, 4, 5, 8, 9
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class FileFacts:
     """What a GGUF's header says, before any weight is read."""

@@ -126,7 +126,10 @@ def made_up_logits(load_engine: Callable[[EngineOptions], object]) -> np.ndarray
         synthetic_model.write(path)
         options = EngineOptions(path, draft="off", n_ctx=512, n_batch=N_SELF_TEST)
         with load_engine(options) as engine:
-            parts = [list(synthetic_model.PROMPT[i : i + N_SELF_TEST]) for i in range(0, len(synthetic_model.PROMPT), N_SELF_TEST)]
+            parts = [
+                list(synthetic_model.PROMPT[i : i + N_SELF_TEST])
+                for i in range(0, len(synthetic_model.PROMPT), N_SELF_TEST)
+            ]
             return _last_logits(engine, parts)
 
 

@@ -49,7 +49,9 @@ def refused(*arguments: object, exit_code: int, message: str) -> None:
     for options in ((), ("--json",)):
         done = convert_step35(*arguments, *options)
         assert (done.exit_code, done.out) == (exit_code, ""), done.err
-        assert done.err.startswith("convert-step35: error: ") and done.err.endswith("\n") and done.err[:-1].isprintable()
+        assert (
+            done.err.startswith("convert-step35: error: ") and done.err.endswith("\n") and done.err[:-1].isprintable()
+        )
         assert re.search(message, done.err), done.err
         assert len(done.err) < 1000
 
@@ -75,7 +77,13 @@ def test_every_command_explains_itself_in_80_columns(command: str) -> None:
 
 
 def test_every_command_answers_in_json(checkpoint: Path, made: Path, tmp_path: Path) -> None:
-    for arguments in (["plan", checkpoint], ["run", checkpoint, tmp_path / "a.gguf"], ["verify", made], ["inspect", made], ["recipes"]):
+    for arguments in (
+        ["plan", checkpoint],
+        ["run", checkpoint, tmp_path / "a.gguf"],
+        ["verify", made],
+        ["inspect", made],
+        ["recipes"],
+    ):
         done = convert_step35(*arguments, "--json")
         assert (done.exit_code, done.err) == (0, "")
         assert isinstance(done.data, dict) and done.data
@@ -91,7 +99,10 @@ def test_the_plan_is_what_the_run_makes(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_the_default_type_is_q8_0(checkpoint: Path) -> None:
-    assert convert_step35("plan", checkpoint, "--json").data == convert_step35("plan", checkpoint, "--type", "Q8_0", "--json").data
+    assert (
+        convert_step35("plan", checkpoint, "--json").data
+        == convert_step35("plan", checkpoint, "--type", "Q8_0", "--json").data
+    )
 
 
 def test_recipes_names_everything_that_type_takes(checkpoint: Path) -> None:
@@ -119,7 +130,9 @@ def test_a_file_with_problems_exits_1_and_says_them_on_stdout(made: Path, tmp_pa
 def test_an_override_counts_under_every_kind_of_type(checkpoint: Path) -> None:
     """Under BF16 it was written into the file's recipe and ignored."""
     for name in ("BF16", "Q4_K_M", "MOE_Q6_K", "Q3_K"):
-        planned = convert_step35("plan", checkpoint, "--type", name, "--tensor-type", "ffn_up_exps=iq4_nl", "--json").data
+        planned = convert_step35(
+            "plan", checkpoint, "--type", name, "--tensor-type", "ffn_up_exps=iq4_nl", "--json"
+        ).data
         assert {t["type"] for t in planned["tensors"] if "ffn_up_exps" in t["name"]} == {"IQ4_NL"}
         assert planned["recipe"] == f"{name} ffn_up_exps=IQ4_NL"
 
@@ -173,7 +186,11 @@ def test_a_slip_in_an_option_is_one_line(checkpoint: Path, case: str) -> None:
 )
 def test_a_wrong_command_line_is_one_line(arguments: list[str], message: str) -> None:
     done = convert_step35(*arguments)
-    assert (done.exit_code, done.out) == (2, "") and re.search(f"^convert-step35: error: .*{message}", done.err) and done.err.count("\n") == 1
+    assert (
+        (done.exit_code, done.out) == (2, "")
+        and re.search(f"^convert-step35: error: .*{message}", done.err)
+        and done.err.count("\n") == 1
+    )
 
 
 # Slips in what is read
@@ -186,21 +203,42 @@ def spoiled(tmp_path: Path) -> Path:
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
-    refused("plan", tmp_path / "none", exit_code=1, message=r"no checkpoint: .*/none expected a folder with config.json and safetensors, got nothing; give the checkpoint's folder")
+    refused(
+        "plan",
+        tmp_path / "none",
+        exit_code=1,
+        message=r"no checkpoint: .*/none expected a folder with config.json and safetensors, got nothing; give the checkpoint's folder",
+    )
 
 
 def test_a_file_instead_of_the_folder_is_one_line(made: Path, tmp_path: Path) -> None:
-    refused("run", made, tmp_path / "out.gguf", exit_code=1, message=r"no checkpoint: .*made\.gguf expected a folder with .*, got a file; give the checkpoint's folder")
+    refused(
+        "run",
+        made,
+        tmp_path / "out.gguf",
+        exit_code=1,
+        message=r"no checkpoint: .*made\.gguf expected a folder with .*, got a file; give the checkpoint's folder",
+    )
 
 
 def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
-    refused("plan", tmp_path, exit_code=1, message=r"no checkpoint: .* expected config\.json and safetensors in it, got no config\.json")
+    refused(
+        "plan",
+        tmp_path,
+        exit_code=1,
+        message=r"no checkpoint: .* expected config\.json and safetensors in it, got no config\.json",
+    )
 
 
 def test_a_folder_without_weights_is_one_line(spoiled: Path) -> None:
     for path in spoiled.glob("*.safetensors*"):
         path.unlink()
-    refused("plan", spoiled, exit_code=1, message=r"no weights: .* expected model\.safetensors\.index\.json or model\.safetensors, got neither")
+    refused(
+        "plan",
+        spoiled,
+        exit_code=1,
+        message=r"no weights: .* expected model\.safetensors\.index\.json or model\.safetensors, got neither",
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,10 +248,26 @@ def test_a_folder_without_weights_is_one_line(spoiled: Path) -> None:
         ("config.json", "[]", r"invalid JSON: .*config\.json expected an object, got list"),
         ("config.json", '{"architectures": ["LlamaForCausalLM"]}', r"only Step-3\.5 and 3\.7 convert here"),
         ("tokenizer.json", "{}", r"tokenizer\.json: model expected BPE with a vocab, got None"),
-        ("generation_config.json", '{"top_k": 1e9}', r"generation_config\.json: top_k expected a whole number of -1 or more, got 1000000000\.0"),
-        ("generation_config.json", '{"temperature": "hot"}', r"generation_config\.json: temperature expected a number of -1 or more, got 'hot'"),
-        ("model-00002.safetensors", "", r"damaged .*model-00002\.safetensors expected at least 8 bytes, got 0; download the file again"),
-        ("model-00002.safetensors", "version https://git-lfs.github.com/spec/v1\n", r"is a Git LFS pointer; fetch the (real )?file with git lfs pull"),
+        (
+            "generation_config.json",
+            '{"top_k": 1e9}',
+            r"generation_config\.json: top_k expected a whole number of -1 or more, got 1000000000\.0",
+        ),
+        (
+            "generation_config.json",
+            '{"temperature": "hot"}',
+            r"generation_config\.json: temperature expected a number of -1 or more, got 'hot'",
+        ),
+        (
+            "model-00002.safetensors",
+            "",
+            r"damaged .*model-00002\.safetensors expected at least 8 bytes, got 0; download the file again",
+        ),
+        (
+            "model-00002.safetensors",
+            "version https://git-lfs.github.com/spec/v1\n",
+            r"is a Git LFS pointer; fetch the (real )?file with git lfs pull",
+        ),
     ],
 )
 def test_a_spoiled_file_of_the_checkpoint_is_one_line(spoiled: Path, name: str, content: str, message: str) -> None:
@@ -249,9 +303,19 @@ def test_an_unreadable_file_is_one_line(spoiled: Path, name: str) -> None:
 )
 def test_an_imatrix_with_odd_keys_is_one_line(checkpoint: Path, tmp_path: Path, entry: Entry, message: str) -> None:
     names = [f"output.weight{suffix}" for suffix in (".in_sum2", ".counts")]
-    infos = [TensorInfo(names[0], GGMLQuantizationType.F32, (1, 256), 0), TensorInfo(names[1], GGMLQuantizationType.F32, (1, 1), 1024)]
+    infos = [
+        TensorInfo(names[0], GGMLQuantizationType.F32, (1, 256), 0),
+        TensorInfo(names[1], GGMLQuantizationType.F32, (1, 1), 1024),
+    ]
     (tmp_path / "i.gguf").write_bytes(encode_header([entry], infos) + bytes(1056))
-    refused("plan", checkpoint, "--imatrix", tmp_path / "i.gguf", exit_code=1, message=rf"damaged imatrix: .*i\.gguf: {message}; make the imatrix again")
+    refused(
+        "plan",
+        checkpoint,
+        "--imatrix",
+        tmp_path / "i.gguf",
+        exit_code=1,
+        message=rf"damaged imatrix: .*i\.gguf: {message}; make the imatrix again",
+    )
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
@@ -261,7 +325,9 @@ def test_what_is_no_gguf_is_one_line(tmp_path: Path, command: str) -> None:
     empty.touch()
     refused(command, tmp_path / "none.gguf", exit_code=1, message=r"cannot open .*none\.gguf: No such file")
     refused(command, tmp_path, exit_code=1, message=r"expected a regular file, got a folder")
-    refused(command, text, exit_code=1, message=r"not a GGUF file: .*text\.gguf expected to start with b'GGUF', got b'Hell'")
+    refused(
+        command, text, exit_code=1, message=r"not a GGUF file: .*text\.gguf expected to start with b'GGUF', got b'Hell'"
+    )
     refused(command, empty, exit_code=1, message=r"empty\.gguf")
 
 
@@ -279,17 +345,32 @@ def left(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["out", "out.bin", "out.GGUF", ".gguf", "out.gguf.partial", "out-00001-of-00003.gguf"])
 def test_a_name_that_is_no_gguf_is_a_wrong_usage(checkpoint: Path, tmp_path: Path, name: str) -> None:
-    refused("run", checkpoint, tmp_path / name, exit_code=2, message=rf"OUT expected a name that .*, got .*{re.escape(name)}.*; see convert-step35 run --help")
+    refused(
+        "run",
+        checkpoint,
+        tmp_path / name,
+        exit_code=2,
+        message=rf"OUT expected a name that .*, got .*{re.escape(name)}.*; see convert-step35 run --help",
+    )
     assert left(tmp_path) == []
 
 
 def test_a_missing_folder_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
-    refused("run", checkpoint, tmp_path / "no" / "out.gguf", exit_code=1, message=r"no such folder: .*/no; create it first")
+    refused(
+        "run", checkpoint, tmp_path / "no" / "out.gguf", exit_code=1, message=r"no such folder: .*/no; create it first"
+    )
 
 
 def test_a_folder_with_the_name_of_the_output_is_not_touched(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out.gguf").mkdir()
-    refused("run", checkpoint, tmp_path / "out.gguf", "--overwrite", exit_code=1, message=r"out\.gguf is a folder; choose another name")
+    refused(
+        "run",
+        checkpoint,
+        tmp_path / "out.gguf",
+        "--overwrite",
+        exit_code=1,
+        message=r"out\.gguf is a folder; choose another name",
+    )
     assert left(tmp_path) == ["out.gguf"]
 
 
@@ -304,7 +385,13 @@ def test_a_read_only_folder_is_one_line(checkpoint: Path, tmp_path: Path) -> Non
 
 def test_a_folder_in_place_of_the_report_is_noticed_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out.gguf.report.json").mkdir()
-    refused("run", checkpoint, tmp_path / "out.gguf", exit_code=1, message=r"out\.gguf\.report\.json is a folder; choose another name")
+    refused(
+        "run",
+        checkpoint,
+        tmp_path / "out.gguf",
+        exit_code=1,
+        message=r"out\.gguf\.report\.json is a folder; choose another name",
+    )
     assert left(tmp_path) == ["out.gguf.report.json"]
 
 
@@ -342,7 +429,10 @@ def test_debug_shows_the_traceback_before_the_same_line(tmp_path: Path) -> None:
 # Names
 
 
-@pytest.mark.parametrize("name", ["with spaces", "ünï-チェックポイント", "-dash", "quote'\"$(x)", "[red]markup", "wide\N{IDEOGRAPHIC SPACE}space"])
+@pytest.mark.parametrize(
+    "name",
+    ["with spaces", "ünï-チェックポイント", "-dash", "quote'\"$(x)", "[red]markup", "wide\N{IDEOGRAPHIC SPACE}space"],
+)
 def test_any_name_of_folder_and_file_will_do(tmp_path: Path, name: str) -> None:
     folder, out = write_checkpoint(tmp_path / name, SMALL, sparse=True), tmp_path / f"{name}.gguf"
     assert f"  {name}.gguf  " in convert_step35("plan", folder).out
@@ -363,7 +453,13 @@ def test_a_folder_whose_name_is_not_utf8_converts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [os.fsdecode(b"bytes-\xff.gguf"), "two\nlines.gguf", "\x1b[2J.gguf"])
 def test_an_output_name_that_no_terminal_can_show_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
-    refused("run", checkpoint, tmp_path / name, exit_code=2, message="OUT expected a name of UTF-8 without control characters, got '/")
+    refused(
+        "run",
+        checkpoint,
+        tmp_path / name,
+        exit_code=2,
+        message="OUT expected a name of UTF-8 without control characters, got '/",
+    )
 
 
 # Terminals, pipes and signals
@@ -372,8 +468,14 @@ def test_an_output_name_that_no_terminal_can_show_is_refused(checkpoint: Path, t
 def test_a_pipe_gets_no_progress_no_colours_and_no_folded_lines(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / ("long" * 50), SMALL, sparse=True)
     out = tmp_path / ("name" * 50 + ".gguf")
-    done = subprocess.run([*COMMAND, "run", folder, out], capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"wrote {out}  ") and "\x1b" not in done.stdout
+    done = subprocess.run(
+        [*COMMAND, "run", folder, out], capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}
+    )
+    assert (
+        (done.returncode, done.stderr) == (0, "")
+        and done.stdout.startswith(f"wrote {out}  ")
+        and "\x1b" not in done.stdout
+    )
 
 
 def test_a_pipe_that_closes_early_is_no_traceback(checkpoint: Path) -> None:
@@ -386,7 +488,9 @@ def on_terminal(*arguments: object, columns: int = 80) -> str:
     """What a command shows on a terminal, stdout and stderr together."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"COLUMNS": str(columns), "LINES": "24", "TERM": "xterm-256color"}
-    with subprocess.Popen([*COMMAND, *map(str, arguments)], stdin=theirs, stdout=theirs, stderr=theirs, env=environment):
+    with subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    ):
         os.close(theirs)
         shown = b""
         # The terminal of a finished process ends in EIO.
@@ -435,7 +539,12 @@ def test_the_real_plan_fits_80_columns_without_a_folded_row(real: Path) -> None:
 
 def test_the_tables_fit_80_columns(checkpoint: Path, made: Path, tmp_path: Path) -> None:
     assert max(map(len, convert_step35("recipes").out.partition("\n\n")[0].splitlines())) <= 80
-    for arguments in (["recipes"], ["inspect", made], ["verify", made], ["run", checkpoint, tmp_path / "a.gguf", "--type", "Q4_K_M"]):
+    for arguments in (
+        ["recipes"],
+        ["inspect", made],
+        ["verify", made],
+        ["run", checkpoint, tmp_path / "a.gguf", "--type", "Q4_K_M"],
+    ):
         assert max(map(len, lines(on_terminal(*arguments)))) <= 80, arguments
 
 
@@ -452,7 +561,10 @@ def test_what_was_made_of_the_real_model_fits_80_columns_whatever_quantized_it()
 
 def test_every_mtp_mode_plans_the_real_model(real: Path) -> None:
     """`--mtp only` asked for the dtype of experts that it had not read."""
-    tensors = {mode: len(convert_step35("plan", real, "--mtp", mode, "--json").data["tensors"]) for mode in ("keep", "separate", "drop", "only")}
+    tensors = {
+        mode: len(convert_step35("plan", real, "--mtp", mode, "--json").data["tensors"])
+        for mode in ("keep", "separate", "drop", "only")
+    }
     assert tensors == {"keep": 805, "separate": 754 + 55, "drop": 754, "only": 55}
     assert convert_step35("plan", real, "--mtp", "only").out.startswith("Step-3.5-Flash: 45 layers and 3 MTP heads")
 
@@ -482,4 +594,6 @@ def test_after_ctrl_c_the_same_command_goes_on(checkpoint: Path, tmp_path: Path)
     assert left(tmp_path) == ["out.gguf.journal", "out.gguf.partial"]
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert convert_step35("run", checkpoint, whole, "--type", "IQ4_XS").exit_code == 0
-    assert [hashlib.sha256(path.read_bytes()).digest() for path in (out, whole)] == [hashlib.sha256(whole.read_bytes()).digest()] * 2
+    assert [hashlib.sha256(path.read_bytes()).digest() for path in (out, whole)] == [
+        hashlib.sha256(whole.read_bytes()).digest()
+    ] * 2

@@ -15,8 +15,19 @@ from convert_step35.gguf.ggml import QUANTIZABLE
 from convert_step35.gguf.gguf_header import ALIGNMENT, Entry, TensorInfo, encode_header, padded
 from convert_step35.gguf.gguf_reader import read_gguf
 
-INTEGERS = {V.UINT8: (0, 8), V.INT8: (1, 7), V.UINT16: (0, 16), V.INT16: (1, 15), V.UINT32: (0, 32), V.INT32: (1, 31), V.UINT64: (0, 64), V.INT64: (1, 63)}
-NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF, categories=["L", "N", "P", "S"]), min_size=1, max_size=20)
+INTEGERS = {
+    V.UINT8: (0, 8),
+    V.INT8: (1, 7),
+    V.UINT16: (0, 16),
+    V.INT16: (1, 15),
+    V.UINT32: (0, 32),
+    V.INT32: (1, 31),
+    V.UINT64: (0, 64),
+    V.INT64: (1, 63),
+}
+NAMES = st.text(
+    st.characters(min_codepoint=33, max_codepoint=0x2FF, categories=["L", "N", "P", "S"]), min_size=1, max_size=20
+)
 
 
 def values(kind: V) -> st.SearchStrategy[Any]:
@@ -35,7 +46,11 @@ def values(kind: V) -> st.SearchStrategy[Any]:
 
 def entry(key: str) -> st.SearchStrategy[Entry]:
     kinds = st.sampled_from([V.STRING, V.BOOL, V.FLOAT32, V.FLOAT64, *INTEGERS])
-    return kinds.flatmap(lambda kind: st.one_of(values(kind), st.lists(values(kind), max_size=4).map(tuple)).map(lambda value: Entry(key, kind, value)))
+    return kinds.flatmap(
+        lambda kind: st.one_of(values(kind), st.lists(values(kind), max_size=4).map(tuple)).map(
+            lambda value: Entry(key, kind, value)
+        )
+    )
 
 
 def entries() -> st.SearchStrategy[list[Entry]]:
@@ -101,7 +116,11 @@ def test_gguf_py_reads_back_what_was_encoded(path: Path, keys: list[Entry], info
     path.unlink(missing_ok=True)
     path.write_bytes(encode_header(keys, infos) + bytes(data_bytes(infos)))
     reader = GGUFReader(path)
-    assert [reader.get_field(f"GGUF.{name}").contents() for name in ("version", "tensor_count", "kv_count")] == [3, len(infos), len(keys)]
+    assert [reader.get_field(f"GGUF.{name}").contents() for name in ("version", "tensor_count", "kv_count")] == [
+        3,
+        len(infos),
+        len(keys),
+    ]
     for key in keys:
         field = reader.get_field(key.key)
         # gguf-py forgets the type of an empty array's items.

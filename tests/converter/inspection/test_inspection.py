@@ -52,7 +52,9 @@ def sound(planned: Callable[..., Path]) -> Path:
 def inspected(path: Path) -> Inspection:
     found = inspect_file(path, MODELS)
     assert json.loads(to_json(found.as_json()))["files"] == list(found.files)
-    assert all(line.isprintable() for line in (*found.problems, *found.notes, found.name, found.template, found.file_type))
+    assert all(
+        line.isprintable() for line in (*found.problems, *found.notes, found.name, found.template, found.file_type)
+    )
     return found
 
 
@@ -63,15 +65,30 @@ def test_a_sound_file_has_neither_problems_nor_notes(sound: Path) -> None:
     found = inspected(sound)
     assert (found.problems, found.notes) == ((), ())
     assert (found.n_trunk_layers, found.n_mtp_declared, found.n_mtp_complete, found.n_tensors) == (6, 3, 3, 142)
-    assert (found.name, found.file_type, found.recipe, found.context_length) == ("tiny", "MOSTLY_Q4_K_M", "Q4_K_M", 262144)
+    assert (found.name, found.file_type, found.recipe, found.context_length) == (
+        "tiny",
+        "MOSTLY_Q4_K_M",
+        "Q4_K_M",
+        262144,
+    )
     assert found.n_bytes == sound.stat().st_size
 
 
 def test_the_type_map_accounts_for_every_tensor_and_byte(sound: Path) -> None:
     found = inspected(sound)
     assert sum(use.n_tensors for use in found.types) == found.n_tensors
-    assert sum(use.n_bytes for use in found.types) == sum(tensor.n_bytes for tensor in read_gguf(sound).tensors.values())
-    assert {use.group for use in found.types} == {"routed experts", "shared experts", "attention", "dense layers", "embedding and output", "MTP heads", "norms and router"}
+    assert sum(use.n_bytes for use in found.types) == sum(
+        tensor.n_bytes for tensor in read_gguf(sound).tensors.values()
+    )
+    assert {use.group for use in found.types} == {
+        "routed experts",
+        "shared experts",
+        "attention",
+        "dense layers",
+        "embedding and output",
+        "MTP heads",
+        "norms and router",
+    }
 
 
 @pytest.mark.parametrize(
@@ -168,7 +185,9 @@ def test_a_problem_is_found_and_said_alone(sound: Path, tmp_path: Path, case: st
 
 
 def test_several_problems_are_all_said(sound: Path, tmp_path: Path) -> None:
-    both = edit_gguf(sound, tmp_path / "both.gguf", without=("blk.0.attn_norm.weight",), metadata={"tokenizer.chat_template": None})
+    both = edit_gguf(
+        sound, tmp_path / "both.gguf", without=("blk.0.attn_norm.weight",), metadata={"tokenizer.chat_template": None}
+    )
     assert [problem.split(" ")[0] for problem in inspected(both).problems] == ["blk.0.attn_norm.weight", "no"]
 
 
@@ -204,7 +223,9 @@ def test_a_head_missing_from_a_file_of_heads_is_a_problem(planned: Callable[...,
 
 def test_missing_rope_factors_are_a_note(sound: Path, tmp_path: Path) -> None:
     found = inspected(edit_gguf(sound, tmp_path / "edited.gguf", without=("rope_freqs.weight",)))
-    assert found.problems == () and found.notes == ("no rope_freqs.weight: the full-attention layers rotate without llama3 scaling, which Step-3.5 has",)
+    assert found.problems == () and found.notes == (
+        "no rope_freqs.weight: the full-attention layers rotate without llama3 scaling, which Step-3.5 has",
+    )
 
 
 # Shards
@@ -221,18 +242,27 @@ def test_shards_are_one_model_from_any_of_their_names(shards: list[Path], sound:
     for shard in shards:
         found = inspected(shard)
         assert found.files == tuple(path.name for path in shards)
-        assert (found.problems, found.types, found.n_bytes) == ((), inspected(sound).types, sum(path.stat().st_size for path in shards))
+        assert (found.problems, found.types, found.n_bytes) == (
+            (),
+            inspected(sound).types,
+            sum(path.stat().st_size for path in shards),
+        )
 
 
 def test_a_missing_shard_is_named(shards: list[Path]) -> None:
     shards[1].unlink()
-    refused(shards[0], rf"missing shard: .* expected {len(shards)} shards, got none named {shards[1].name}; download it")
+    refused(
+        shards[0], rf"missing shard: .* expected {len(shards)} shards, got none named {shards[1].name}; download it"
+    )
 
 
 def test_a_renamed_shard_is_refused(shards: list[Path]) -> None:
     n = len(shards)
     shards[1].rename(shards[1].with_name("other.gguf"))
-    refused(shards[1].with_name("other.gguf"), rf"misnamed shard: .*other.gguf expected shard 1 of 1 by its name, got 2 of {n} by its metadata")
+    refused(
+        shards[1].with_name("other.gguf"),
+        rf"misnamed shard: .*other.gguf expected shard 1 of 1 by its name, got 2 of {n} by its metadata",
+    )
 
 
 def test_swapped_shards_are_refused(shards: list[Path]) -> None:
@@ -281,7 +311,9 @@ def refused(path: Path, message: str) -> None:
         ({"tokenizer.ggml.tokens": Entry("tokenizer.ggml.tokens", V.INT32, (1,) * 99)}, r"tokens expected a list of texts, got \[1, 1, .{60,90}\.\.\."),
     ],
 )  # fmt: skip
-def test_metadata_that_describes_no_model_is_named(sound: Path, tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+def test_metadata_that_describes_no_model_is_named(
+    sound: Path, tmp_path: Path, metadata: dict[str, Any], message: str
+) -> None:
     refused(edit_gguf(sound, tmp_path / "edited.gguf", metadata=metadata), message)
 
 
@@ -319,7 +351,9 @@ def bare(sound: Path) -> Path:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_mutated_metadata_is_a_clean_error_or_a_verdict(bare: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_mutated_metadata_is_a_clean_error_or_a_verdict(
+    bare: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     keys = data.draw(st.lists(st.sampled_from(sorted(read_gguf(bare).metadata)), min_size=1, max_size=3, unique=True))
     junk = {key: data.draw(st.none() | JUNK.map(lambda item, key=key: Entry(key, *item))) for key in keys}
     path = tmp_path_factory.getbasetemp() / "mutated.gguf"

@@ -73,10 +73,20 @@ def test_a_sound_file_is_told_so_with_what_was_checked(checkpoint: Path, made: P
     done = convert_step35("verify", made, "--against", checkpoint, "--json")
     n = len(read_gguf(made).tensors)
     assert done.exit_code == 0 and done.err == ""
-    assert done.data | {"compared_chunks": 0} == {"ok": True, "tensors": n, "digests": n, "compared_chunks": 0, "problems": [], "notes": []}
+    assert done.data | {"compared_chunks": 0} == {
+        "ok": True,
+        "tensors": n,
+        "digests": n,
+        "compared_chunks": 0,
+        "problems": [],
+        "notes": [],
+    }
     assert done.data["compared_chunks"] > n
     shown = convert_step35("verify", made)
-    assert (shown.exit_code, shown.out) == (0, f"{made}: sound; {n} tensors read, {n} digests compared with the report\n")
+    assert (shown.exit_code, shown.out) == (
+        0,
+        f"{made}: sound; {n} tensors read, {n} digests compared with the report\n",
+    )
 
 
 @pytest.mark.parametrize("type_name", ["F32", "BF16", "Q4_K_M", "MXFP4_MOE"])
@@ -98,7 +108,11 @@ def test_an_mtp_file_needs_only_the_shards_it_came_from(checkpoint: Path, tmp_pa
     some = tmp_path / "some"
     shutil.copytree(checkpoint, some)
     index = json.loads((some / "model.safetensors.index.json").read_text())["weight_map"]
-    needed = {shard for name, shard in index.items() if not name.startswith("model.layers.") or name.startswith("model.layers.4.")}
+    needed = {
+        shard
+        for name, shard in index.items()
+        if not name.startswith("model.layers.") or name.startswith("model.layers.4.")
+    }
     for shard in set(index.values()) - needed:
         (some / shard).unlink()
     assert set(index.values()) - needed
@@ -111,7 +125,9 @@ def test_an_mtp_file_needs_only_the_shards_it_came_from(checkpoint: Path, tmp_pa
 def test_a_flipped_byte_is_found_by_the_report(copy: Path) -> None:
     flip(copy, EXPERTS, 70_000)
     (problem,) = problems(copy)
-    assert problem.startswith(f"{EXPERTS} differs from the report: sha256 expected '") and problem.endswith("; the file was changed or damaged")
+    assert problem.startswith(f"{EXPERTS} differs from the report: sha256 expected '") and problem.endswith(
+        "; the file was changed or damaged"
+    )
 
 
 def test_a_flipped_byte_is_found_by_the_checkpoint(checkpoint: Path, copy: Path) -> None:
@@ -131,15 +147,25 @@ def test_full_compares_the_chunks_that_a_sample_skips(checkpoint: Path, copy: Pa
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("step35.attention.layer_norm_rms_epsilon", 1e-6, "step35.attention.layer_norm_rms_epsilon expected 1e-05, got 9.99"),
+        (
+            "step35.attention.layer_norm_rms_epsilon",
+            1e-6,
+            "step35.attention.layer_norm_rms_epsilon expected 1e-05, got 9.99",
+        ),
         ("step35.expert_gating_func", None, "step35.expert_gating_func expected 2, got None"),
-        ("step35.swiglu_clamp_shexp", [0.0, 0.0, 16.0, 8.0, 0.0], "step35.swiglu_clamp_shexp expected 16.0 at 3, got 8.0"),
+        (
+            "step35.swiglu_clamp_shexp",
+            [0.0, 0.0, 16.0, 8.0, 0.0],
+            "step35.swiglu_clamp_shexp expected 16.0 at 3, got 8.0",
+        ),
         ("tokenizer.chat_template", "{{ evil }}", "tokenizer.chat_template expected "),
         ("tokenizer.ggml.eos_token_id", 11, "tokenizer.ggml.eos_token_id expected "),
         ("general.quantization_version", 1, "general.quantization_version expected 2, got 1"),
     ],
 )
-def test_changed_metadata_is_named_with_wanted_and_got(checkpoint: Path, made: Path, tmp_path: Path, key: str, value: object, problem: str) -> None:
+def test_changed_metadata_is_named_with_wanted_and_got(
+    checkpoint: Path, made: Path, tmp_path: Path, key: str, value: object, problem: str
+) -> None:
     edited = edit_gguf(made, tmp_path / "edited.gguf", metadata={key: value})
     (found,) = problems(edited, "--against", checkpoint)
     assert found.startswith(problem) and found.isprintable() and len(found) < 250
@@ -148,7 +174,9 @@ def test_changed_metadata_is_named_with_wanted_and_got(checkpoint: Path, made: P
 def test_a_key_that_the_checkpoint_does_not_give_is_a_problem(checkpoint: Path, made: Path, tmp_path: Path) -> None:
     entry = Entry("tokenizer.ggml.suppress_tokens", V.INT32, (1,))
     edited = edit_gguf(made, tmp_path / "edited.gguf", metadata={entry.key: entry})
-    assert problems(edited, "--against", checkpoint) == ["tokenizer.ggml.suppress_tokens expected nothing, got [1]: the checkpoint gives no such key"]
+    assert problems(edited, "--against", checkpoint) == [
+        "tokenizer.ggml.suppress_tokens expected nothing, got [1]: the checkpoint gives no such key"
+    ]
 
 
 @pytest.mark.parametrize(("type_name", "position"), [("Q8_0", 0), ("Q4_K", 0), ("F32", 4)])
@@ -162,12 +190,19 @@ def test_nan_in_a_scale_or_a_value_is_found(checkpoint: Path, tmp_path: Path, ty
 
 
 def test_the_problems_of_inspect_are_problems_of_verify(made: Path, tmp_path: Path) -> None:
-    edited = edit_gguf(made, tmp_path / "edited.gguf", without=("blk.0.attn_q.weight",), metadata={"tokenizer.chat_template": None})
-    assert problems(edited) == ["blk.0.attn_q.weight is missing", "no chat template: chats will be formatted by guesswork"]
+    edited = edit_gguf(
+        made, tmp_path / "edited.gguf", without=("blk.0.attn_q.weight",), metadata={"tokenizer.chat_template": None}
+    )
+    assert problems(edited) == [
+        "blk.0.attn_q.weight is missing",
+        "no chat template: chats will be formatted by guesswork",
+    ]
 
 
 def test_a_tensor_without_dimensions_is_read_like_any_other(made: Path, tmp_path: Path) -> None:
-    assert problems(edit_gguf(made, tmp_path / "edited.gguf", shapes={"blk": ()})) == ["'blk' is no part of Step-3.5: llama.cpp refuses the file"]
+    assert problems(edit_gguf(made, tmp_path / "edited.gguf", shapes={"blk": ()})) == [
+        "'blk' is no part of Step-3.5: llama.cpp refuses the file"
+    ]
 
 
 # The report
@@ -176,15 +211,32 @@ def test_a_tensor_without_dimensions_is_read_like_any_other(made: Path, tmp_path
 def test_without_a_report_the_rest_is_still_checked(copy: Path) -> None:
     report_of(copy).unlink()
     done = convert_step35("verify", copy)
-    assert (done.exit_code, done.err) == (0, "") and done.out.endswith("tensors read, no report beside it to compare with\n")
+    assert (done.exit_code, done.err) == (0, "") and done.out.endswith(
+        "tensors read, no report beside it to compare with\n"
+    )
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"tensors": 3}', '{"tensors": [3]}', '{"tensors": [{"file": "made.gguf"}]}', '{"tensors": [{"file": []}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"tensors": 3}',
+        '{"tensors": [3]}',
+        '{"tensors": [{"file": "made.gguf"}]}',
+        '{"tensors": [{"file": []}]}',
+    ],
+)
 def test_a_damaged_report_is_named(copy: Path, text: str) -> None:
     report_of(copy).write_text(text)
     done = convert_step35("verify", copy)
     assert (done.exit_code, done.out) == (1, "")
-    assert done.err == f"convert-step35: error: damaged report: {report_of(copy)} expected the JSON that convert-step35 writes; remove it, or convert again\n"
+    assert (
+        done.err
+        == f"convert-step35: error: damaged report: {report_of(copy)} expected the JSON that convert-step35 writes; remove it, or convert again\n"
+    )
 
 
 def test_the_report_of_another_file_does_not_matter(copy: Path) -> None:
@@ -198,7 +250,9 @@ def test_the_report_of_another_file_does_not_matter(copy: Path) -> None:
 def test_another_checkpoint_of_the_shape_gives_other_bytes(made: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "small", SMALL, seed=1)
     found = problems(made, "--against", other)
-    assert {problem.split(" is not what the checkpoint gives as ")[0] for problem in found} == read_gguf(made).tensors.keys() - {"rope_freqs.weight"}
+    assert {problem.split(" is not what the checkpoint gives as ")[0] for problem in found} == read_gguf(
+        made
+    ).tensors.keys() - {"rope_freqs.weight"}
     shown = convert_step35("verify", made, "--against", other).out.splitlines()
     assert "NOT sound" in shown[0] and len(shown) == 14
     assert shown[-1] == f"... and {len(found) - 12} more problems; --json has all"
@@ -216,7 +270,10 @@ def test_a_checkpoint_without_mtp_can_not_vouch_for_heads(made: Path, tmp_path: 
     other = write_checkpoint(tmp_path / "small", SMALL, mtp_weights=False)
     done = convert_step35("verify", made, "--against", other)
     assert (done.exit_code, done.out) == (1, "")
-    assert done.err == f"convert-step35: error: no MTP weights: {other} holds none, and {made} has MTP heads; give the checkpoint that it was made of\n"
+    assert (
+        done.err
+        == f"convert-step35: error: no MTP weights: {other} holds none, and {made} has MTP heads; give the checkpoint that it was made of\n"
+    )
 
 
 def test_a_checkpoint_that_has_gone_bad_is_an_error(checkpoint: Path, made: Path, tmp_path: Path) -> None:
@@ -226,7 +283,11 @@ def test_a_checkpoint_that_has_gone_bad_is_an_error(checkpoint: Path, made: Path
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         file.write(b"\xff\x7f" * 256)
     done = convert_step35("verify", made, "--against", bad)
-    assert (done.exit_code, done.out) == (1, "") and "holds NaN or infinity" in done.err and len(done.err.splitlines()) == 1
+    assert (
+        (done.exit_code, done.out) == (1, "")
+        and "holds NaN or infinity" in done.err
+        and len(done.err.splitlines()) == 1
+    )
 
 
 # Types that can't be made again as they are
@@ -249,7 +310,9 @@ def write_imatrix(path: Path, names: Iterable[str]) -> Path:
 def test_a_file_made_with_an_imatrix_asks_for_it(checkpoint: Path, tmp_path: Path) -> None:
     imatrix = write_imatrix(tmp_path / "i.gguf", [EXPERTS])
     out = run(checkpoint, tmp_path / "out.gguf", "--imatrix", imatrix, "--tensor-type", "ffn_up_exps=Q4_K")
-    hint = f"{EXPERTS} is not what the checkpoint gives as Q4_K; it was quantized with an imatrix, pass it with --imatrix"
+    hint = (
+        f"{EXPERTS} is not what the checkpoint gives as Q4_K; it was quantized with an imatrix, pass it with --imatrix"
+    )
     assert problems(out, "--against", checkpoint) == [hint]
     assert problems(out, "--against", checkpoint, "--imatrix", imatrix) == []
 
@@ -265,4 +328,6 @@ def test_a_type_that_needs_an_imatrix_is_not_compared_without(checkpoint: Path, 
 
 def test_a_type_that_is_never_made_here_is_not_compared(checkpoint: Path, made: Path, tmp_path: Path) -> None:
     edited = edit_gguf(made, tmp_path / "edited.gguf", types={"output_norm.weight": GGMLQuantizationType.I32})
-    assert problems(edited, "--against", checkpoint) == ["output_norm.weight has the type I32, which this command can't make: not compared"]
+    assert problems(edited, "--against", checkpoint) == [
+        "output_norm.weight has the type I32, which this command can't make: not compared"
+    ]

@@ -54,7 +54,9 @@ def bits(kind: GGMLQuantizationType) -> float:
 
 def test_a_recipe_that_needs_an_imatrix_says_so(models: Models) -> None:
     for recipe in models.recipes.values():
-        needs = any(kind.startswith(("IQ2", "IQ1", "IQ3_XXS")) for kind in (recipe.experts_gate_up, recipe.experts_down))
+        needs = any(
+            kind.startswith(("IQ2", "IQ1", "IQ3_XXS")) for kind in (recipe.experts_gate_up, recipe.experts_down)
+        )
         assert needs == recipe.about.endswith("needs an imatrix"), recipe.name
 
 
@@ -87,20 +89,50 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> str:
 
 
 REFUSED = {
-    "unknown top-level key": (lambda d: d.update(machine={}), r"unknown keys \['machine'\], missing keys \[\]; expected"),
+    "unknown top-level key": (
+        lambda d: d.update(machine={}),
+        r"unknown keys \['machine'\], missing keys \[\]; expected",
+    ),
     "missing top-level key": (lambda d: d.pop("recipes"), r"unknown keys \[\], missing keys \['recipes'\]"),
     "group that is a list": (lambda d: d.update(recipes=[]), r"recipes expected dict, got \[\]"),
-    "unknown recipe key": (lambda d: d["recipes"]["MOE_Q8_0"].update(mpt="Q8_0"), r"recipes\.MOE_Q8_0: unknown keys \['mpt'\]"),
-    "missing recipe key": (lambda d: d["recipes"]["MOE_Q8_0"].pop("mtp"), r"recipes\.MOE_Q8_0: unknown keys \[\], missing keys \['mtp'\]"),
+    "unknown recipe key": (
+        lambda d: d["recipes"]["MOE_Q8_0"].update(mpt="Q8_0"),
+        r"recipes\.MOE_Q8_0: unknown keys \['mpt'\]",
+    ),
+    "missing recipe key": (
+        lambda d: d["recipes"]["MOE_Q8_0"].pop("mtp"),
+        r"recipes\.MOE_Q8_0: unknown keys \[\], missing keys \['mtp'\]",
+    ),
     "empty recipe": (lambda d: d["recipes"].update(MOE_Q8_0=None), r"recipes\.MOE_Q8_0 expected dict, got None"),
-    "recipe type that is a number": (lambda d: d["recipes"]["MOE_Q8_0"].update(rest=8), r"recipes\.MOE_Q8_0\.rest expected str, got 8"),
+    "recipe type that is a number": (
+        lambda d: d["recipes"]["MOE_Q8_0"].update(rest=8),
+        r"recipes\.MOE_Q8_0\.rest expected str, got 8",
+    ),
     "recipe name that is a number": (lambda d: d["recipes"].update({8: {}}), r"recipes: a name expected str, got 8"),
-    "unknown shape key": (lambda d: d["checkpoints"]["step-3.7-flash"]["shape"].update(n_head=1), r"\.shape: unknown keys \['n_head'\]"),
-    "dimension that is text": (lambda d: d["checkpoints"]["step-3.7-flash"]["shape"].update(n_experts="288"), r"\.shape\.n_experts expected int, got '288'"),
-    "dimension that is true": (lambda d: d["checkpoints"]["step-3.7-flash"]["shape"].update(n_experts=True), r"\.shape\.n_experts expected int, got True"),
-    "size that is text": (lambda d: d["checkpoints"]["step-3.7-flash"].update(n_bytes="big"), r"\.n_bytes expected int \| None, got 'big'"),
-    "unknown sampling key": (lambda d: d["checkpoints"]["step-3.7-flash"]["sampling"]["chat"].update(top_k=1), r"\.sampling\.chat: unknown keys \['top_k'\]"),
-    "temperature that is text": (lambda d: d["checkpoints"]["step-3.7-flash"]["sampling"]["chat"].update(top_p="1"), r"\.sampling\.chat\.top_p expected float, got '1'"),
+    "unknown shape key": (
+        lambda d: d["checkpoints"]["step-3.7-flash"]["shape"].update(n_head=1),
+        r"\.shape: unknown keys \['n_head'\]",
+    ),
+    "dimension that is text": (
+        lambda d: d["checkpoints"]["step-3.7-flash"]["shape"].update(n_experts="288"),
+        r"\.shape\.n_experts expected int, got '288'",
+    ),
+    "dimension that is true": (
+        lambda d: d["checkpoints"]["step-3.7-flash"]["shape"].update(n_experts=True),
+        r"\.shape\.n_experts expected int, got True",
+    ),
+    "size that is text": (
+        lambda d: d["checkpoints"]["step-3.7-flash"].update(n_bytes="big"),
+        r"\.n_bytes expected int \| None, got 'big'",
+    ),
+    "unknown sampling key": (
+        lambda d: d["checkpoints"]["step-3.7-flash"]["sampling"]["chat"].update(top_k=1),
+        r"\.sampling\.chat: unknown keys \['top_k'\]",
+    ),
+    "temperature that is text": (
+        lambda d: d["checkpoints"]["step-3.7-flash"]["sampling"]["chat"].update(top_p="1"),
+        r"\.sampling\.chat\.top_p expected float, got '1'",
+    ),
     "template without a name": (lambda d: d["templates"].update({"ab": None}), r"templates\.ab expected str, got None"),
 }
 

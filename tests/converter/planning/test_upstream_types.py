@@ -45,7 +45,9 @@ def our_types(shape: Shape, preset: str, has_imatrix: bool) -> dict[str, str]:
     n_gqa = shape.num_attention_heads // shape.num_attention_groups
     facts = ModelFacts(shape.n_layers, n_gqa, shape.moe_num_experts, has_imatrix)
     kept = {t.name: "f32" for t in tensors}
-    return kept | {k: t.name.lower() for k, t in preset_types(PRESETS[preset], tensors, facts, lambda name: None).items()}
+    return kept | {
+        k: t.name.lower() for k, t in preset_types(PRESETS[preset], tensors, facts, lambda name: None).items()
+    }
 
 
 @pytest.mark.parametrize("has_imatrix", [False, True], ids=["plain", "imatrix"])

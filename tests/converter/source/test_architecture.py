@@ -23,7 +23,9 @@ SCALES = {"quantization_config": fp8_settings()}
 
 def valid(**changes: Any) -> dict[str, Any]:
     """A fresh config.json with some keys changed; None deletes one, `a.b` reaches into an object, `a.2` into a list."""
-    data = copy.deepcopy(config(TINY, eos=[1, 7]) | (SCALES if any(key.startswith("quantization") for key in changes) else {}))
+    data = copy.deepcopy(
+        config(TINY, eos=[1, 7]) | (SCALES if any(key.startswith("quantization") for key in changes) else {})
+    )
     for path, value in changes.items():
         put(data, path.split("."), value)
     return data
@@ -120,13 +122,17 @@ def test_the_bundled_shape_is_read_key_by_key() -> None:
     assert [layer.is_sliding for layer in arch.layers] == [False, True, True, True, False, True, True, True, True]
     assert [layer.n_heads for layer in arch.layers] == [4, 8, 8, 8, 4, 8, 8, 8, 8]
     assert [layer.is_moe for layer in arch.layers] == [False] * 3 + [True] * 3 + [False] * 3
-    assert [(layer.clamp_routed, layer.clamp_shared) for layer in arch.layers] == [(0, 0)] * 4 + [(7, 16)] * 2 + [(0, 0)] * 3
+    assert [(layer.clamp_routed, layer.clamp_shared) for layer in arch.layers] == [(0, 0)] * 4 + [(7, 16)] * 2 + [
+        (0, 0)
+    ] * 3
     assert (arch.rope_theta_full, arch.rope_theta_sliding, arch.rotary_factor_full) == (5e6, 1e4, 0.5)
     assert arch.rope_scaling == Llama3Rope(2.0, 1.0, 32.0, 131072)
     assert (arch.eos_token_ids, arch.fp8_block, arch.rms_norm_eps) == ((1, 7), (128, 128), 1e-5)
 
 
-@pytest.mark.parametrize("key", ["swiglu_limits", "swiglu_limits_shared", "rope_scaling", "num_nextn_predict_layers", "use_moe"])
+@pytest.mark.parametrize(
+    "key", ["swiglu_limits", "swiglu_limits_shared", "rope_scaling", "num_nextn_predict_layers", "use_moe"]
+)
 def test_a_key_that_may_be_absent_may_also_be_null(key: str) -> None:
     data = config(replace(TINY, num_nextn_predict_layers=0), eos=[1])
     assert read_architecture({**data, key: None}) == read_architecture({k: v for k, v in data.items() if k != key})
@@ -208,4 +214,9 @@ def header(arch: Architecture) -> bytes:
     tensors = map_tensors(arch, trunk=True, mtp=True)
     tokenizer = Tokenizer((), (), (), {}, {}, (), None)
     provenance = Provenance("title", None, "source", "sha256", "recipe", "version")
-    return encode_header(build_metadata(arch, tokenizer, tensors, with_mtp=True, ftype=LlamaFileType.GUESSED, generation={}, provenance=provenance), [])
+    return encode_header(
+        build_metadata(
+            arch, tokenizer, tensors, with_mtp=True, ftype=LlamaFileType.GUESSED, generation={}, provenance=provenance
+        ),
+        [],
+    )

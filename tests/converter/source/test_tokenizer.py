@@ -58,7 +58,9 @@ def tokenizer_json() -> dict[str, Any]:
     letters = [*byte_letters(), "in", "Ġt", "ĠĠ", "Ġth", "Ġthe"]
     return {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": text, "special": text not in ("<think>", "<|call_end|>")} for text, i in ADDED.items()],
+        "added_tokens": [
+            {"id": i, "content": text, "special": text not in ("<think>", "<|call_end|>")} for text, i in ADDED.items()
+        ],
         "normalizer": {"type": "Sequence", "normalizers": []},
         "pre_tokenizer": pre_tokenizer(),
         "post_processor": None,
@@ -71,7 +73,12 @@ def tokenizer_json() -> dict[str, Any]:
 
 
 def settings_json() -> dict[str, Any]:
-    return {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": True, "chat_template": "{{ bos_token }}"}
+    return {
+        "bos_token": "<｜begin▁of▁sentence｜>",
+        "eos_token": {"content": "<|im_end|>"},
+        "add_bos_token": True,
+        "chat_template": "{{ bos_token }}",
+    }
 
 
 def read(
@@ -139,10 +146,16 @@ def test_a_tokenizer_that_llama_cpp_follows_has_no_notes(tmp_path: Path) -> None
     ("data", "note"),
     [
         (changed("normalizer", to={"type": "NFC"}), "normalizer 'NFC' changes the text before it is split"),
-        (changed("normalizer", "normalizers", to=[{"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}]), "normalizer 'Lowercase' changes"),
+        (
+            changed("normalizer", "normalizers", to=[{"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}]),
+            "normalizer 'Lowercase' changes",
+        ),
         (changed("model", "ignore_merges", to=True), "ignore_merges takes whole words from the vocabulary"),
         (changed("model", "end_of_word_suffix", to="</w>"), "model.end_of_word_suffix expected none, got '</w>'"),
-        (changed("added_tokens", 3, "rstrip", to=True), "1 added tokens such as '<|im_end|>' have lstrip, rstrip, single_word set"),
+        (
+            changed("added_tokens", 3, "rstrip", to=True),
+            "1 added tokens such as '<|im_end|>' have lstrip, rstrip, single_word set",
+        ),
     ],
 )
 def test_what_llama_cpp_does_otherwise_is_noted(tmp_path: Path, data: dict[str, Any], note: str) -> None:
@@ -153,7 +166,9 @@ def test_what_llama_cpp_does_otherwise_is_noted(tmp_path: Path, data: dict[str, 
 def test_bytes_without_a_token_are_noted_with_what_was_meant_for_them(tmp_path: Path) -> None:
     data = tokenizer_json()
     del data["model"]["vocab"]["Ā"], data["model"]["vocab"]["é"]
-    assert read(tmp_path, data).notes == ("tokenizer.json: 2 of 256 bytes have no token: llama.cpp drops them from a text",)
+    assert read(tmp_path, data).notes == (
+        "tokenizer.json: 2 of 256 bytes have no token: llama.cpp drops them from a text",
+    )
     data["model"]["byte_fallback"] = True
     assert "byte_fallback would spell them, and llama.cpp drops them" in read(tmp_path, data).notes[0]
 
@@ -171,18 +186,29 @@ def step(i: int, **changes: Any) -> dict[str, Any]:
         ({"type": "ByteLevel"}, r"three splits and ByteLevel, got \{'type': 'ByteLevel'\}"),
         ({"type": "Sequence"}, r"three splits and ByteLevel, got"),
         ({"type": "Sequence", "pretokenizers": []}, r"three splits and ByteLevel, got"),
-        ({"type": "Sequence", "pretokenizers": pre_tokenizer()["pretokenizers"][1:]}, r"three splits and ByteLevel, got"),
-        (step(0, pattern={"Regex": r"\p{N}"}), r"pre_tokenizer step 1 expected .* an isolated split at .*\{1,3\}', got .*'\\\\p\{N\}'"),
+        (
+            {"type": "Sequence", "pretokenizers": pre_tokenizer()["pretokenizers"][1:]},
+            r"three splits and ByteLevel, got",
+        ),
+        (
+            step(0, pattern={"Regex": r"\p{N}"}),
+            r"pre_tokenizer step 1 expected .* an isolated split at .*\{1,3\}', got .*'\\\\p\{N\}'",
+        ),
         (step(1, behavior="Removed"), r"pre_tokenizer step 2 expected .*'Removed'"),
         (step(1, invert=True), r"pre_tokenizer step 2 expected .*'invert': True"),
         (step(2, pattern={"String": " "}), r"pre_tokenizer step 3 expected .*'String'"),
         (step(2, pattern=" "), r"pre_tokenizer step 3 expected .*'pattern': ' '"),
-        (step(3, use_regex=True), r"pre_tokenizer step 4 expected .*ByteLevel without prefix space and regex, got .*'use_regex': True"),
+        (
+            step(3, use_regex=True),
+            r"pre_tokenizer step 4 expected .*ByteLevel without prefix space and regex, got .*'use_regex': True",
+        ),
         (step(3, add_prefix_space=True), r"pre_tokenizer step 4 expected .*'add_prefix_space': True"),
     ],
 )
 def test_another_pre_tokenizer_is_refused_by_its_step(tmp_path: Path, pre: Any, message: str) -> None:
-    with pytest.raises(CheckpointError, match=r"^tokenizer\.json: .*" + message + ".*llama.cpp would split text otherwise"):
+    with pytest.raises(
+        CheckpointError, match=r"^tokenizer\.json: .*" + message + ".*llama.cpp would split text otherwise"
+    ):
         read(tmp_path, changed("pre_tokenizer", to=pre))
 
 
@@ -190,7 +216,9 @@ def test_another_pre_tokenizer_is_refused_by_its_step(tmp_path: Path, pre: Any, 
 
 
 def test_special_ids_come_from_the_texts_then_from_config(tmp_path: Path) -> None:
-    ids = read(tmp_path, model_config={"bos_token_id": 5, "pad_token_id": PAD, "unk_token_id": N_VOCAB, "eos_token_id": [EOS]}).special_ids
+    ids = read(
+        tmp_path, model_config={"bos_token_id": 5, "pad_token_id": PAD, "unk_token_id": N_VOCAB, "eos_token_id": [EOS]}
+    ).special_ids
     assert ids == {"bos": BOS, "eos": IM_END, "pad": PAD}
 
 
@@ -202,12 +230,17 @@ def test_without_an_eos_token_the_first_id_of_the_list_is_eos(tmp_path: Path) ->
     """llama.cpp would take id 11, a comma in the real vocabulary, and end every answer at it."""
     settings = settings_json() | {"eos_token": None}
     assert read(tmp_path, settings=settings, eos=(EOS, IM_END)).special_ids["eos"] == EOS
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: eos_token expected one of tokenizer\.json's added_tokens, got none"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tokenizer_config\.json: eos_token expected one of tokenizer\.json's added_tokens, got none",
+    ):
         read(tmp_path, settings=settings, eos=())
 
 
 def test_without_a_bos_token_nothing_is_converted(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: bos_token expected .*config\.json has no bos_token_id"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer_config\.json: bos_token expected .*config\.json has no bos_token_id"
+    ):
         read(tmp_path, settings=settings_json() | {"bos_token": "<s>"})
 
 
@@ -242,7 +275,9 @@ class open_vocabulary:
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         arch = read_architecture(config(TINY, eos=[]))
         provenance = Provenance("title", None, "source", "sha256", "recipe", "version")
-        entries = build_metadata(arch, tokenizer, [], with_mtp=True, ftype=LlamaFileType.GUESSED, generation={}, provenance=provenance)
+        entries = build_metadata(
+            arch, tokenizer, [], with_mtp=True, ftype=LlamaFileType.GUESSED, generation={}, provenance=provenance
+        )
         self.path = folder / "vocabulary.gguf"
         self.path.write_bytes(encode_header(entries, []))
 
@@ -302,15 +337,25 @@ BEGIN = "<｜begin▁of▁sentence｜>"
         # transformers' own template of a tokenizer with add_bos_token.
         (template(BEGIN, "A", pair=(BEGIN, "A", BEGIN, "B")), {}, {"bos": True, "sep": False}),
         (template(BEGIN, "A", pair=(BEGIN, "A", "<|im_end|>", "B")), {}, {"bos": True, "sep": True}),
-        (template("A", "<|im_end|>", pair=("A", "<|im_end|>", "B", "<|im_end|>")), {}, {"bos": True, "eos": True, "sep": False}),
+        (
+            template("A", "<|im_end|>", pair=("A", "<|im_end|>", "B", "<|im_end|>")),
+            {},
+            {"bos": True, "eos": True, "sep": False},
+        ),
         (template(BEGIN, "A", pair=(BEGIN, "A", "B")), {}, {"bos": True}),
         (template(BEGIN, "A", pair=(BEGIN, "B", "<|im_end|>", "A")), {}, {"bos": True}),
         ({"type": "Sequence", "processors": [BYTE_LEVEL, template(BEGIN, "A")]}, {}, {"bos": True, "eos": False}),
         ({"type": "Sequence", "processors": "nothing"}, {}, {"bos": True}),
-        ({"type": "TemplateProcessing", "single": [{"SpecialToken": 3}, "x"], "pair": [{"Sequence": {"id": []}}, 1]}, {}, {"bos": True}),
+        (
+            {"type": "TemplateProcessing", "single": [{"SpecialToken": 3}, "x"], "pair": [{"Sequence": {"id": []}}, 1]},
+            {},
+            {"bos": True},
+        ),
     ],
 )
-def test_the_post_processor_says_what_is_added_and_then_the_settings(tmp_path: Path, post_processor: Any, settings: dict, flags: dict) -> None:
+def test_the_post_processor_says_what_is_added_and_then_the_settings(
+    tmp_path: Path, post_processor: Any, settings: dict, flags: dict
+) -> None:
     assert read(tmp_path, changed("post_processor", to=post_processor), settings_json() | settings).add_flags == flags
 
 
@@ -329,8 +374,14 @@ def test_the_chat_template_is_the_settings_then_the_file_beside_them(tmp_path: P
     ("content", "message"),
     [
         (b"\xff{{", r"chat_template\.jinja: expected UTF-8, got byte 0xff at 0"),
-        (b"x" * (MAX_TEMPLATE_CHARS + 1), rf"chat_template\.jinja: chat template expected at most {MAX_TEMPLATE_CHARS} characters, got {MAX_TEMPLATE_CHARS + 1}"),
-        (b"x" * (4 * MAX_TEMPLATE_CHARS + 1), rf"chat_template\.jinja: expected at most {4 * MAX_TEMPLATE_CHARS} bytes, got {4 * MAX_TEMPLATE_CHARS + 1}"),
+        (
+            b"x" * (MAX_TEMPLATE_CHARS + 1),
+            rf"chat_template\.jinja: chat template expected at most {MAX_TEMPLATE_CHARS} characters, got {MAX_TEMPLATE_CHARS + 1}",
+        ),
+        (
+            b"x" * (4 * MAX_TEMPLATE_CHARS + 1),
+            rf"chat_template\.jinja: expected at most {4 * MAX_TEMPLATE_CHARS} bytes, got {4 * MAX_TEMPLATE_CHARS + 1}",
+        ),
     ],
     ids=["not UTF-8", "long", "too long to read"],
 )
@@ -344,7 +395,10 @@ def test_a_damaged_or_huge_template_file_is_refused(tmp_path: Path, content: byt
     ("value", "message"),
     [
         ("x" * (MAX_TEMPLATE_CHARS + 1), r"tokenizer_config\.json: chat template expected at most"),
-        ([{"name": "default", "template": "x"}], r"tokenizer_config\.json: chat_template expected one text, got \[\{'name': 'default'"),
+        (
+            [{"name": "default", "template": "x"}],
+            r"tokenizer_config\.json: chat_template expected one text, got \[\{'name': 'default'",
+        ),
     ],
     ids=["long", "several"],
 )
@@ -366,18 +420,33 @@ def test_a_template_that_is_huge_or_no_text_is_refused(tmp_path: Path, value: An
         (changed("model", "vocab", "in", to=300), r"token 'in' expected an id under 300, got 300"),
         (changed("model", "vocab", "in", to=-1), r"token 'in' expected an id under 300, got -1"),
         (changed("model", "vocab", "in", to=257), r"id 257 expected one token, got 'in' and '\\u0120t'"),
-        (changed("model", "vocab", "<think>", to=270), r"token 270 expected a text of its own without zero characters, got '<think>'"),
-        (changed("model", "vocab", "[PAD280]", to=270), r"token 280 expected a text of its own without zero characters, got '\[PAD280\]'"),
+        (
+            changed("model", "vocab", "<think>", to=270),
+            r"token 270 expected a text of its own without zero characters, got '<think>'",
+        ),
+        (
+            changed("model", "vocab", "[PAD280]", to=270),
+            r"token 280 expected a text of its own without zero characters, got '\[PAD280\]'",
+        ),
         (changed("model", "vocab", "a\0b", to=270), r"token 270 expected .* got 'a\\x00b'"),
         (changed("model", "merges", to=None), r"model\.merges expected a list of pairs, got None"),
         (changed("model", "merges", to={"a b": 1}), r"model\.merges expected a list of pairs, got \{'a b': 1\}"),
-        (changed("model", "merges", 1, to=["a", "b", "c"]), r"model\.merges\[1\] expected a pair of strings, got \['a', 'b', 'c'\]"),
+        (
+            changed("model", "merges", 1, to=["a", "b", "c"]),
+            r"model\.merges\[1\] expected a pair of strings, got \['a', 'b', 'c'\]",
+        ),
         (changed("model", "merges", 1, to=["a", 1]), r"model\.merges\[1\] expected a pair of strings, got \['a', 1\]"),
         (changed("model", "merges", 1, to="ab"), r"model\.merges\[1\] expected a pair of strings, got 'ab'"),
-        (changed("model", "merges", 1, to=["a", ""]), r"model\.merges\[1\] expected a pair of strings, got \['a', ''\]"),
+        (
+            changed("model", "merges", 1, to=["a", ""]),
+            r"model\.merges\[1\] expected a pair of strings, got \['a', ''\]",
+        ),
         (changed("added_tokens", to={}), r"added_tokens expected entries with id and content"),
         (changed("added_tokens", 0, to={"id": 261}), r"added_tokens expected entries with id and content"),
-        (changed("added_tokens", 0, "content", to="<think>"), r"added_tokens expected each content once, got 6 entries with 5 contents"),
+        (
+            changed("added_tokens", 0, "content", to="<think>"),
+            r"added_tokens expected each content once, got 6 entries with 5 contents",
+        ),
     ],
 )
 def test_a_damaged_tokenizer_is_refused_with_the_place(tmp_path: Path, data: dict[str, Any], message: str) -> None:
@@ -393,13 +462,24 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         read_tokenizer(tmp_path, N_VOCAB, (EOS,), {})
 
 
-JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 400), st.floats(0, 300), st.text(max_size=6), st.builds(list), st.builds(dict), st.builds(lambda: [["a"]]))
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 400),
+    st.floats(0, 300),
+    st.text(max_size=6),
+    st.builds(list),
+    st.builds(dict),
+    st.builds(lambda: [["a"]]),
+)
 
 
 @st.composite
 def mutations(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both files with one or two values replaced or removed, wherever they stand."""
-    files = copy.deepcopy({"tokenizer": tokenizer_json() | {"post_processor": template(BEGIN, "A")}, "settings": settings_json()})
+    files = copy.deepcopy(
+        {"tokenizer": tokenizer_json() | {"post_processor": template(BEGIN, "A")}, "settings": settings_json()}
+    )
     for _ in range(draw(st.integers(1, 2))):
         parent: Any = files
         key = draw(st.sampled_from(sorted(files)))
@@ -412,7 +492,9 @@ def mutations(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @settings(max_examples=300, deadline=None)
 @given(mutations())
-def test_a_mutated_tokenizer_is_a_clean_error_or_a_whole_vocabulary(tmp_path_factory: pytest.TempPathFactory, files: tuple[Any, Any]) -> None:
+def test_a_mutated_tokenizer_is_a_clean_error_or_a_whole_vocabulary(
+    tmp_path_factory: pytest.TempPathFactory, files: tuple[Any, Any]
+) -> None:
     folder = tmp_path_factory.getbasetemp()
     try:
         tokenizer = read(folder, *files)

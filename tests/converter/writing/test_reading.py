@@ -48,7 +48,9 @@ def opened(request: pytest.FixtureRequest, file: Path, monkeypatch: pytest.Monke
     opened.close()
 
 
-@pytest.mark.parametrize(("offset", "n_bytes"), [(0, 1), (0, 4096), (1, 4095), (4095, 2), (5000, 9000), (20480, 123), (20602, 1), (0, 20603)])
+@pytest.mark.parametrize(
+    ("offset", "n_bytes"), [(0, 1), (0, 4096), (1, 4095), (4095, 2), (5000, 9000), (20480, 123), (20602, 1), (0, 20603)]
+)
 def test_any_range_is_read_as_it_stands(opened: DirectFile, file: Path, offset: int, n_bytes: int) -> None:
     data = opened.read(offset, n_bytes, read_buffer(6 * 4096))
     assert data.tobytes() == file.read_bytes()[offset : offset + n_bytes]
@@ -56,7 +58,10 @@ def test_any_range_is_read_as_it_stands(opened: DirectFile, file: Path, offset: 
 
 @pytest.mark.parametrize(("offset", "n_bytes"), [(0, 20604), (20602, 2), (24576, 1), (100_000, 5)])
 def test_a_file_that_ends_early_is_an_error(opened: DirectFile, offset: int, n_bytes: int) -> None:
-    with pytest.raises(CheckpointError, match=rf"truncated file: .*data expected {offset + n_bytes} bytes or more, got \d+; did it change"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"truncated file: .*data expected {offset + n_bytes} bytes or more, got \d+; did it change",
+    ):
         opened.read(offset, n_bytes, read_buffer(2**18))
 
 

@@ -72,7 +72,9 @@ def test_the_most_frequent_tokens_are_kept_row_by_row(heads: Path, counts: Path)
 
 def test_a_side_file_gives_the_same_heads_as_the_whole_model(heads: Path, counts: Path, tmp_path: Path) -> None:
     assert trim(tiny_gguf(mtp="only"), counts, tmp_path / "heads.gguf").exit_code == 0
-    ours, theirs = ({t.name: t.data.tobytes() for t in gguf.GGUFReader(p).tensors} for p in (tmp_path / "heads.gguf", heads))
+    ours, theirs = (
+        {t.name: t.data.tobytes() for t in gguf.GGUFReader(p).tensors} for p in (tmp_path / "heads.gguf", heads)
+    )
     assert ours == theirs
 
 
@@ -89,11 +91,17 @@ def test_counting_takes_the_models_own_tokens(counts: Path) -> None:
     [
         (N_VOCAB, None, "--vocab expected 1 to 2047 of the model's tokens, got 2048"),
         (9, '{"counts": [1, 2]}', "counts expected 2048 tokens as in the model, got 2; count with this model"),
-        (9, '{"counts": [1, -2]}', "counts expected a list of whole numbers, one a token; make it with step35 count-tokens"),
+        (
+            9,
+            '{"counts": [1, -2]}',
+            "counts expected a list of whole numbers, one a token; make it with step35 count-tokens",
+        ),
         (9, json.dumps({"counts": [0] * N_VOCAB}), "nothing was counted in"),
     ],
 )
-def test_what_cannot_be_trimmed_is_said_in_a_line(counts: Path, tmp_path: Path, vocab: int, text: str | None, said: str) -> None:
+def test_what_cannot_be_trimmed_is_said_in_a_line(
+    counts: Path, tmp_path: Path, vocab: int, text: str | None, said: str
+) -> None:
     if text:
         (tmp_path / "counts.json").write_text(text)
         counts = tmp_path / "counts.json"
@@ -178,7 +186,9 @@ def test_the_text_is_that_of_plain_decoding(heads: Path, sampling: Sampling) -> 
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0, 1.7]), st.integers(0, 1000))
-def test_a_draft_is_what_the_whole_heads_choose_among_the_kept_tokens(seed: int, temperature: float, position: int) -> None:
+def test_a_draft_is_what_the_whole_heads_choose_among_the_kept_tokens(
+    seed: int, temperature: float, position: int
+) -> None:
     """The noise belongs to the model's id of a token, so trimmed drafts agree with the target as whole ones do."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 3, 200).astype(np.float32)
@@ -186,7 +196,9 @@ def test_a_draft_is_what_the_whole_heads_choose_among_the_kept_tokens(seed: int,
     masked = np.full(200, -np.inf, np.float32)
     masked[names] = logits[names]
     sampling = Sampling(temperature=temperature, top_p=1.0, seed=seed)
-    assert choose_with_margin(logits[names], sampling, position, names) == choose_with_margin(masked, sampling, position)
+    assert choose_with_margin(logits[names], sampling, position, names) == choose_with_margin(
+        masked, sampling, position
+    )
 
 
 def test_stock_llama_cpp_refuses_the_file(heads: Path) -> None:
@@ -221,7 +233,15 @@ def test_heads_of_another_checkpoint_are_refused(heads: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "tokens, stand_ins",
-    [([], [0]), ([0, 0], [0, 1]), ([1, 0], [1, 0]), ([0, 5], [0, 1, 0]), ([0, 2], [0, 1, 2]), ([0, 2], [0, 0, 0]), ([0], [])],
+    [
+        ([], [0]),
+        ([0, 0], [0, 1]),
+        ([1, 0], [1, 0]),
+        ([0, 5], [0, 1, 0]),
+        ([0, 2], [0, 1, 2]),
+        ([0, 2], [0, 0, 0]),
+        ([0], []),
+    ],
 )
 def test_arrays_that_contradict_each_other_are_refused(tokens: list[int], stand_ins: list[int]) -> None:
     arrays = (np.array(values, np.int32) for values in (tokens, stand_ins))
@@ -232,7 +252,9 @@ def test_arrays_that_contradict_each_other_are_refused(tokens: list[int], stand_
 def test_a_real_load_takes_what_was_counted(heads: Path) -> None:
     options = EngineOptions(tiny_gguf(mtp="drop"), heads, draft="3", n_ctx=512, n_threads=1, load_mode="none")
     with Engine(options) as engine:
-        assert engine.need is not None and not [note for note in engine.notes if "expected" in note or "counted" in note], engine.notes
+        assert engine.need is not None and not [
+            note for note in engine.notes if "expected" in note or "counted" in note
+        ], engine.notes
 
 
 def test_only_the_vocabulary_is_loaded_to_count() -> None:

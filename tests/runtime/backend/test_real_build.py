@@ -191,11 +191,15 @@ def test_two_boxes_hold_exactly_what_was_planned_for_each(second_box: SecondBox,
         rpc = ["--policy", "rpc", "--rpc", second_box.endpoint, "--rpc", third.endpoint]
         plan = ["plan", model, *heads, *rpc, "--ctx", 4096, "-b", 512, "--json", "--out", tmp_path / "plan.yaml"]
         planned = json.loads(step35(*plan).stdout)
-        done = step35("generate", model, *heads, "--plan", tmp_path / "plan.yaml", "-p", PROMPT, "-n", 4, "--draft", "3")
+        done = step35(
+            "generate", model, *heads, "--plan", tmp_path / "plan.yaml", "-p", PROMPT, "-n", 4, "--draft", "3"
+        )
     assert done.returncode == 0, done.stderr
     assert all(planned["usage"][gpu]["weights, dense"] for gpu in ("GPU0", "GPU1"))
     # not compared for GPU1: the full layers' mask is counted there, and the tiny model has none of them there
-    assert [line for line in done.stderr.splitlines() if "counted" in line and "compute buffers on GPU" not in line] == []
+    assert [
+        line for line in done.stderr.splitlines() if "counted" in line and "compute buffers on GPU" not in line
+    ] == []
 
 
 def test_a_second_box_that_is_not_there_is_one_line(second_box: SecondBox, tmp_path: Path) -> None:

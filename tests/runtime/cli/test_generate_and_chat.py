@@ -80,7 +80,9 @@ def test_a_prompt_longer_than_the_context_is_refused():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_cleanly(number):
     command = [*STEP35, "generate", str(tiny_gguf()), "-p", "x", "-n", "100000", "-c", "200000", "-t", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
+    ) as process:
         try:
             process.stdout.read(20)
             time.sleep(0.2)

@@ -107,7 +107,11 @@ def test_a_model_larger_than_a_memory_limit_is_refused_before_it_is_loaded(model
         (["--machine", "h100-80", "--plan", "/nonexistent.yaml"], 1, "No such file"),
         (["--machine", "h100-80", "--plan", sys.executable], 1, "expected a text in UTF-8"),
         (["--machine", "h100-80", "--trace", sys.executable], 1, "expected a text in UTF-8"),
-        (["--machine", "h100-80", "--plan", "/x.yaml", "--kv-type", "q8_0"], 2, "--plan and --kv-type: the plan says it"),
+        (
+            ["--machine", "h100-80", "--plan", "/x.yaml", "--kv-type", "q8_0"],
+            2,
+            "--plan and --kv-type: the plan says it",
+        ),
     ],
 )
 def test_bad_input_is_one_line(model, arguments, code, message):

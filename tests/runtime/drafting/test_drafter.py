@@ -34,7 +34,11 @@ class Ticks:
 def engine(script: Script, draft: str = "3", clock: Ticks | None = None, **options) -> Engine:
     """An engine past its calibration; on such a clock a run of a head takes the same time with any number of rows."""
     defaults = {"n_ctx": 1024, "n_batch": 32, "n_sessions": 1}
-    e = Engine(EngineOptions(Path("fake"), draft=draft, **defaults | options), load_model=loader(script), clock=clock or Ticks())
+    e = Engine(
+        EngineOptions(Path("fake"), draft=draft, **defaults | options),
+        load_model=loader(script),
+        clock=clock or Ticks(),
+    )
     for context in script.contexts:
         context.decodes.clear()
     return e

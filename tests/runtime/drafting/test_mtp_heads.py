@@ -68,7 +68,10 @@ def test_a_context_takes_no_more_threads_than_there_are_cores(monkeypatch: pytes
     """llama.cpp takes four: on two cores they waited for each other, and a script of a few lines ran at a fifteenth."""
     monkeypatch.setattr(context_module, "usable_cores", lambda: 1)
     model = Model(ModelOptions(tiny_gguf()))
-    by_default, as_asked = model.open_trunk(ContextOptions(64, 32)), model.open_trunk(ContextOptions(64, 32, n_threads=3))
+    by_default, as_asked = (
+        model.open_trunk(ContextOptions(64, 32)),
+        model.open_trunk(ContextOptions(64, 32, n_threads=3)),
+    )
     assert [library.C.llama_n_threads(context._ctx) for context in (by_default, as_asked)] == [1, 3]
     for part in (by_default, as_asked, model):
         part.close()

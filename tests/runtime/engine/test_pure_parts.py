@@ -16,7 +16,9 @@ tokens = st.lists(st.integers(0, 3), max_size=40)
 
 
 @relaxed
-@given(cached=tokens, prompt=tokens.filter(len), held_from=st.integers(0, 40), window=st.integers(1, 16), data=st.data())
+@given(
+    cached=tokens, prompt=tokens.filter(len), held_from=st.integers(0, 40), window=st.integers(1, 16), data=st.data()
+)
 def test_a_plan_never_keeps_a_timeline_whose_window_is_lost(cached, prompt, held_from, window, data):
     held_from = min(held_from, len(cached))
     checkpoints = data.draw(st.sets(st.integers(1, max(len(cached), 1))))
@@ -100,7 +102,11 @@ def test_hidden_rows_come_back_as_they_were_put(puts):
 
 
 @relaxed
-@given(text=st.text(alphabet="abé漢😀", max_size=30), stop=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3), data=st.data())
+@given(
+    text=st.text(alphabet="abé漢😀", max_size=30),
+    stop=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+    data=st.data(),
+)
 def test_text_ends_before_the_first_stop_string_however_it_is_cut(text, stop, data):
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)))) | {0, len(raw)})

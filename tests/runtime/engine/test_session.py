@@ -180,7 +180,9 @@ def test_a_side_file_with_another_vocabulary_is_refused(tmp_path):
         Engine(EngineOptions(tiny_gguf(mtp="drop"), path, n_ctx=64))
 
 
-@pytest.mark.parametrize("option", [{"draft": "4"}, {"kv_type": "q2"}, {"load_mode": "x"}, {"n_ctx": 0}, {"n_sessions": 99}])
+@pytest.mark.parametrize(
+    "option", [{"draft": "4"}, {"kv_type": "q2"}, {"load_mode": "x"}, {"n_ctx": 0}, {"n_sessions": 99}]
+)
 def test_an_unknown_option_value_is_refused_with_what_is_known(option):
     with pytest.raises(SettingsError, match=f"bad option: {next(iter(option))} expected"):
         EngineOptions(tiny_gguf(), **option)

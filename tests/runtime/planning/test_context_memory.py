@@ -30,7 +30,9 @@ from step35.planning.model_header import Group, read_header, read_model
 from tiny_model import tiny_gguf
 
 SLICE = replace(REAL, num_hidden_layers=5, vocab_size=4096, moe_num_experts=16)
-ODD = Shape(num_hidden_layers=9, hidden_size=320, intermediate_size=960, moe_intermediate_size=352, moe_top_k=3, vocab_size=2100)
+ODD = Shape(
+    num_hidden_layers=9, hidden_size=320, intermediate_size=960, moe_intermediate_size=352, moe_top_k=3, vocab_size=2100
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,10 @@ def test_every_byte_is_the_dry_runs(gguf, shape, recipe):
     """Weights, KV cells and compute buffers of the trunk and of a head, with and without quantized KV."""
     path = gguf(shape, recipe)
     header = read_header(path)
-    runs = [Run(n_ctx=n, n_batch=b, kv_type=kv) for n, b, kv in [(4096, 512, "f16"), (131072, 2048, "q8_0"), (40000, 96, "f16")]]
+    runs = [
+        Run(n_ctx=n, n_batch=b, kv_type=kv)
+        for n, b, kv in [(4096, 512, "f16"), (131072, 2048, "q8_0"), (40000, 96, "f16")]
+    ]
     runs += [Run(n_ctx=8192, n_batch=256, n_sessions=s) for s in (2, 3)]
     runs += [Run(n_ctx=2048, n_batch=128, has_flash_attention=False), Run(n_ctx=64, n_batch=32)]
     with DryModel(path, load_heads=True) as model:
@@ -112,7 +117,9 @@ def test_a_real_load_with_a_side_file_takes_what_was_counted(trunk, kv_type, n_s
     """Symptom: the trunk's own heads, idle beside a side file's, were not counted: 2 GiB of the real model."""
     model, heads = tiny_gguf(mtp=trunk), tiny_gguf(mtp="only")
     run = Run(1024, 128, n_sessions, 3, kv_type)
-    options = EngineOptions(model, heads, n_ctx=1024, n_batch=128, n_sessions=n_sessions, kv_type=kv_type, load_mode="none")
+    options = EngineOptions(
+        model, heads, n_ctx=1024, n_batch=128, n_sessions=n_sessions, kv_type=kv_type, load_mode="none"
+    )
     with Engine(options) as engine:
         trunk_sizes, *head_sizes = [sizes_of(c._ctx) for c in (engine.trunk, *engine.drafter.heads.contexts)]
         counted = engine.need.usage["CPU"]

@@ -266,7 +266,9 @@ def test_a_long_prompt_takes_at_most_half_of_the_time_of_a_running_answer():
     n_steps = max(i for i, has in enumerate(has_prompt) if has) + 1
     assert sum(has_prompt) >= 250 // 16
     assert not any(a and b for a, b in pairwise(has_prompt)), "after each piece of the prompt, the answer goes on alone"
-    assert all(len(sizes) == 1 + has for sizes, has in zip(beside, has_prompt[:n_steps], strict=False)), "never without it"
+    assert all(len(sizes) == 1 + has for sizes, has in zip(beside, has_prompt[:n_steps], strict=False)), (
+        "never without it"
+    )
 
 
 def test_a_prompt_over_the_context_and_a_bias_out_of_range_are_refused_in_time():

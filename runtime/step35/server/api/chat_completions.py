@@ -126,7 +126,9 @@ def read(body: dict[str, Any]) -> Ask:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
     request = request_fields.parse(Request, body)
     _check_served(request)
-    tools = request_fields.check_tools([_tool(entry, i) for i, entry in enumerate(request.tools or ()) if entry.function])
+    tools = request_fields.check_tools(
+        [_tool(entry, i) for i, entry in enumerate(request.tools or ()) if entry.function]
+    )
     return Ask(
         prompt=Conversation(_messages(request.messages), tools),
         sampling=request_fields.sampling_of(request, has_tools=bool(tools)),

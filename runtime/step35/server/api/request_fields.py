@@ -25,7 +25,6 @@ OMITTED = "[{} omitted: this model reads text only]"
 _SHOWN = 80
 
 
-
 def _whole(value: Any) -> Any:
     """Takes 5.0 for 5: some languages know no other numbers."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value

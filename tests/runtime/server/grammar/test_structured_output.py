@@ -51,7 +51,9 @@ def answers(draft: str) -> tuple[dict[str, Collected], int]:
         return found, n_drafted
 
     ticks = count()  # every decode takes as long: what is drafted doesn't depend on the machine, and is much
-    return serve(Service(Serving("tiny", Limits(1, 8)), lambda: Engine(options, clock=lambda: float(next(ticks)))), talk)
+    return serve(
+        Service(Serving("tiny", Limits(1, 8)), lambda: Engine(options, clock=lambda: float(next(ticks)))), talk
+    )
 
 
 def said(answer: Collected) -> tuple[Any, ...]:
@@ -62,7 +64,9 @@ def said(answer: Collected) -> tuple[Any, ...]:
 @pytest.mark.parametrize("draft", ["auto", "3", "ngram"])
 def test_structured_output_is_the_same_whatever_is_drafted(draft: str):
     plain, (drafted, n_drafted) = answers("off")[0], answers(draft)
-    assert {name: said(entry) for name, entry in drafted.items()} == {name: said(entry) for name, entry in plain.items()}
+    assert {name: said(entry) for name, entry in drafted.items()} == {
+        name: said(entry) for name, entry in plain.items()
+    }
     assert n_drafted > 0, "there is something to compare"
 
 
