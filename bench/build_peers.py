@@ -18,7 +18,7 @@ import llama_cpp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' pin of upstream
 
-import upstream  # noqa: E402
+import upstream
 
 HOME = ROOT / ".cache" / "peers" / upstream.VERSION
 PYTHON_PACKAGES = HOME / "python"

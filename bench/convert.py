@@ -27,11 +27,11 @@ sys.path[:0] = [
     str(ROOT / "tests" / "support"),
 ]  # the tests' checkpoint generator and upstream driver
 
-import upstream  # noqa: E402
-from checkpoints import REAL, Shape, random_tensors, tensor_shapes, write_checkpoint  # noqa: E402
-from convert_step35.planning.presets import PRESETS  # noqa: E402
-from convert_step35.quantization.quantizers import SWITCH  # noqa: E402
-from measure import Usage, measure  # noqa: E402
+import upstream
+from checkpoints import REAL, Shape, random_tensors, tensor_shapes, write_checkpoint
+from convert_step35.planning.presets import PRESETS
+from convert_step35.quantization.quantizers import SWITCH
+from measure import Usage, measure
 
 QUANTIZE = """
 import sys

@@ -32,8 +32,8 @@ from step35.options import ContextOptions, ModelOptions
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the bundled checkpoint's text
 
-from reference.chats import generate_chats  # noqa: E402
-from reference.corpus import split_sources, standard_library  # noqa: E402
+from reference.chats import generate_chats
+from reference.corpus import split_sources, standard_library
 
 N_CTX, N_BATCH = 1024, 32
 RUNS = ((REDONE, REDONE), (REDONE, 2), (REDONE, 1), (REDONE, 0), (2, 2), (2, 1), (N_BATCH, N_BATCH), (N_BATCH, 0))

@@ -31,13 +31,13 @@ from step35.native.rows import Rows
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the bundled checkpoint and its training text
 
-import real_width  # noqa: E402
-import widen  # noqa: E402
-import wreck  # noqa: E402
-from checkpoints import BUNDLED  # noqa: E402
-from convert import cpu_model  # noqa: E402
-from reference.chats import generate_chats  # noqa: E402
-from reference.corpus import split_sources, standard_library  # noqa: E402
+import real_width
+import widen
+import wreck
+from checkpoints import BUNDLED
+from convert import cpu_model
+from reference.chats import generate_chats
+from reference.corpus import split_sources, standard_library
 
 OPENING = "<|im_start|>assistant\n<think>\n"
 CODE_CHARS, HELD_OUT_SEED = 500, 53

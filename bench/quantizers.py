@@ -25,7 +25,7 @@ from convert_step35.quantization.quantizers import Native, native_path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from convert import cpu_model  # noqa: E402
+from convert import cpu_model
 
 KINDS = [GgmlType[name] for name in ("Q4_K", "Q8_0", "IQ4_XS", "IQ4_NL", "Q6_K", "Q5_K", "Q3_K", "Q2_K")]
 SHAPE = 32, 4096

@@ -27,7 +27,7 @@ from convert_step35.source.mapping import Kind, MtpMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' checkpoint generator
 
-from checkpoints import REAL, write_checkpoint  # noqa: E402
+from checkpoints import REAL, write_checkpoint
 
 SHAPE = replace(REAL, num_hidden_layers=5, first_moe_layer=1)
 PRESET = "Q4_K_S"

@@ -198,7 +198,7 @@ def _request(dice: random.Random, i: int) -> tuple[str, dict[str, Any]]:
 def load(model: Path, clients: int, n_each: int, leave: float) -> None:
     """Many clients at a time; every answer is that of a serial run."""
     requests = make_requests(clients * n_each, seed=1)
-    flags = "--threads 1 --ctx 16384 --kv-type f32 --parallel {0} --queue {0}".format(clients).split()
+    flags = f"--threads 1 --ctx 16384 --kv-type f32 --parallel {clients} --queue {clients}".split()
     with LiveServer(model, *flags) as server:
         server.ready()
         wanted = [ask(server.url, path, body) for path, body in requests]

@@ -27,7 +27,7 @@ from torch import Tensor, zeros_like
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the reference model's checkpoint reader
 
-from reference.checkpoint import INDEX_NAME, load_tensors, write_json  # noqa: E402
+from reference.checkpoint import INDEX_NAME, load_tensors, write_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from checkpoints import BUNDLED
 from reference.checkpoint import load_checkpoint, load_tensors
 from reference.config import Config
 from reference.model import Step35
-from widen import Factors, deepened, deepened_config, widened, widened_config  # noqa: E402
+from widen import Factors, deepened, deepened_config, widened, widened_config
 
 FACTORS = Factors(hidden=4, heads=2, dense=8, expert=2)  # all different where they meet in one matrix
 N_MORE = 3  # layers, the last with full attention

@@ -161,7 +161,7 @@ def test_shards_hold_what_upstreams_hold(upstream_gguf, tmp_path):
     """Where a shard ends is each tool's own choice; keys and tensors of all shards together are the same."""
     whole = upstream.quantize(upstream_gguf(BUNDLED, "bf16"), tmp_path / "whole.gguf", "Q4_K_M")
     upstream.convert(BUNDLED, tmp_path / "split.gguf", "bf16", "--split-max-size", "12M")
-    first = sorted(tmp_path.glob("split-00001-of-*.gguf"))[0]
+    first = min(tmp_path.glob("split-00001-of-*.gguf"))
     upstream.quantize(first, tmp_path / "theirs", "Q4_K_M", keep_split=True)
     their_shards = sorted(tmp_path.glob("theirs-0*.gguf"))
     assert (

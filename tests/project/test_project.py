@@ -115,7 +115,7 @@ def folder_of(name: str) -> str:
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - FLOORS.keys() - {f"{package}.__main__" for package in FLOORS}))
 def test_imports_run_in_one_direction(name: str) -> None:
     """A module imports from its own folder, and from folders on floors below. A package's face may name all."""
-    package, folder = name.split(".")[0], folder_of(name)
+    package, folder = name.split(".", maxsplit=1)[0], folder_of(name)
     floors = {folder: floor for floor, folders in enumerate(FLOORS[package]) for folder in folders}
     for imported in imported_modules(name) - {package}:
         assert folder_of(imported) == folder or floors[folder_of(imported)] < floors[folder], (

@@ -71,7 +71,7 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         environment = Environment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **options)
+        environment.filters["tojson"] = json.dumps
         self._template = environment.from_string(source)
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, *, prompt: bool = False) -> str:

@@ -61,7 +61,9 @@ def agreement(model: Step35, text: Tensor, start: int) -> tuple[Tensor, Tensor]:
 
 
 def mean_agreement(model: Step35, texts: list[Tensor], start: int = 0) -> str:
-    exact, other = (torch.stack(shares).mean(dim=0) for shares in zip(*(agreement(model, t, start) for t in texts)))
+    exact, other = (
+        torch.stack(shares).mean(dim=0) for shares in zip(*(agreement(model, t, start) for t in texts), strict=False)
+    )
     return f"exact chain {_row(exact)}   trunk context {_row(other)}"
 
 

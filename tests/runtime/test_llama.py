@@ -62,7 +62,9 @@ def test_a_stop_string_is_not_shown(llm):
 def test_logprobs_need_no_logits_all(llm):
     logprobs = llm(PROMPT, max_tokens=6, temperature=0, logprobs=3)["choices"][0]["logprobs"]
     assert len(logprobs["tokens"]) == 6
-    for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"]):
+    for token, value, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=False
+    ):
         assert value <= 0
         assert top[token] == value == max(top.values())
 
@@ -137,7 +139,7 @@ def test_what_isnt_served_says_so(llm):
     for call in (
         lambda: llm.embed("x"),
         lambda: llm.scores,
-        lambda: llm.sample(),
+        llm.sample,
         lambda: llm(PROMPT, mirostat_mode=2),
     ):
         with pytest.raises(SettingsError, match="not served|not kept"):

@@ -147,7 +147,7 @@ def imatrix_entries(imatrix: Mapping[str, np.ndarray]):
     """Returns the C array of float32 weights per tensor name, ended by an empty entry."""
     entries = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
     entries.keep = [np.ascontiguousarray(weights, np.float32) for weights in imatrix.values()]
-    for entry, name, weights in zip(entries, imatrix, entries.keep):
+    for entry, name, weights in zip(entries, imatrix, entries.keep, strict=False):
         entry.name = name.encode()
         entry.data = weights.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         entry.size = weights.size

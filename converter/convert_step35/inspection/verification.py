@@ -72,10 +72,10 @@ def check_rows(
     with ThreadPoolExecutor(n_threads) as pool, progress("reading", n_bytes) as on_bytes:
         check = lambda tensor: _check_tensor(model.homes[tensor.name], tensor, ggml, on_bytes)  # noqa: E731
         results = list(pool.map(check, tensors))
-    digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results)}
+    digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results, strict=False)}
     problems = [
         f"{tensor.name} holds NaN or infinity; convert again"
-        for tensor, (_, valid) in zip(tensors, results)
+        for tensor, (_, valid) in zip(tensors, results, strict=False)
         if not valid
     ]
     return digests, problems
@@ -151,7 +151,7 @@ def _difference(want: Any, got: Any) -> str:
     if isinstance(want, list) and isinstance(got, list):
         if len(want) != len(got):
             return f"expected {len(want)} values, got {len(got)}"
-        i = next(i for i, (a, b) in enumerate(zip(want, got)) if not _same(a, b))
+        i = next(i for i, (a, b) in enumerate(zip(want, got, strict=False)) if not _same(a, b))
         return f"expected {quoted(want[i])} at {i}, got {quoted(got[i])}"
     return f"expected {quoted(want)}, got {quoted(got)}"
 
@@ -160,7 +160,7 @@ def _same(want: object, got: object) -> bool:
     if isinstance(want, float) and isinstance(got, float):
         return np.float32(want) == np.float32(got)
     if isinstance(want, list) and isinstance(got, list):
-        return len(want) == len(got) and all(_same(a, b) for a, b in zip(want, got))
+        return len(want) == len(got) and all(_same(a, b) for a, b in zip(want, got, strict=False))
     return want == got
 
 
@@ -191,7 +191,7 @@ def compare(
         if imatrix is None and "quantize.imatrix.file" in model.metadata
         else ""
     )
-    for (tensor, _), same in zip(items, equal):
+    for (tensor, _), same in zip(items, equal, strict=False):
         if not same:
             problems[tensor.name] = (
                 f"{tensor.name} is not what the checkpoint gives as {model.tensors[tensor.name].ggml_type.name}{hint}"

@@ -194,13 +194,13 @@ def _fitting(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], parts
 
     def usable(name: str) -> bool:
         return subject.imatrix_names is not None or not any(
-            imatrix_demands(c, tensors) for c, (_, tensors, _) in zip(choices(name), parts)
+            imatrix_demands(c, tensors) for c, (_, tensors, _) in zip(choices(name), parts, strict=False)
         )
 
     def n_bytes(name: str) -> int:
         files = (
             f
-            for c, (path, tensors, mtp) in zip(choices(name), parts)
+            for c, (path, tensors, mtp) in zip(choices(name), parts, strict=False)
             for f in _lay_out(subject, path, tensors, c, mtp, wishes.split_max_bytes)
         )
         return sum(file.n_bytes for file in files)
@@ -223,7 +223,7 @@ def _lay_out(
     names = [shard_path(path, i, len(shards)) for i in range(len(shards))]
     return [
         _file(name, (*(entries if i == 0 else ()), *_split_entries(i, len(shards), len(tensors))), shard, choice)
-        for i, (name, shard) in enumerate(zip(names, shards))
+        for i, (name, shard) in enumerate(zip(names, shards, strict=False))
     ]
 
 
@@ -263,7 +263,7 @@ def _file(path: Path, entries: Sequence[Entry], tensors: Sequence[MappedTensor],
     header = encode_header(entries, infos)
     planned = tuple(
         PlannedTensor(tensor, info.kind, len(header) + info.offset, tensor_bytes(tensor, info.kind))
-        for tensor, info in zip(tensors, infos)
+        for tensor, info in zip(tensors, infos, strict=False)
     )
     return PlannedFile(path, header, planned, len(header) + offset)
 

@@ -297,7 +297,7 @@ def _rope_thetas(cfg: _Config, layers: tuple[LayerShape, ...]) -> tuple[float, f
 def _rotary_factor_full(cfg: _Config, layers: tuple[LayerShape, ...]) -> float:
     n_trunk = sum(not layer.is_mtp for layer in layers)
     values = _per_layer(cfg, "partial_rotary_factors", n_trunk, len(layers), pad=1.0)
-    for i, (got, layer) in enumerate(zip(values, layers)):
+    for i, (got, layer) in enumerate(zip(values, layers, strict=False)):
         want = 1.0 if layer.is_sliding else 0.5
         if got != want:
             kind = "sliding" if layer.is_sliding else "full-attention"
@@ -306,7 +306,7 @@ def _rotary_factor_full(cfg: _Config, layers: tuple[LayerShape, ...]) -> float:
 
 
 def _the_one(values: list[Any], chosen: list[bool], kind: str) -> float:
-    found = {float(value) for value, keep in zip(values, chosen) if keep}
+    found = {float(value) for value, keep in zip(values, chosen, strict=False) if keep}
     if len(found) != 1:
         raise CheckpointError(
             f"config.json: rope_theta expected one value for all {kind} layers, got {quoted(sorted(found))}"

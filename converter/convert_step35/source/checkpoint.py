@@ -212,7 +212,7 @@ def _scale(arch: Architecture, tensor: StoredTensor, text: dict[str, StoredTenso
             f"missing scale: {tensor.path.name}: {tensor.name} is {FP8_DTYPE} and expected {name} and "
             "weight_block_size in config.json"
         )
-    rows, columns = (-(-size // block) for size, block in zip(tensor.shape[-2:], arch.fp8_block))
+    rows, columns = (-(-size // block) for size, block in zip(tensor.shape[-2:], arch.fp8_block, strict=False))
     want = (*tensor.shape[:-2], rows, columns)
     if scale.shape != want or scale.dtype not in FLOAT_DTYPES:
         raise CheckpointError(

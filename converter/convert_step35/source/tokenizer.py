@@ -285,7 +285,7 @@ def _with_end_ids(ids: dict[str, int], eos_token_ids: tuple[int, ...], tokens: t
             f"config.json: eos_token_id expected at most {len(free)} ids beyond those llama.cpp knows by text, "
             f"got {hidden}"
         )
-    return {**ids, **dict(zip(free, hidden))}
+    return {**ids, **dict(zip(free, hidden, strict=False))}
 
 
 def _add_flags(post_processor: Any, settings: dict[str, Any]) -> dict[str, bool]:

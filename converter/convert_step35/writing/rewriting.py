@@ -69,7 +69,7 @@ def rewrite(
     with _published(out, len(header) + n_data) as target:
         os.pwrite(target, header, 0)
         on_bytes(len(header))
-        for tensor, info in zip(tensors, infos):
+        for tensor, info in zip(tensors, infos, strict=False):
             pieces = tensor.pieces() if isinstance(tensor, Made) else _copied(tensor, source.homes[tensor.name])
             offset = len(header) + info.offset
             digest = _write(target, pieces, offset, tensor.n_bytes, on_bytes)

@@ -97,7 +97,7 @@ def _ends(known: Sequence[int], at: int) -> tuple[int, int]:
     return (known[0], known[1]) if at == 0 else (known[-2], known[-1])
 
 
-_MIDDLES = [(a + b) / 2 for a, b in zip((0.0, *MARGIN_EDGES), (*MARGIN_EDGES, 8.0))]
+_MIDDLES = [(a + b) / 2 for a, b in zip((0.0, *MARGIN_EDGES), (*MARGIN_EDGES, 8.0), strict=False)]
 _PRIORS = [1 / (1 + math.exp(-middle)) for middle in _MIDDLES]
 
 

@@ -55,7 +55,7 @@ class Drafter:
 
     def __init__(self, mode: str, heads: Heads | None, clock: Callable[[], float]) -> None:
         self.mode = mode
-        self.heads = heads if heads else None
+        self.heads = heads or None
         self.controller = DepthController(len(heads) if heads else 0)
         self._clock = clock
         self._fixed_depth = int(mode) if mode.isdigit() else None

@@ -156,7 +156,7 @@ def step(engine: Engine, turns: Sequence[Turn], quantum: int | None = None) -> N
     n_free = engine.n_free_cells
     cycles = _propose(engine, turns, n_free)
     feeds = _share_batch(engine, turns, cycles, quantum or engine.options.n_batch, n_free)
-    wants_hidden = engine.drafter.wants_hidden and any([_is_in_window(engine, feed) for feed in feeds])
+    wants_hidden = engine.drafter.wants_hidden and any(_is_in_window(engine, feed) for feed in feeds)
     logits, verify_s = _decode(engine, feeds, wants_hidden)
     _take_outputs(engine, feeds, logits, engine.trunk.hidden() if wants_hidden else None, verify_s)
     elapsed = engine.clock() - started
@@ -223,7 +223,7 @@ def _decode(engine: Engine, feeds: Sequence[Feed], wants_hidden: bool) -> tuple[
             engine.trunk.truncate(feed.rows.seq, feed.rows.start)
         engine.check_pressure(Level.REJECT)  # says why, if the watchdog cancelled it
         raise
-    logits = engine.trunk.logits() if any([feed.rows.outputs for feed in feeds]) else None
+    logits = engine.trunk.logits() if any(feed.rows.outputs for feed in feeds) else None
     return logits, engine.clock() - started
 
 

@@ -58,9 +58,9 @@ def _unusable(cause: Exception, where: str | None, pinned: str) -> Step35Error:
 
 def check_identity(folder: Path, said: str, binding: str) -> None:
     """Raises BackendError if a library of ours ("VERSION COMMIT NAME") is for another binding."""
-    if said and said.split()[0] != binding:
+    if said and said.split(maxsplit=1)[0] != binding:
         raise BackendError(
-            f"another version's library: {folder} expected {PACKAGE} {binding}, got {said.split()[0]}; "
+            f"another version's library: {folder} expected {PACKAGE} {binding}, got {said.split(maxsplit=1)[0]}; "
             "step35 backend build makes one"
         )
 

@@ -33,8 +33,8 @@ class DraftVocabulary:
 def checked(path: Path, tokens: np.ndarray, stand_ins: np.ndarray, digest: str) -> DraftVocabulary:
     """Returns the vocabulary that a file's arrays describe; raises ModelError if they contradict each other."""
     n, n_model = len(tokens), len(stand_ins)
-    is_sound = 0 < n <= n_model and 0 <= tokens[0] and tokens[-1] < n_model and bool((np.diff(tokens) > 0).all())
-    is_sound = is_sound and 0 <= stand_ins.min() and stand_ins.max() < n
+    is_sound = 0 < n <= n_model and tokens[0] >= 0 and tokens[-1] < n_model and bool((np.diff(tokens) > 0).all())
+    is_sound = is_sound and stand_ins.min() >= 0 and stand_ins.max() < n
     if not is_sound or not np.array_equal(stand_ins[tokens], np.arange(n)):
         raise ModelError(
             f"damaged heads: {path} expected ascending step35.draft.tokens and a stand-in for each token of the model, "

@@ -45,7 +45,7 @@ def with_recipe(header: Header, recipe: Section) -> Header:
 
 
 def _converted(tensor: Tensor, kinds: dict[str, str]) -> Tensor:
-    if tensor.group is Group.ROUTER or len(tensor.shape) < 2:  # noqa: PLR2004
+    if tensor.group is Group.ROUTER or len(tensor.shape) < 2:
         return tensor  # router, norms and biases are F32 in every recipe
     key = {Group.HEADS: "mtp", Group.IDLE: "mtp", Group.EXPERTS: "experts_gate_up"}.get(tensor.group, "rest")
     if tensor.group is Group.EXPERTS and matrix_of(tensor) == _DOWN:

@@ -111,7 +111,7 @@ class Feed:
             self._wake()
 
         timer = self._mail.loop.call_later(every_s, tick)
-        return lambda: timer.cancel()
+        return timer.cancel
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []

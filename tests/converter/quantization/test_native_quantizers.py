@@ -37,7 +37,7 @@ from convert_step35.writing.rows import RowReader
 
 pytestmark = pytest.mark.skipif(not native_path().exists(), reason="installed without a C++ compiler")
 
-KINDS = [GgmlType[name] for name in "Q4_K Q8_0 IQ4_XS IQ4_NL Q6_K Q5_K Q3_K Q2_K".split()]
+KINDS = [GgmlType[name] for name in ["Q4_K", "Q8_0", "IQ4_XS", "IQ4_NL", "Q6_K", "Q5_K", "Q3_K", "Q2_K"]]
 GGML = load_ggml()
 
 Rows = np.ndarray

@@ -295,7 +295,7 @@ class open_vocabulary:
 def test_llama_cpp_reads_the_special_tokens_and_splits_like_the_merges_say(tmp_path: Path) -> None:
     with open_vocabulary(tmp_path, read(tmp_path)) as vocab:
         assert llama_cpp.llama_vocab_bos(vocab) == BOS and llama_cpp.llama_vocab_get_add_bos(vocab)
-        text = "<think> the in<|im_end|>".encode()
+        text = b"<think> the in<|im_end|>"
         ids = (llama_cpp.llama_token * 16)()
         n = llama_cpp.llama_tokenize(vocab, text, len(text), ids, 16, True, True)
         letter = byte_letters().index

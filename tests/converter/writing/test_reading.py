@@ -1,6 +1,7 @@
 """Reading ahead: every byte once, in whole spans, past the page cache or through it, and never past a file's end."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_spans_cover_all_items_in_order_and_only_join_neighbours(steps: list[tup
     runs = list(spans(items, most))
     assert [item for run in runs for item in run] == items
     for run in runs:
-        assert all(a.place.end == b.place.offset for a, b in zip(run, run[1:]))
+        assert all(a.place.end == b.place.offset for a, b in itertools.pairwise(run))
         assert len(run) == 1 or run[-1].place.end - run[0].place.offset <= most
 
 

@@ -63,7 +63,7 @@ def expected(prompt: list[int], n: int) -> list[int]:
 def check_heads(e: Engine, seq: int, tokens: list[int]) -> None:
     """Every row that a head's cache calls final equals the exact chain."""
     (session,) = (s for s in e._sessions if s.seq == seq)
-    for head, (context, track) in enumerate(zip(e.drafter.heads.contexts, session.memory.tracks)):
+    for head, (context, track) in enumerate(zip(e.drafter.heads.contexts, session.memory.tracks, strict=False)):
         exact = exact_marks(tokens, head)
         final = {p: c.digest for p, c in context.cells.get(seq, {}).items() if p < track.n_final}
         assert final == {p: exact[p] for p in final}
@@ -320,7 +320,7 @@ def test_a_rewind_reuses_what_the_ring_holds_and_drafts_exactly():
         turn = begin(session, prompt_of(20), Chooser(GREEDY), 30)
         list(generate(turn))
         n_decodes = len(script.contexts[0].decodes)
-        prompt = session.tokens[:45] + [5, 6]
+        prompt = [*session.tokens[:45], 5, 6]
         turn = begin(session, prompt, Chooser(GREEDY), 30)
         assert turn.stats.n_reused == 45
         while turn.finish is None:

@@ -1,5 +1,7 @@
 """The pure parts: what a sync keeps, what prompt lookup finds, the ring of hidden states, stop strings."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -110,7 +112,7 @@ def test_hidden_rows_come_back_as_they_were_put(puts):
 def test_text_ends_before_the_first_stop_string_however_it_is_cut(text, stop, data):
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)))) | {0, len(raw)})
-    pieces = [raw[a:b] for a, b in zip(cuts, cuts[1:])]
+    pieces = [raw[a:b] for a, b in itertools.pairwise(cuts)]
     stream = TextStream(lambda i: pieces[i], stop)
     shown = "".join(stream.add(i) for i in range(len(pieces))) + stream.finish()
     ends = [text.find(s) for s in stop if s in text]

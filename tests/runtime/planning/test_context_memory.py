@@ -194,7 +194,7 @@ def test_padding_adds_less_than_one_unit(n, unit):
 def test_a_header_cut_anywhere_is_refused_in_one_line(gguf, tmp_path):
     data = gguf(TINY, "Q4_K_M").read_bytes()
     cut = tmp_path / "cut.gguf"
-    for n in itertools.chain(range(0, 400), range(400, len(data) - 1, len(data) // 97)):
+    for n in itertools.chain(range(400), range(400, len(data) - 1, len(data) // 97)):
         cut.write_bytes(data[:n])
         with pytest.raises(ModelError) as error:
             read_header(cut)

@@ -139,7 +139,7 @@ def test_what_an_integrated_amd_gpu_may_map_is_its_drivers_limit():
     igpu = Device("AMD Radeon Graphics", INTEGRATED, 124 * GIB, 124 * GIB, "0000:c5:00.0")
     folder = "/sys/bus/pci/devices/0000:c5:00.0/mem_info_"
     files = {f"{folder}gtt_total": f"{62 * GIB}\n", f"{folder}vram_total": f"{GIB // 2}\n"}
-    box = dict(devices=[igpu], total=125, available=122)
+    box = {"devices": [igpu], "total": 125, "available": 122}
     assert probe(a_box(files, **box)).gpus[0].free_bytes == 62 * GIB + GIB // 2
     assert probe(a_box(**box)).gpus[0].free_bytes == 122 * GIB
 

@@ -1,5 +1,6 @@
 """Histories as each API's clients send them back over HTTP: every turn is known again, and nothing is decoded twice."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -89,7 +90,7 @@ def test_a_tool_loop_is_decoded_once(server: LiveServer, path: str, take: Take):
         history += take(answer, turn)
     server.wait(lambda: len(answers(server)) == n_before + N_TURNS)
     lines = answers(server)[n_before:]
-    for turn, (before, line) in enumerate(zip(lines, lines[1:], strict=False), 1):
+    for turn, (before, line) in enumerate(itertools.pairwise(lines), 1):
         assert line["n_turns_known"] == line["n_turns"] == turn
         assert line["n_cached"] >= before["n_prompt"] + before["n_generated"] - 2, "all but the turn's last tokens"
 

@@ -1,5 +1,6 @@
 """The server as a process: killed, restarted, drained, overrun and refused."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -16,7 +17,7 @@ from tiny_model import tiny_gguf
 FLAGS = ("--ctx", "2048", "--batch", "64", "--threads", "1", "--kv-type", "f32")
 END_TOKENS = (1, 2, 2033)
 ENDLESS = {
-    "prompt": "def ", "max_tokens": 1900, "temperature": 1.0, "logit_bias": {token: -100 for token in END_TOKENS}
+    "prompt": "def ", "max_tokens": 1900, "temperature": 1.0, "logit_bias": dict.fromkeys(END_TOKENS, -100)
 }  # fmt: skip
 
 
@@ -53,10 +54,8 @@ def test_kill_9_in_the_middle_and_the_conversation_goes_on_alike(tmp_path):
 
 
 def _ignore(call) -> None:
-    try:
+    with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
         call()
-    except (OSError, http.client.HTTPException, AssertionError):
-        pass
 
 
 def stream(server: LiveServer, body: dict) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
