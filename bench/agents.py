@@ -20,11 +20,11 @@ from pathlib import Path
 
 from step35.chat.errors import ApiError
 from step35.chat.messages import (
-    Ask,
     ContentDelta,
     Conversation,
     Event,
     Finished,
+    GenerationRequest,
     Progress,
     ReasoningDelta,
     Sse,
@@ -63,7 +63,7 @@ class Script:
         self.n_called = self.n_answered = self.n_reasoning_kept = 0
         self._ids = count()
 
-    def events(self, ask: Ask) -> list[Event]:
+    def events(self, ask: GenerationRequest) -> list[Event]:
         assert isinstance(ask.prompt, Conversation)
         last, usage = ask.prompt.messages[-1], Usage(1000, 900, 20, 5)
         shell = next((tool.name for tool in ask.prompt.tools if tool.name in SHELLS), None)
@@ -110,7 +110,7 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 script.errors.append(error.message)
                 self._send(error.status, api.error_body(error, "req"))
 
-        def _answer(self, api, ask: Ask) -> None:
+        def _answer(self, api, ask: GenerationRequest) -> None:
             events = script.events(ask)
             if not ask.stream:
                 return self._send(200, api.whole(ask, "req", 1, events))
@@ -154,7 +154,11 @@ def run(client: str, folder: Path, script: Script) -> str:
         path.parent.mkdir(parents=True)
         path.write_text(settings.text, encoding="utf-8")
         environment = {**os.environ, "HOME": home, "OPENCODE_CONFIG": str(path), "NO_COLOR": "1"}
-        command = [str(folder / COMMANDS[client][0]), *COMMANDS[client][1:], "What is 40 + 2? Ask the shell."]
+        command = [
+            str(folder / COMMANDS[client][0]),
+            *COMMANDS[client][1:],
+            "What is 40 + 2? GenerationRequest the shell.",
+        ]
         done = subprocess.run(
             command,
             cwd=home,

@@ -23,7 +23,7 @@ from convert_step35.quantization.quantizers import load_quantizers
 from convert_step35.source.mapping import MtpMode
 from convert_step35.writing.trimming import plan_trim, trim
 from peers import Result, at_temperatures, cells, make_tasks, random_tokens, time_cycle
-from step35.drafting.mtp_heads import REDONE
+from step35.drafting.mtp_heads import REPLAYED_ROWS
 from step35.native.context import Context
 from step35.native.model import Model
 from step35.native.rows import Rows
@@ -36,7 +36,16 @@ from reference.chats import generate_chats
 from reference.corpus import split_sources, standard_library
 
 N_CTX, N_BATCH = 1024, 32
-RUNS = ((REDONE, REDONE), (REDONE, 2), (REDONE, 1), (REDONE, 0), (2, 2), (2, 1), (N_BATCH, N_BATCH), (N_BATCH, 0))
+RUNS = (
+    (REPLAYED_ROWS, REPLAYED_ROWS),
+    (REPLAYED_ROWS, 2),
+    (REPLAYED_ROWS, 1),
+    (REPLAYED_ROWS, 0),
+    (2, 2),
+    (2, 1),
+    (N_BATCH, N_BATCH),
+    (N_BATCH, 0),
+)
 """Rows and output rows of a run: stock llama.cpp returns no hidden state without logits."""
 
 

@@ -321,18 +321,18 @@ def _time_prefill(contender: Contender, long: Task) -> Iterator[tuple[str, str, 
 def _time_verification(setup: Setup, random: np.random.Generator) -> Iterator[tuple[str, str, float]]:
     """Times decodes of 1 to 4 random tokens with all their logits, behind a short prompt."""
     with Step35(setup, "1") as ours:
-        trunk, clock, n_kv = ours.engine.trunk, ours.engine.clock, 64
+        trunk, clock, n_past = ours.engine.trunk, ours.engine.clock, 64
         trunk.extract_hidden(True)
-        trunk.decode([Rows(0, 0, random_tokens(random, n_kv), outputs=1)])
+        trunk.decode([Rows(0, 0, random_tokens(random, n_past), outputs=1)])
         for width in (1, *(depth + 1 for depth in DEPTHS)):
             times = []
             for _ in range(9):
-                rows = Rows(0, n_kv, random_tokens(random, width), outputs=width)
+                rows = Rows(0, n_past, random_tokens(random, width), outputs=width)
                 started = clock()
                 trunk.decode([rows])
                 trunk.logits()
                 times.append(clock() - started)
-                trunk.truncate(0, n_kv)
+                trunk.truncate(0, n_past)
             yield "step35", f"verify {width}", median(times[1:])
 
 

@@ -22,8 +22,8 @@ from step35.planning.context_memory import Run
 from step35.planning.machine import Machine, known_machines
 from step35.planning.memory_usage import HOST, Layout, gpu_name
 from step35.planning.model_header import Header, read_header
-from step35.planning.placement import SHORT, Judged, Wishes, place
-from step35.planning.speed import Box, cycle_seconds, expected_tokens, prefill, speed, step_seconds, touched
+from step35.planning.placement import SHORT, Constraints, PlanReport, place
+from step35.planning.speed import Deployment, cycle_seconds, expected_tokens, prefill, speed, step_seconds, touched
 
 RECIPES = ("MOE_IQ3_S_IQ4_XS", "MOE_IQ4_XS", "MOE_IQ4_XS_Q4_K", "MOE_Q4_K_Q5_K")
 CONTEXTS = (32768, 131072, 262144)
@@ -88,11 +88,11 @@ def machine_section(machine: Machine, found: dict[str, Header]) -> str:
     rows.append("|---|---|---|---|---|---|---|---|---|---|---|")
     for recipe in RECIPES:
         for n_ctx in CONTEXTS:
-            rows.append(_row(found[recipe], n_ctx, place(found[recipe], machine, Wishes(n_ctx=n_ctx))))
+            rows.append(_row(found[recipe], n_ctx, place(found[recipe], machine, Constraints(n_ctx=n_ctx))))
     return "\n".join([f"## {machine.name}", "", f"{machine.about}.", "", *rows, ""])
 
 
-def _row(header: Header, n_ctx: int, judged: Judged) -> str:
+def _row(header: Header, n_ctx: int, judged: PlanReport) -> str:
     placement = judged.placement
     used = {device: sum(sizes.values()) / GIB for device, sizes in judged.usage.items()}
     gpus = " + ".join(f"{n:.1f}" for device, n in used.items() if device != HOST) or "-"
@@ -166,7 +166,7 @@ def drafting_section(found: dict[str, Header]) -> Iterator[str]:
     yield ""
 
 
-def _gains(box: Box, n_past: int, depth: int, n_tokens: float) -> tuple[float, float]:
+def _gains(box: Deployment, n_past: int, depth: int, n_tokens: float) -> tuple[float, float]:
     shape = box.header.shape
     shared = tuple(
         shape.n_expert_used + (1 - SHARED) * (touched(shape, n) - shape.n_expert_used) for n in range(1, depth + 2)
@@ -183,12 +183,12 @@ def _drafting_row(what: str, depth: int, accepted: str, gain: float, gains: tupl
     return f"| {what} | {depth} | {accepted} | {gain:.2f} | {gains[0]:.2f} | {error} | {gains[1]:.2f} |"
 
 
-def unified_box(header: Header, machine: Machine, kv_type: str) -> Box:
+def unified_box(header: Header, machine: Machine, kv_type: str) -> Deployment:
     """Returns everything on the one GPU, as it was measured."""
     device = gpu_name(0)
     experts = tuple((device,) * 3 if layer.is_moe else () for layer in header.shape.layers)
     layout = Layout((device,) * len(header.shape.layers), experts, device)
-    return Box(header, machine, Run(262144, 1024, 1, 0, kv_type), layout)
+    return Deployment(header, machine, Run(262144, 1024, 1, 0, kv_type), layout)
 
 
 @click.command()

@@ -187,7 +187,7 @@ class Llama(StockLlama):
         snapshot = self._session.snapshot()
         ids = np.array(snapshot.tokens, np.intc)
         none = np.zeros((0, 0), np.single)
-        return LlamaState(ids, none, snapshot.n_kv, snapshot.state, len(snapshot.state), self._seed)
+        return LlamaState(ids, none, snapshot.n_past, snapshot.state, len(snapshot.state), self._seed)
 
     def load_state(self, state: LlamaState) -> None:
         """Goes back to a saved timeline."""

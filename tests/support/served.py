@@ -10,21 +10,21 @@ import openai
 
 from step35.chat.errors import ApiError
 from step35.chat.messages import (
-    Ask,
     ContentDelta,
     Event,
     Failed,
     Finished,
+    GenerationRequest,
     Progress,
     ReasoningDelta,
     Sse,
+    TokenUsage,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
-    Usage,
 )
 
-USAGE = Usage(n_prompt=100, n_cached=80, n_generated=20, n_reasoning=5)
+USAGE = TokenUsage(n_prompt=100, n_cached=80, n_generated=20, n_reasoning=5)
 ANSWER: list[Event] = [
     Progress(80, 100),
     ReasoningDelta("Let me "),
@@ -54,7 +54,7 @@ class Served:
 
     def __init__(self, api: ModuleType, events: Sequence[Event]) -> None:
         self.api, self.events = api, events
-        self.asks: list[Ask] = []
+        self.asks: list[GenerationRequest] = []
 
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url="http://step35/v1", api_key="none", http_client=self._client(), max_retries=0)
@@ -78,7 +78,7 @@ class Served:
             return httpx2.Response(error.status, json=self.api.error_body(error, "req"))
 
 
-def written(api: ModuleType, ask: Ask, events: Sequence[Event]) -> list[Sse]:
+def written(api: ModuleType, ask: GenerationRequest, events: Sequence[Event]) -> list[Sse]:
     """All server-sent events of an answer, with a ping after each."""
     writer = api.Writer(ask, "req", 1700000000)
     out = [*writer.open(), *writer.ping(None)]
@@ -89,7 +89,7 @@ def written(api: ModuleType, ask: Ask, events: Sequence[Event]) -> list[Sse]:
     return out + writer.close()
 
 
-def stream(api: ModuleType, ask: Ask, events: Sequence[Event]) -> str:
+def stream(api: ModuleType, ask: GenerationRequest, events: Sequence[Event]) -> str:
     return "".join(
         (f"event: {sse.event}\n" if sse.event else "") + f"data: {sse.data}\n\n" for sse in written(api, ask, events)
     )

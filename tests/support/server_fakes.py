@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fake_native import FakeContext, Script, loader
-from step35.chat.messages import Ask, Event
+from step35.chat.messages import Event, GenerationRequest
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.sampling.sampler import Sampling
@@ -48,8 +48,8 @@ def fake_service(script: Script | None = None, *, n_parallel: int = 3, n_waiting
     return Service(serving, lambda: Engine(engine_options, load_model=loader(script or Script())))
 
 
-def ask(prompt: list[int], n_predict: int = 8, **fields: Any) -> Ask:
-    return Ask(tuple(prompt), GREEDY, n_predict, **fields)
+def ask(prompt: list[int], n_predict: int = 8, **fields: Any) -> GenerationRequest:
+    return GenerationRequest(tuple(prompt), GREEDY, n_predict, **fields)
 
 
 def serve(service: Service, talk: Callable[[Service], Coroutine]) -> Any:
@@ -76,7 +76,7 @@ async def events_of(job: Job) -> list[Event]:
 
 
 async def answer(
-    service: Service, request: Ask, name: str = "r", join_key: str | None = None
+    service: Service, request: GenerationRequest, name: str = "r", join_key: str | None = None
 ) -> tuple[Job, list[Event]]:
     job, _ = await service.submit(request, name, join_key)
     return job, await events_of(job)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from step35.backend import series, upstream
 from step35.backend.check import self_test
-from step35.backend.flags import Box, Flags, flags_for
+from step35.backend.flags import BuildHost, Flags, flags_for
 from step35.backend.processes import run_logged
 from step35.backend.sources import cache_folder, pristine
 from step35.errors import BackendError
@@ -47,12 +47,12 @@ class Wanted:
     """Compilers at a time; 0 = the cores."""
 
 
-def this_box() -> Box:
+def this_box() -> BuildHost:
     """Returns the box that this runs on."""
-    return Box(platform.system(), shutil.which, os.environ)
+    return BuildHost(platform.system(), shutil.which, os.environ)
 
 
-def build(wanted: Wanted, box: Box, patches: Path, say: Say, test: Callable[[Path], str] = self_test) -> Build:
+def build(wanted: Wanted, box: BuildHost, patches: Path, say: Say, test: Callable[[Path], str] = self_test) -> Build:
     """Makes the wanted build unless it is there already, and returns it; raises BackendError on any failure."""
     if box.system == "Windows":
         raise BackendError("step35 backend build doesn't run on Windows; use WSL, or the stock wheel")
@@ -83,7 +83,7 @@ def _named(pin: upstream.Upstream, patch_list: list[series.Patch], src: Path, fl
     return Build(name, pin.version, pin.commit, flags.target, flags.architectures, names, flags.definitions, today)
 
 
-def find_cmake(box: Box) -> str:
+def find_cmake(box: BuildHost) -> str:
     """Returns cmake's path: in PATH, or of pip's cmake package beside this Python."""
     found = box.which("cmake") or box.which(str(Path(sys.executable).parent / "cmake"))
     if not found:

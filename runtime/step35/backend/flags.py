@@ -38,7 +38,7 @@ _COMMON = {
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class BuildHost:
     """What decides the flags of a box."""
 
     system: str
@@ -63,7 +63,7 @@ class Flags:
     """The same for cmake's environment."""
 
 
-def flags_for(target: str, architectures: Sequence[str], extra: Mapping[str, str], box: Box) -> Flags:
+def flags_for(target: str, architectures: Sequence[str], extra: Mapping[str, str], box: BuildHost) -> Flags:
     """Returns the flags; raises BackendError on an unknown architecture or where the toolkit is missing."""
     target = target or ("metal" if box.system == "Darwin" else "cpu")
     archs = _architectures(target, architectures)
@@ -73,7 +73,7 @@ def flags_for(target: str, architectures: Sequence[str], extra: Mapping[str, str
     return Flags(target, archs, definitions | dict(extra), toolchain, environment)
 
 
-def _switches(target: str, box: Box) -> dict[str, str]:
+def _switches(target: str, box: BuildHost) -> dict[str, str]:
     switches = {_SWITCHES[target]: "ON"} if target in _SWITCHES else {}
     if target == "metal":
         return switches | {"GGML_METAL_EMBED_LIBRARY": "ON"}
@@ -100,11 +100,11 @@ def _architectures(target: str, names: Sequence[str]) -> str:
 # where a box has its compilers
 
 
-def _no_toolchain(box: Box) -> tuple[dict[str, str], dict[str, str]]:
+def _no_toolchain(box: BuildHost) -> tuple[dict[str, str], dict[str, str]]:
     return {}, {}
 
 
-def _cuda(box: Box) -> tuple[dict[str, str], dict[str, str]]:
+def _cuda(box: BuildHost) -> tuple[dict[str, str], dict[str, str]]:
     if "CUDACXX" in box.environment or box.which("nvcc"):
         return {}, {}
     nvcc = box.which("/usr/local/cuda/bin/nvcc")  # where NVIDIA's packages put it, in no PATH
@@ -113,7 +113,7 @@ def _cuda(box: Box) -> tuple[dict[str, str], dict[str, str]]:
     return {"CMAKE_CUDA_COMPILER": nvcc}, {}
 
 
-def _rocm(box: Box) -> tuple[dict[str, str], dict[str, str]]:
+def _rocm(box: BuildHost) -> tuple[dict[str, str], dict[str, str]]:
     if "HIPCXX" in box.environment:
         return {}, {}
     root = box.environment.get("ROCM_PATH", "/opt/rocm")
@@ -123,13 +123,13 @@ def _rocm(box: Box) -> tuple[dict[str, str], dict[str, str]]:
     return {}, {"HIPCXX": clang, "HIP_PATH": root}
 
 
-def _vulkan(box: Box) -> tuple[dict[str, str], dict[str, str]]:
+def _vulkan(box: BuildHost) -> tuple[dict[str, str], dict[str, str]]:
     if not box.which("glslc"):
         raise BackendError("no Vulkan SDK: expected glslc in PATH; install glslc and Vulkan's headers")
     return {}, {}
 
 
-def _metal(box: Box) -> tuple[dict[str, str], dict[str, str]]:
+def _metal(box: BuildHost) -> tuple[dict[str, str], dict[str, str]]:
     if box.system != "Darwin":
         raise BackendError(f"--metal is for a Mac: expected Darwin, got {box.system}")
     return {}, {}

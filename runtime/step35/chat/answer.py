@@ -11,11 +11,11 @@ from step35.chat.messages import (
     Message,
     ReasoningDelta,
     TokenText,
+    TokenUsage,
     ToolCall,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
-    Usage,
 )
 from step35.chat.output_parser import Parser
 from step35.chat.tool_arguments import closed
@@ -97,7 +97,7 @@ class Answer:
             reason = "stop"
         elif reason == "stop" and self.calls:
             reason = "tool_calls"
-        usage = Usage(n_prompt, n_cached, self.n_tokens, self.n_reasoning)
+        usage = TokenUsage(n_prompt, n_cached, self.n_tokens, self.n_reasoning)
         return [*events, Finished(reason, usage, self.stop_text)]
 
     def message(self) -> Message:

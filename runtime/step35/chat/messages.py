@@ -55,7 +55,7 @@ class JsonOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class GenerationRequest:
     """One request. A conversation is rendered by the template; a text or token ids are completed as they are."""
 
     prompt: Conversation | str | tuple[int, ...]
@@ -149,7 +149,7 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     """Counts of tokens; the cached ones are among the prompt's, the reasoning among the generated."""
 
     n_prompt: int = 0
@@ -163,7 +163,7 @@ class Finished:
     """The end of an answer. `stop_text` is the stop string that ended it, if one did."""
 
     reason: Literal["stop", "length", "tool_calls"]
-    usage: Usage
+    usage: TokenUsage
     stop_text: str | None = None
 
 

@@ -24,7 +24,7 @@ THINK = "<think>"
 _CUT = re.compile(f"(?={re.escape(TURN_START)})")
 MAX_CHARS = 16_000_000
 """Of texts whose ids are kept."""
-LEAST_MARK = 32
+LEAST_CHECKPOINT = 32
 """A checkpoint of fewer tokens saves less than it costs."""
 LEAST_PIECE = 64
 """Tokens between checkpoints: to read fewer in a decode of their own, every time, costs more than to read them again
@@ -65,22 +65,22 @@ class Prompt:
         return self.starts[-2] if len(self.starts) > 1 else 0
 
     @property
-    def marks(self) -> tuple[int, ...]:
+    def checkpoint_positions(self) -> tuple[int, ...]:
         """Where checkpoints are worth their while: after the system's message, and before the last."""
         wanted = {*self.starts[1:2], self.last_start}
-        return tuple(sorted(n for n in wanted if LEAST_MARK <= n < len(self.tokens)))
+        return tuple(sorted(n for n in wanted if LEAST_CHECKPOINT <= n < len(self.tokens)))
 
-    def marks_after(self, n_cached: int) -> tuple[int, ...]:
-        """Returns the marks to come, but for those close behind another one or behind the cached tokens' end.
+    def checkpoints_after(self, n_cached: int) -> tuple[int, ...]:
+        """Returns the positions to come, but for those close behind another one or behind the cached tokens' end.
 
         The first message's stays: it serves other conversations.
         """
-        marks, last = [], n_cached
-        for n in self.marks:
+        checkpoint_positions, last = [], n_cached
+        for n in self.checkpoint_positions:
             if n - last >= LEAST_PIECE or (n > n_cached and n in self.starts[1:2]):
-                marks.append(n)
+                checkpoint_positions.append(n)
                 last = n
-        return tuple(marks)
+        return tuple(checkpoint_positions)
 
 
 class TokenCache:

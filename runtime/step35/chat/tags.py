@@ -1,4 +1,4 @@
-"""Text, as it comes, to text and the tags that the model marks reasoning and tool calls with."""
+"""Text, as it comes, to text and the tags that mark reasoning and tool calls with."""
 
 import re
 from dataclasses import dataclass

@@ -56,7 +56,7 @@ class Conversation:
         head = {
             "vocab": self.session.engine.model.vocab_digest,
             "n_embd": self.session.engine.model.n_embd,
-            "n_kv": snapshot.n_kv,
+            "n_kv": snapshot.n_past,
             "tokens": snapshot.tokens,
             "messages": self.messages,
         }

@@ -95,7 +95,7 @@ def plan(model, mtp, machine_name, plan_path, rpc, network_gbps, trace, out, as_
     from step35.planning.hardware import probe, this_box
     from step35.planning.machine import find_machine
     from step35.planning.model_header import read_model
-    from step35.planning.placement import Wishes, judge, place, wishes_of
+    from step35.planning.placement import Constraints, judge, place, wishes_of
     from step35.planning.plan_file import read_plan, rpc_of, to_text
     from step35.planning.remote import with_remotes
 
@@ -106,7 +106,7 @@ def plan(model, mtp, machine_name, plan_path, rpc, network_gbps, trace, out, as_
     machine = find_machine(machine_name) if machine_name else probe(this_box())
     if hosts:
         machine = with_remotes(machine, hosts, network_gbps * 1e9 / 8)
-    asked = Wishes(**wishes, rpc=rpc, with_heads=not no_heads, distinct=_distinct(trace, header) if trace else ())
+    asked = Constraints(**wishes, rpc=rpc, with_heads=not no_heads, distinct=_distinct(trace, header) if trace else ())
     if plan_path is None:
         judged = place(header, machine, asked)
     else:

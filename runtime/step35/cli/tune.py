@@ -34,7 +34,7 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
     from step35.planning.model_header import read_model
     from step35.planning.plan_file import rpc_of, to_text
     from step35.planning.remote import UNKNOWN_NETWORK, with_remotes
-    from step35.planning.tune import Request, fastest, neighbours, report, tuned
+    from step35.planning.tune import Workload, fastest, neighbours, report, tuned
     from step35.planning.tune import tune as run
 
     header = read_model(model, mtp)
@@ -42,7 +42,7 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
     if plan_path is not None and (hosts := rpc_of(plan_path, header)):
         machine = with_remotes(machine, hosts, UNKNOWN_NETWORK)
     plain = _plain(header, machine, plan_path, n_ctx)
-    request = Request(n_prompt, n_predict)
+    workload = Workload(n_prompt, n_predict)
     changes = neighbours(header, machine, plain)
     n_plans = 1 + len(changes)
     click.echo(f"step35: {rounds} rounds of {n_plans} plans, each loaded afresh; then the gains together", err=True)
@@ -51,13 +51,13 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
         def measure(placement):
             candidate = Path(folder) / "plan.yaml"
             candidate.write_text(to_text(placement, model.name), encoding="utf-8")
-            sample = measure_apart(model, candidate, mtp, request)
+            sample = measure_apart(model, candidate, mtp, workload)
             click.echo(_progress(placement, sample), err=True)
             return sample
 
-        trials = run(plain, changes, measure, request, rounds)
-    best = fastest(trials, request)
-    lines = report(trials, best, request)
+        trials = run(plain, changes, measure, workload, rounds)
+    best = fastest(trials, workload)
+    lines = report(trials, best, workload)
     if not trials[0].samples:
         raise click.ClickException(f"nothing measured: the plain plan doesn't run; see step35 doctor {model}")
     out = out or plan_path or model.with_name(model.name + ".plan.yaml")
@@ -69,11 +69,11 @@ def tune(model, mtp, plan_path, n_ctx, n_prompt, n_predict, rounds, out, as_json
 
 def _plain(header, machine, plan_path, n_ctx):
     from step35.planning.autoplan import place_here
-    from step35.planning.placement import Wishes
+    from step35.planning.placement import Constraints
     from step35.planning.plan_file import read_plan
 
     if plan_path is None:
-        return place_here(header, machine, Wishes(n_ctx=n_ctx)).placement
+        return place_here(header, machine, Constraints(n_ctx=n_ctx)).placement
     if n_ctx is not None:
         raise click.UsageError("--plan and --ctx: the plan says it already; leave one out, or edit the plan")
     return read_plan(plan_path, header, machine)

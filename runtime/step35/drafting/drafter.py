@@ -1,6 +1,6 @@
 """Drafting: proposes tokens for a cycle, and learns from what the trunk accepted.
 
-One Drafter serves all sequences of an engine. `propose` comes before the trunk's decode, `settle`
+One Drafter serves all sequences of an engine. `propose` comes before the trunk's decode, `update`
 after it; between them lies the verification, which knows nothing about where a draft came from.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from step35.drafting.depth_controller import DepthController, Drafted
-from step35.drafting.mtp_heads import Chain, Heads, Track
+from step35.drafting.mtp_heads import Chain, Heads, HeadState
 from step35.drafting.prompt_lookup import NgramIndex
 from step35.sampling.sampler import Sampling, choose_with_margin
 
@@ -16,10 +16,10 @@ LONGEST_LOOKUP, FIRST_REACH = 7, 2
 
 
 @dataclass(slots=True)
-class Memory:
+class DraftState:
     """What drafting keeps about one timeline."""
 
-    tracks: list[Track]
+    tracks: list[HeadState]
     index: NgramIndex = field(default_factory=NgramIndex)
     reach: int = FIRST_REACH
     """Tokens a look-up may draft: doubled when all were right, else as many as were. Texts differ much in it."""
@@ -29,13 +29,13 @@ class Memory:
 
 
 @dataclass(slots=True)
-class Cycle:
+class DraftRound:
     """One sequence's draft in one cycle: from the request over the proposal to the outcome."""
 
     seq: int
     tokens: Sequence[int]
     sampling: Sampling
-    memory: Memory
+    memory: DraftState
     n_max: int
     drafts: list[Drafted] = field(default_factory=list)
     source: str = "plain"
@@ -62,17 +62,17 @@ class Drafter:
         self.wants_hidden = self.heads is not None
         self.is_off = mode not in ("auto", "ngram") and not self.wants_hidden
 
-    def new_memory(self) -> Memory:
-        return Memory(self.heads.new_tracks() if self.heads else [])
+    def new_memory(self) -> DraftState:
+        return DraftState(self.heads.new_tracks() if self.heads else [])
 
-    def truncate(self, seq: int, memory: Memory, n_keep: int) -> None:
+    def truncate(self, seq: int, memory: DraftState, n_keep: int) -> None:
         """Follows a rewind of the timeline."""
         if self.heads:
             self.heads.truncate(seq, memory.tracks, n_keep)
 
     # before the trunk's decode
 
-    def propose(self, cycles: Sequence[Cycle]) -> None:
+    def propose(self, cycles: Sequence[DraftRound]) -> None:
         """Fills in the drafts of each cycle; no cycle means that a prompt is read: after it drafting has a new chance."""
         if not cycles:
             self.controller.wake()
@@ -87,20 +87,20 @@ class Drafter:
                 cycle.seconds = seconds
             self.controller.end_proposal(sum([len(cycle.drafts) for cycle in cycles]), seconds)
 
-    def _consider(self, cycles: Sequence[Cycle]) -> None:
+    def _consider(self, cycles: Sequence[DraftRound]) -> None:
         for cycle in cycles:
             self._look_up(cycle)
         if self.heads:
             self._run_heads([c for c in cycles if c.source == "plain"])
 
-    def _n_behind(self, cycle: Cycle) -> int:
+    def _n_behind(self, cycle: DraftRound) -> int:
         """Returns how many rows the head that is farthest behind would have to catch up with."""
         return max((self._n_missed(head, cycle) for head in range(len(self.heads or ()))), default=0)
 
-    def _n_missed(self, head: int, cycle: Cycle) -> int:
+    def _n_missed(self, head: int, cycle: DraftRound) -> int:
         return self.heads.n_behind(head, cycle.memory.tracks, len(cycle.tokens) - 1)
 
-    def _look_up(self, cycle: Cycle) -> None:
+    def _look_up(self, cycle: DraftRound) -> None:
         n_max = min(cycle.memory.reach, cycle.n_max)
         match = cycle.memory.index.find(cycle.tokens, n_max) if n_max > 0 else None
         if match is None:
@@ -110,7 +110,7 @@ class Drafter:
             cycle.drafts = [Drafted(token, 0.0) for token in match.tokens[:n]]
             cycle.source, cycle.match_length = "ngram", match.length
 
-    def _run_heads(self, cycles: Sequence[Cycle]) -> None:
+    def _run_heads(self, cycles: Sequence[DraftRound]) -> None:
         for head in range(len(self.heads or ())):
             cycles = [c for c in cycles if len(c.drafts) == head < c.n_max and self._runs(head, c)]
             if head == 0:
@@ -119,17 +119,17 @@ class Drafter:
                 return
             self._run_head(head, cycles)
 
-    def _open_chain(self, cycle: Cycle) -> bool:
+    def _open_chain(self, cycle: DraftRound) -> bool:
         cycle.chain = Chain(cycle.seq, cycle.tokens, len(cycle.tokens) - 1, cycle.memory.tracks)
         return self.heads.can_run(cycle.chain)
 
-    def _runs(self, head: int, cycle: Cycle) -> bool:
+    def _runs(self, head: int, cycle: DraftRound) -> bool:
         if self._fixed_depth is not None:
             return head < self._fixed_depth
         cycle.n_read = self.controller.rows_to_read(head, cycle.chance, self._n_missed(head, cycle))
         return cycle.n_read is not None
 
-    def _run_head(self, head: int, cycles: Sequence[Cycle]) -> None:
+    def _run_head(self, head: int, cycles: Sequence[DraftRound]) -> None:
         is_usual = len(cycles) == 1 and self.heads.is_caught_up(head, cycles[0].chain)
         for cycle in cycles:
             cycle.chain.n_read = cycle.n_read
@@ -140,7 +140,7 @@ class Drafter:
         if is_usual:
             self.controller.costs.observe_draft(head, self._clock() - started)
 
-    def _add_draft(self, head: int, cycle: Cycle, logits) -> None:
+    def _add_draft(self, head: int, cycle: DraftRound, logits) -> None:
         names = self.heads.vocabulary.tokens if self.heads.vocabulary else None
         token, margin = choose_with_margin(logits, cycle.sampling, len(cycle.tokens) + head, names)
         if self._fixed_depth is None and not self.controller.keeps(head, cycle.chance, margin):
@@ -152,10 +152,10 @@ class Drafter:
 
     # after the trunk's decode
 
-    def settle(self, cycle: Cycle, n_accepted: int, n_tokens: int, verify_s: float, *, is_alone: bool) -> None:
+    def update(self, cycle: DraftRound, n_accepted: int, n_tokens: int, verify_s: float, *, is_alone: bool) -> None:
         """Learns from a cycle: `n_accepted` drafts agreed, `n_tokens` came of it."""
         if cycle.chain is not None:
-            self.heads.settle(cycle.chain, n_accepted)
+            self.heads.update(cycle.chain, n_accepted)
         if cycle.source == "mtp":
             self.controller.learn_heads(cycle.drafts, n_accepted)
         elif cycle.source == "ngram":

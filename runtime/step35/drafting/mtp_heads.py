@@ -5,7 +5,7 @@ trunk), and proposes token t+2+k. With x the known tokens (the last one, x[n], n
 trunk) and d the drafts so far, head k's last row is n-1 and its token is d[k-1] (k = 0: x[n]).
 
 A cycle runs each head once: rows that were accepted since its last run, rows whose token was a
-rejected draft, and the new row, all in one decode. Where rows cost little (a GPU), REDONE rows are decoded
+rejected draft, and the new row, all in one decode. Where rows cost little (a GPU), REPLAYED_ROWS rows are decoded
 even if fewer would do, so the shape stays the same and llama.cpp reuses its graph. A head is first run
 over the last window of the prompt only: it can't see farther back.
 
@@ -26,11 +26,11 @@ from step35.native.rows import Rows
 if TYPE_CHECKING:
     from step35.native.context import Context
 
-REDONE = 4
+REPLAYED_ROWS = 4
 
 
 @dataclass(slots=True)
-class Track:
+class HeadState:
     """One head's view of one timeline: its input rows, and how many rows in its cache are final."""
 
     inputs: HiddenRows
@@ -47,7 +47,7 @@ class Chain:
     seq: int
     tokens: Sequence[int]
     n_rows: int
-    tracks: Sequence[Track]
+    tracks: Sequence[HeadState]
     drafts: list[int] = field(default_factory=list)
     n_read: int | None = None
     """How many of the rows that the next head missed it reads, the last ones; None for all of its window."""
@@ -59,7 +59,7 @@ class Chain:
 
 
 class Heads:
-    """The heads' contexts, in the order of the chain; `n_least` is how many rows a run has at least, 1 to REDONE."""
+    """The heads' contexts, in the order of the chain; `n_least` is how many rows a run has at least, 1 to REPLAYED_ROWS."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Heads:
     ) -> None:
         self.contexts = contexts
         self.window = window
-        self.n_least = REDONE
+        self.n_least = REPLAYED_ROWS
         self.vocabulary = vocabulary
         """Of trimmed heads; None if they know all of the model's tokens."""
         self._n_embd = n_embd
@@ -78,24 +78,24 @@ class Heads:
     def __len__(self) -> int:
         return len(self.contexts)
 
-    def new_tracks(self) -> list[Track]:
+    def new_tracks(self) -> list[HeadState]:
         """Returns the tracks of an empty timeline."""
-        return [Track(HiddenRows(self.window + 2 * REDONE, self._n_embd)) for _ in self.contexts]
+        return [HeadState(HiddenRows(self.window + 2 * REPLAYED_ROWS, self._n_embd)) for _ in self.contexts]
 
-    def truncate(self, seq: int, tracks: Sequence[Track], n_keep: int) -> None:
+    def truncate(self, seq: int, tracks: Sequence[HeadState], n_keep: int) -> None:
         """Forgets rows that depend on tokens from `n_keep` on."""
         if tracks:
             tracks[0].inputs.truncate(n_keep)
         for head in range(len(tracks)):
             self._finalize(tracks, head, n_keep - 1 - head)
 
-    def settle(self, chain: Chain, n_accepted: int) -> None:
+    def update(self, chain: Chain, n_accepted: int) -> None:
         """Keeps as final the rows whose tokens were accepted; to be called after each verification."""
         for head in range(len(chain.tracks)):
             self._finalize(chain.tracks, head, chain.n_rows + n_accepted - head)
 
     @staticmethod
-    def _finalize(tracks: Sequence[Track], head: int, n_final: int) -> None:
+    def _finalize(tracks: Sequence[HeadState], head: int, n_final: int) -> None:
         tracks[head].n_final = max(0, min(tracks[head].n_final, n_final))
         if head + 1 < len(tracks):
             tracks[head + 1].inputs.truncate(max(0, n_final))
@@ -122,14 +122,14 @@ class Heads:
         """Whether the next run takes only the usual few rows."""
         return not self.n_behind(head, chain.tracks, chain.n_rows)
 
-    def n_behind(self, head: int, tracks: Sequence[Track], n_rows: int) -> int:
+    def n_behind(self, head: int, tracks: Sequence[HeadState], n_rows: int) -> int:
         """Returns how many rows more than the usual few the next run takes."""
-        return max(0, min(n_rows - tracks[head].n_final, self.window) - REDONE)
+        return max(0, min(n_rows - tracks[head].n_final, self.window) - REPLAYED_ROWS)
 
     def _rewind(self, head: int, chain: Chain) -> int:
         """Drops the rows to be decoded from the head's cache; returns the first of them."""
         track, n = chain.tracks[head], chain.n_rows
-        reach = self.window if chain.n_read is None else min(self.window, REDONE + chain.n_read)
+        reach = self.window if chain.n_read is None else min(self.window, REPLAYED_ROWS + chain.n_read)
         oldest = max(track.inputs.start, n - reach, 0)
         first = max(min(track.n_final, n - self.n_least), oldest)
         # llama.cpp wants consecutive positions: after a gap the cache starts anew.
@@ -138,13 +138,13 @@ class Heads:
 
     def _n_last(self, context: "Context", n_chains: int) -> int:
         """Returns how many rows of a chain the last decode may have: of one shape, or what fits into a batch."""
-        return REDONE if self.n_least == REDONE else context.n_batch // n_chains
+        return REPLAYED_ROWS if self.n_least == REPLAYED_ROWS else context.n_batch // n_chains
 
     def _catch_up(self, head: int, chain: Chain, first: int, n_last: int) -> int:
         """Decodes all but the last rows, a batch at a time; returns the first row left."""
         context, n = self.contexts[head], chain.n_rows
         while n - first > n_last:
-            end = min(first + context.n_batch, n - REDONE)
+            end = min(first + context.n_batch, n - REPLAYED_ROWS)
             rows = self._rows(head, chain, first, end)
             context.decode([rows])
             self._keep_hidden(head, [chain], [rows])

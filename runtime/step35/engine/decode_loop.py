@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from step35.drafting.drafter import Cycle
+from step35.drafting.drafter import DraftRound
 from step35.engine.engine import Engine
 from step35.engine.session import Session
 from step35.errors import ContextFull
@@ -65,14 +65,14 @@ def _count_up_to(counts: list[int], n_heads: int, n: int | None = None) -> None:
 class Turn:
     """A session being extended; `finish` is None until it is 'stop' or 'length'.
 
-    `marks` are prompt lengths at which a checkpoint is kept on the way.
+    `checkpoint_positions` are prompt lengths at which a checkpoint is kept on the way.
     """
 
     session: Session
     chooser: Chooser
     n_predict: int
     n_prompt: int
-    marks: tuple[int, ...] = ()
+    checkpoint_positions: tuple[int, ...] = ()
     finish: str | None = None
     stats: Stats = field(default_factory=Stats)
 
@@ -85,29 +85,33 @@ class Turn:
         return len(self.session.tokens) - self.n_prompt
 
     @property
-    def n_todo(self) -> int:
-        return len(self.session.tokens) - self.session.n_kv
+    def n_pending(self) -> int:
+        return len(self.session.tokens) - self.session.n_past
 
     @property
-    def n_to_next_mark(self) -> int:
+    def n_to_next_checkpoint(self) -> int:
         """How many tokens a decode may take at most."""
-        n_kv = self.session.n_kv
-        return min((mark - n_kv for mark in self.marks if mark > n_kv), default=self.n_todo)
+        n_past = self.session.n_past
+        return min((mark - n_past for mark in self.checkpoint_positions if mark > n_past), default=self.n_pending)
 
 
 def begin(
-    session: Session, prompt: Sequence[int], chooser: Chooser, n_predict: int = -1, marks: Sequence[int] = ()
+    session: Session,
+    prompt: Sequence[int],
+    chooser: Chooser,
+    n_predict: int = -1,
+    checkpoint_positions: Sequence[int] = (),
 ) -> Turn:
     """Syncs a session to a prompt and returns the turn that will extend it.
 
-    `n_predict` -1 fills the context. Without `marks`, one checkpoint is kept before the prompt's last
+    `n_predict` -1 fills the context. Without `checkpoint_positions`, one checkpoint is kept before the prompt's last
     message, where the next turn is most likely to part from this one.
     """
     session.engine.check_pressure(Level.SHRINK)
     plan = session.sync(prompt)
     room = session.engine.n_ctx - len(prompt)
     turn = Turn(session, chooser, min(n_predict, room) if n_predict >= 0 else room, len(prompt))
-    turn.marks = tuple(marks) or _last_message(prompt, session.engine.model.turn_start)
+    turn.checkpoint_positions = tuple(checkpoint_positions) or _last_message(prompt, session.engine.model.turn_start)
     turn.stats = Stats(n_prompt=len(prompt), n_reused=plan.n_keep)
     if turn.n_predict == 0:
         turn.finish = "length"
@@ -134,28 +138,28 @@ def generate(turn: Turn) -> Iterator[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class BatchPart:
     """What one turn puts into a step's batch."""
 
     turn: Turn
     rows: Rows
-    cycle: Cycle
+    cycle: DraftRound
 
     @property
     def is_prompt(self) -> bool:
         return self.rows.start + len(self.rows.tokens) - len(self.cycle.drafts) <= self.turn.n_prompt
 
 
-def step(engine: Engine, turns: Sequence[Turn], quantum: int | None = None) -> None:
+def step(engine: Engine, turns: Sequence[Turn], prefill_chunk: int | None = None) -> None:
     """Advances turns by one decode: each by a piece of its prompt, or by one or more tokens.
 
-    `quantum` bounds the rows of prompts in it, for the sake of the turns that already answer.
+    `prefill_chunk` bounds the rows of prompts in it, for the sake of the turns that already answer.
     """
     started = engine.clock()
-    turns = sorted(turns, key=lambda turn: turn.n_todo)
+    turns = sorted(turns, key=lambda turn: turn.n_pending)
     n_free = engine.n_free_cells
     cycles = _propose(engine, turns, n_free)
-    feeds = _share_batch(engine, turns, cycles, quantum or engine.options.n_batch, n_free)
+    feeds = _share_batch(engine, turns, cycles, prefill_chunk or engine.options.n_batch, n_free)
     wants_hidden = engine.drafter.wants_hidden and any(_is_in_window(engine, feed) for feed in feeds)
     logits, verify_s = _decode(engine, feeds, wants_hidden)
     _take_outputs(engine, feeds, logits, engine.trunk.hidden() if wants_hidden else None, verify_s)
@@ -164,37 +168,37 @@ def step(engine: Engine, turns: Sequence[Turn], quantum: int | None = None) -> N
         _charge(feed, elapsed)
 
 
-def _propose(engine: Engine, turns: Sequence[Turn], n_free: int) -> list[Cycle]:
+def _propose(engine: Engine, turns: Sequence[Turn], n_free: int) -> list[DraftRound]:
     most = min(n_free - 2, engine.options.n_batch // len(turns) - 1)
     cycles = [_new_cycle(turn, most) for turn in turns]
     if not engine.drafter.is_off:
-        engine.drafter.propose([cycle for cycle, turn in zip(cycles, turns, strict=True) if turn.n_todo == 1])
+        engine.drafter.propose([cycle for cycle, turn in zip(cycles, turns, strict=True) if turn.n_pending == 1])
     return cycles
 
 
-def _new_cycle(turn: Turn, most: int) -> Cycle:
+def _new_cycle(turn: Turn, most: int) -> DraftRound:
     """A draft never goes past the turn's last token: one of its tokens comes from the trunk itself."""
     session = turn.session
     n_max = min(turn.n_predict - turn.n_generated - 1, most)
-    return Cycle(session.seq, session.tokens, turn.chooser.sampling, session.memory, n_max)
+    return DraftRound(session.seq, session.tokens, turn.chooser.sampling, session.memory, n_max)
 
 
 def _share_batch(
-    engine: Engine, turns: Sequence[Turn], cycles: Sequence[Cycle], quantum: int, n_free: int
-) -> list[Feed]:
+    engine: Engine, turns: Sequence[Turn], cycles: Sequence[DraftRound], prefill_chunk: int, n_free: int
+) -> list[BatchPart]:
     room = engine.options.n_batch
     feeds = []
     for turn, cycle in zip(turns, cycles, strict=True):
-        n_todo = turn.n_todo
-        n = min(n_todo, room)
-        if n_todo > 1:
-            n = min(n, turn.n_to_next_mark, quantum)
-            quantum -= max(n, 0)
+        n_pending = turn.n_pending
+        n = min(n_pending, room)
+        if n_pending > 1:
+            n = min(n, turn.n_to_next_checkpoint, prefill_chunk)
+            prefill_chunk -= max(n, 0)
         if n <= 0:
             continue
         session = turn.session
-        is_last = n == n_todo
-        tokens = session.tokens[session.n_kv : session.n_kv + n] + cycle.draft_tokens
+        is_last = n == n_pending
+        tokens = session.tokens[session.n_past : session.n_past + n] + cycle.draft_tokens
         n_free -= len(tokens)
         if n_free < 0:
             raise ContextFull(
@@ -202,17 +206,17 @@ def _share_batch(
                 f"{engine.n_ctx}, shared by all sessions; close a session or load with a larger context"
             )
         room -= len(tokens)
-        rows = Rows(session.seq, session.n_kv, tokens, outputs=is_last + len(cycle.drafts))
-        feeds.append(Feed(turn, rows, cycle))
+        rows = Rows(session.seq, session.n_past, tokens, outputs=is_last + len(cycle.drafts))
+        feeds.append(BatchPart(turn, rows, cycle))
     return feeds
 
 
-def _is_in_window(engine: Engine, feed: Feed) -> bool:
+def _is_in_window(engine: Engine, feed: BatchPart) -> bool:
     """The heads see one window: of a long prompt only the last chunks' hidden states are wanted."""
     return feed.rows.start + len(feed.rows.tokens) > feed.turn.n_prompt - engine.window
 
 
-def _decode(engine: Engine, feeds: Sequence[Feed], wants_hidden: bool) -> tuple[np.ndarray | None, float]:
+def _decode(engine: Engine, feeds: Sequence[BatchPart], wants_hidden: bool) -> tuple[np.ndarray | None, float]:
     """Runs the trunk; returns the logits (n_outputs, n_vocab) if any are wanted, and the seconds until they came."""
     started = engine.clock()
     engine.trunk.extract_hidden(wants_hidden)
@@ -228,7 +232,7 @@ def _decode(engine: Engine, feeds: Sequence[Feed], wants_hidden: bool) -> tuple[
 
 
 def _take_outputs(
-    engine: Engine, feeds: Sequence[Feed], logits: np.ndarray | None, hidden: np.ndarray | None, verify_s: float
+    engine: Engine, feeds: Sequence[BatchPart], logits: np.ndarray | None, hidden: np.ndarray | None, verify_s: float
 ) -> None:
     at_output = at_row = 0
     for feed in feeds:
@@ -238,16 +242,16 @@ def _take_outputs(
         if chosen:
             n_accepted = min(len(chosen) - 1, len(feed.cycle.drafts))
             if not engine.drafter.is_off:
-                engine.drafter.settle(feed.cycle, n_accepted, len(chosen), verify_s, is_alone=_is_alone(feeds))
+                engine.drafter.update(feed.cycle, n_accepted, len(chosen), verify_s, is_alone=_is_alone(feeds))
             feed.turn.stats.count_cycle(feed.cycle.source, len(feed.cycle.drafts), n_accepted)
         at_output, at_row = at_output + n_outputs, at_row + n_rows
 
 
-def _is_alone(feeds: Sequence[Feed]) -> bool:
+def _is_alone(feeds: Sequence[BatchPart]) -> bool:
     return len(feeds) == 1 and len(feeds[0].rows.tokens) == len(feeds[0].cycle.drafts) + 1
 
 
-def _verify(feed: Feed, logits: np.ndarray) -> list[int]:
+def _verify(feed: BatchPart, logits: np.ndarray) -> list[int]:
     """Chooses tokens from the rows' logits until one differs from its draft or ends the turn."""
     turn, drafts = feed.turn, feed.cycle.draft_tokens
     history, model = turn.session.tokens, turn.session.engine.model
@@ -265,29 +269,29 @@ def _verify(feed: Feed, logits: np.ndarray) -> list[int]:
     return chosen
 
 
-def _extend(feed: Feed, chosen: Sequence[int], hidden: np.ndarray | None) -> None:
+def _extend(feed: BatchPart, chosen: Sequence[int], hidden: np.ndarray | None) -> None:
     """Moves the session on: the rows whose tokens were accepted stay, the others are forgotten."""
     session, rows = feed.turn.session, feed.rows
     n_kept = len(rows.tokens) - len(feed.cycle.drafts) + max(len(chosen) - 1, 0)
-    session.n_kv = rows.start + n_kept
+    session.n_past = rows.start + n_kept
     if n_kept < len(rows.tokens):
-        session.engine.trunk.truncate(session.seq, session.n_kv)
+        session.engine.trunk.truncate(session.seq, session.n_past)
     if hidden is not None:
         session.memory.tracks[0].inputs.put(rows.start, hidden[:n_kept])
-    if session.n_kv in feed.turn.marks or _ends_with_next_decode(feed.turn):
+    if session.n_past in feed.turn.checkpoint_positions or _ends_with_next_decode(feed.turn):
         session.checkpoint()
 
 
 def _ends_with_next_decode(turn: Turn) -> bool:
     """Whether a prompt's last piece is what is left: asked for again, the prompt then takes that one decode."""
-    n_todo = turn.n_todo
-    return 1 < n_todo <= turn.session.engine.options.n_batch and n_todo == turn.n_to_next_mark
+    n_pending = turn.n_pending
+    return 1 < n_pending <= turn.session.engine.options.n_batch and n_pending == turn.n_to_next_checkpoint
 
 
-def _charge(feed: Feed, elapsed_s: float) -> None:
+def _charge(feed: BatchPart, elapsed_s: float) -> None:
     stats = feed.turn.stats
     if feed.is_prompt:
         stats.prefill_s += elapsed_s
     else:
         stats.decode_s += elapsed_s
-        stats.n_decoded += feed.turn.session.n_kv - feed.rows.start
+        stats.n_decoded += feed.turn.session.n_past - feed.rows.start

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from step35.drafting.drafter import Drafter
-from step35.drafting.mtp_heads import REDONE, Heads
+from step35.drafting.mtp_heads import REPLAYED_ROWS, Heads
 from step35.engine.budget import Budget
 from step35.engine.session import Session, n_cells
 from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
@@ -20,7 +20,7 @@ from step35.sizes import format_size
 if TYPE_CHECKING:
     from step35.native.context import Context
     from step35.native.model import Model
-    from step35.planning.admission import Guard, Need
+    from step35.planning.admission import Guard, MemoryDemand
 
 HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
 CALIBRATED_WIDTHS = (1, 2, 3, 4, 8)
@@ -64,7 +64,7 @@ class Engine:
         self.options = options
         self.clock = clock
         self.notes: list[str] = []
-        self.need: Need | None = None
+        self.need: MemoryDemand | None = None
         """What everything takes, by device and purpose, as counted before loading; None if nobody knows the memory."""
         self.budget = Budget()
         self.pressure, self._reading = Level.CALM, Reading(0)
@@ -99,7 +99,7 @@ class Engine:
         self.need = guard.need
         self.notes += guard.differences()
         self.budget.limit = guard.cache_bytes
-        watchdog = guard.watchdog(shrink=self.budget.halve, on_change=self.obey)
+        watchdog = guard.watchdog(shrink=self.budget.halve, on_change=self.on_memory_level)
         self._closers.append(watchdog.stop)
         watchdog.start()
 
@@ -119,7 +119,7 @@ class Engine:
             self.notes.append(f"{model.facts.path} has no MTP heads: running without them")
             return None
         depth = int(self.options.draft) if self.options.draft.isdigit() else model.n_heads
-        n_batch = max(HEAD_BATCH, REDONE * self.options.n_sessions)
+        n_batch = max(HEAD_BATCH, REPLAYED_ROWS * self.options.n_sessions)
         contexts = []
         for head in range(min(depth, model.n_heads)):
             contexts.append(model.open_head(head, self.options.context(n_batch=n_batch, n_outputs=n_batch)))
@@ -183,7 +183,7 @@ class Engine:
 
     # memory
 
-    def obey(self, level: Level, reading: Reading) -> None:
+    def on_memory_level(self, level: Level, reading: Reading) -> None:
         """Takes the watchdog's word on the memory: at STOP the running step ends. Callable from any thread."""
         self.pressure, self._reading = level, reading
         if level is Level.STOP:
@@ -233,9 +233,11 @@ class Engine:
         It is where a row costs next to nothing. On a CPU it costs what a row of a prompt does.
         """
         context = heads.contexts[0]
-        padded_s = self._time(context, self._head_rows(heads, 0, REDONE))
-        varied = [[self._time_once(context, self._head_rows(heads, 0, n)) for n in range(1, REDONE)] for _ in range(3)]
-        if sum(map(min, zip(*varied, strict=True))) < padded_s * (REDONE - 1):
+        padded_s = self._time(context, self._head_rows(heads, 0, REPLAYED_ROWS))
+        varied = [
+            [self._time_once(context, self._head_rows(heads, 0, n)) for n in range(1, REPLAYED_ROWS)] for _ in range(3)
+        ]
+        if sum(map(min, zip(*varied, strict=True))) < padded_s * (REPLAYED_ROWS - 1):
             heads.n_least = 1
 
     def _head_rows(self, heads: Heads, head: int, n: int) -> Rows:

@@ -33,19 +33,19 @@ class Snapshot:
     """A timeline with all its cells and its checkpoints, as bytes of llama.cpp."""
 
     tokens: tuple[int, ...]
-    n_kv: int
+    n_past: int
     state: bytes
     checkpoints: Mapping[int, bytes] = field(default_factory=dict)
 
 
 class Session:
-    """A timeline: `tokens` are known, the first `n_kv` of them are in the KV cache."""
+    """A timeline: `tokens` are known, the first `n_past` of them are in the KV cache."""
 
     def __init__(self, engine: "Engine", seq: int) -> None:
         self.engine = engine
         self.seq = seq
         self.tokens: list[int] = []
-        self.n_kv = 0
+        self.n_past = 0
         self.memory = engine.drafter.new_memory()
         self.shared: tuple[Span, ...] = ()
         self._checkpoints = CheckpointStore(engine.budget)
@@ -71,7 +71,9 @@ class Session:
         self._check_prompt(prompt)
         held_from = self.engine.trunk.held_from(self.seq)
         with self.engine.budget.lock:  # the watchdog may drop checkpoints
-            plan = plan_sync(Cached(self.tokens[: self.n_kv], held_from, self._checkpoints), prompt, self.engine.window)
+            plan = plan_sync(
+                Cached(self.tokens[: self.n_past], held_from, self._checkpoints), prompt, self.engine.window
+            )
             self._keep(plan)
         self.tokens = prompt
         return plan
@@ -96,7 +98,7 @@ class Session:
         self.engine.drafter.truncate(self.seq, self.memory, n_keep)
         self._checkpoints.cut(n_keep)
         self.shared = _cut(self.shared, n_keep)
-        self.n_kv = n_keep
+        self.n_past = n_keep
 
     def _check_prompt(self, prompt: list[int]) -> None:
         if not prompt:
@@ -118,11 +120,11 @@ class Session:
         A full store loses the second oldest: the oldest one, after the system's text, serves new conversations.
         """
         limit = self.engine.options.n_checkpoints
-        if not limit or not self.n_kv or self.n_kv in self._checkpoints:
+        if not limit or not self.n_past or self.n_past in self._checkpoints:
             return
         while len(self._checkpoints) >= limit:
             self._checkpoints.drop(self.checkpoints[:2][-1])
-        self._checkpoints.keep(self.n_kv, self.engine.trunk.save_state(self.seq, window_only=True))
+        self._checkpoints.keep(self.n_past, self.engine.trunk.save_state(self.seq, window_only=True))
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
@@ -146,7 +148,7 @@ class Session:
         except NativeError:
             self._truncate(0)
             raise
-        self.tokens, self.n_kv = source.tokens[:n_tokens], n_tokens
+        self.tokens, self.n_past = source.tokens[:n_tokens], n_tokens
         self.shared = source._share(n_tokens)
         self._checkpoints.keep(n_tokens, window)
 
@@ -154,8 +156,10 @@ class Session:
         with self.engine.budget.lock:
             if n_tokens in self._checkpoints:
                 return self._checkpoints[n_tokens]
-        if n_tokens != self.n_kv or not n_tokens:
-            raise SettingsError(f"can't fork: expected one of {[*self.checkpoints, self.n_kv]} tokens, got {n_tokens}")
+        if n_tokens != self.n_past or not n_tokens:
+            raise SettingsError(
+                f"can't fork: expected one of {[*self.checkpoints, self.n_past]} tokens, got {n_tokens}"
+            )
         return self.engine.trunk.save_state(self.seq, window_only=True)
 
     def _share(self, n_tokens: int) -> tuple[Span, ...]:
@@ -178,18 +182,18 @@ class Session:
         Its bytes count against the engine's budget while it exists; raises DoesNotFit if there is no room.
         """
         hold = self._hold_snapshot()
-        state = self.engine.trunk.save_state(self.seq) if self.n_kv else b""
-        snapshot = Snapshot(tuple(self.tokens), self.n_kv, state, self._checkpoints.states())
+        state = self.engine.trunk.save_state(self.seq) if self.n_past else b""
+        snapshot = Snapshot(tuple(self.tokens), self.n_past, state, self._checkpoints.states())
         weakref.finalize(snapshot, self.engine.budget.release, hold).atexit = False
         return snapshot
 
     def _hold_snapshot(self) -> Hold:
-        n_bytes = self.engine.trunk.state_bytes(self.seq) if self.n_kv else 0
+        n_bytes = self.engine.trunk.state_bytes(self.seq) if self.n_past else 0
         hold = self.engine.budget.hold(n_bytes)
         if hold is None:
             limit = format_size(self.engine.budget.limit or 0)
             raise DoesNotFit(
-                f"no room for a snapshot: {self.n_kv} tokens expected at most {limit} for all that is kept, "
+                f"no room for a snapshot: {self.n_past} tokens expected at most {limit} for all that is kept, "
                 f"got {format_size(n_bytes)}; close a session, or load with a smaller context"
             )
         return hold
@@ -198,9 +202,9 @@ class Session:
         """Replaces the timeline by a snapshot's, taken from a session of the same model."""
         self._truncate(0)
         self.tokens = []
-        if snapshot.n_kv:
+        if snapshot.n_past:
             self.engine.trunk.load_state(self.seq, snapshot.state)
-        self.tokens, self.n_kv = list(snapshot.tokens), snapshot.n_kv
+        self.tokens, self.n_past = list(snapshot.tokens), snapshot.n_past
         self._checkpoints.replace(snapshot.checkpoints)
 
 
@@ -213,9 +217,9 @@ def n_cells(sessions: Iterable[Session]) -> int:
     own, shared = 0, {}
     for session in sessions:
         if not session.shared:
-            own += session.n_kv
+            own += session.n_past
             continue
-        own += session.n_kv - session.n_shared
+        own += session.n_past - session.n_shared
         for span in session.shared:
             shared[span.key] = max(shared.get(span.key, 0), span.end - span.start)
     return own + sum(shared.values())

@@ -18,9 +18,9 @@ from step35.planning.memory_usage import (
     MATRICES,
     Layout,
     Loading,
+    MemoryUsage,
     Pool,
     Purpose,
-    Usage,
     gpu_name,
     pools,
     taken,
@@ -34,10 +34,10 @@ from step35.sizes import format_size
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryDemand:
     """What an engine with some options takes, and what there is."""
 
-    usage: Usage
+    usage: MemoryUsage
     pools: tuple[Pool, ...]
 
     def check(self, remedy: str = "make a plan with step35 plan, and run it with --plan") -> None:
@@ -51,7 +51,7 @@ class Need:
                 )
 
 
-def need(options: EngineOptions, machine: Machine) -> Need:
+def need(options: EngineOptions, machine: Machine) -> MemoryDemand:
     """Returns what an engine with these options would take; reads headers only."""
     drafts = options.draft not in ("off", "ngram")
     if not drafts:
@@ -60,7 +60,7 @@ def need(options: EngineOptions, machine: Machine) -> Need:
     layout = layout_of(header, options, machine)
     run = _run(options, header.shape.n_heads if drafts else 0)
     used = usage(header, machine, run, layout, Loading(options.load_mode, options.op_offload))
-    return Need(used, tuple(pools(machine)))
+    return MemoryDemand(used, tuple(pools(machine)))
 
 
 def _run(options: EngineOptions, n_heads: int) -> Run:
@@ -125,7 +125,7 @@ def _override(name: str, options: EngineOptions) -> str | None:
 class Guard:
     """What an engine needs, on the box that it is loaded on."""
 
-    need: Need
+    need: MemoryDemand
     machine: Machine
     sources: Sources
 

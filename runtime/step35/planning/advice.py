@@ -7,13 +7,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from step35.planning.machine import Machine, models_path
 from step35.planning.memory_usage import matrix_of
 from step35.planning.model_header import Group, Header, Tensor
-from step35.planning.placement import Wishes, longest_context, place
+from step35.planning.placement import Constraints, longest_context, place
 from step35.yaml_file import Section, read_yaml, text
 
 _DOWN = 2
 
 
-def advice(header: Header, machine: Machine, wishes: Wishes) -> list[str]:
+def advice(header: Header, machine: Machine, wishes: Constraints) -> list[str]:
     """Returns what would fit: at most a context and a recipe, as the user would ask for them."""
     found = []
     n_ctx = longest_context(header, machine, wishes)
@@ -25,7 +25,7 @@ def advice(header: Header, machine: Machine, wishes: Wishes) -> list[str]:
     return found
 
 
-def fitting_recipe(header: Header, machine: Machine, wishes: Wishes) -> str | None:
+def fitting_recipe(header: Header, machine: Machine, wishes: Constraints) -> str | None:
     """Returns the best recipe, smaller than this file, that fits with the context asked for."""
     recipes = read_yaml(models_path()).section("recipes")
     assert recipes is not None

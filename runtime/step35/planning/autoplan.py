@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from step35.options import EngineOptions
-from step35.planning.admission import Need
+from step35.planning.admission import MemoryDemand
 from step35.planning.advice import advice
 from step35.planning.hardware import Sources, probe
 from step35.planning.llama_options import engine_options, environment
 from step35.planning.machine import Machine
 from step35.planning.memory_usage import HOST
 from step35.planning.model_header import Header, read_model
-from step35.planning.placement import Judged, Wishes, place
+from step35.planning.placement import Constraints, PlanReport, place
 
 DEFAULT_CTX = 32768
 """What nobody asked for may be shortened; what was asked for fits or is refused."""
@@ -45,7 +45,7 @@ def auto_options(
     by_hand = EngineOptions(model, mtp, draft, **{"n_ctx": default_ctx} | given)
     if any(name in given for name in _BY_HAND):
         return AutoPlan(by_hand)
-    wishes = Wishes(**{name: given[name] for name in _WISHED if name in given}, with_heads=_drafts(draft))
+    wishes = Constraints(**{name: given[name] for name in _WISHED if name in given}, with_heads=_drafts(draft))
     judged = plan_here(header, sources, wishes)
     if judged is None:
         return AutoPlan(by_hand)
@@ -54,7 +54,7 @@ def auto_options(
     return AutoPlan(replace(planned, draft=draft, **given), note(judged, wishes, default_ctx))
 
 
-def plan_here(header: Header, sources: Sources, wishes: Wishes) -> Judged | None:
+def plan_here(header: Header, sources: Sources, wishes: Constraints) -> PlanReport | None:
     """Returns the plan for the box that `sources` describe; None where its memory is unknown.
 
     Without a context asked for, the default or the longest that fits.
@@ -76,13 +76,13 @@ def _drafts(draft: str) -> bool:
     return draft not in ("off", "ngram")
 
 
-def _needs_bandwidth(judged: Judged) -> bool:
+def _needs_bandwidth(judged: PlanReport) -> bool:
     """Whether the RAM's bandwidth decides anything: only where it competes with a GPU's."""
     layout = judged.placement.layout
     return bool(layout.gpus) and layout.host_experts
 
 
-def place_here(header: Header, machine: Machine, wishes: Wishes) -> Judged:
+def place_here(header: Header, machine: Machine, wishes: Constraints) -> PlanReport:
     """Returns a placement that fits; without a context asked for, with the default one or the longest that fits.
 
     Raises DoesNotFit that says what would.
@@ -95,14 +95,16 @@ def place_here(header: Header, machine: Machine, wishes: Wishes) -> Judged:
     return _check(header, machine, wishes, judged)
 
 
-def _check(header: Header, machine: Machine, wishes: Wishes, judged: Judged) -> Judged:
+def _check(header: Header, machine: Machine, wishes: Constraints, judged: PlanReport) -> PlanReport:
     if not judged.fits:
         hints = advice(header, machine, replace(wishes, n_ctx=judged.placement.run.n_ctx))
-        Need(judged.usage, judged.pools).check(f"try {' or '.join(hints)}" if hints else "this box is too small")
+        MemoryDemand(judged.usage, judged.pools).check(
+            f"try {' or '.join(hints)}" if hints else "this box is too small"
+        )
     return judged
 
 
-def note(judged: Judged, wishes: Wishes, default_ctx: int) -> str | None:
+def note(judged: PlanReport, wishes: Constraints, default_ctx: int) -> str | None:
     """Returns one sentence on what the user may not expect; None if everything is as one would."""
     placement = judged.placement
     experts = [device for devices in placement.layout.experts for device in devices]

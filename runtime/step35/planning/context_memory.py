@@ -18,7 +18,7 @@ CELL_PADDING = 256
 VERIFY_ROWS = 8
 """Rows of logits that the engine asks one decode for, a session."""
 HEAD_ROWS = 32
-REDONE_ROWS = 4
+REPLAYED_ROWS = 4
 KV_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 
 
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def head_rows(self) -> int:
-        return max(HEAD_ROWS, REDONE_ROWS * self.n_sessions)
+        return max(HEAD_ROWS, REPLAYED_ROWS * self.n_sessions)
 
 
 @dataclass(frozen=True, slots=True)

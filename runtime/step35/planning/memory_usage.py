@@ -78,7 +78,7 @@ class Loading:
     offloads_ops: bool
 
 
-Usage = dict[str, dict[Purpose, int]]
+MemoryUsage = dict[str, dict[Purpose, int]]
 
 
 def matrix_of(tensor: Tensor) -> int:
@@ -91,7 +91,7 @@ def gpu_name(index: int) -> str:
     return f"GPU{index}"
 
 
-def usage(header: Header, machine: Machine, run: Run, layout: Layout, loading: Loading) -> Usage:
+def usage(header: Header, machine: Machine, run: Run, layout: Layout, loading: Loading) -> MemoryUsage:
     """Returns the bytes of every device by purpose."""
     counted: defaultdict[str, defaultdict[Purpose, int]] = defaultdict(lambda: defaultdict(int))
     for (device, purpose), n in _weights(header, bool(run.n_heads), layout).items():
@@ -177,11 +177,11 @@ def pools(machine: Machine, gpu_budget: int | None = None) -> list[Pool]:
     return [*gpus, Pool("RAM", (HOST, *in_ram), max(0, machine.available_bytes - machine.reserve_bytes))]
 
 
-def taken(usage: Usage, pool: Pool) -> int:
+def taken(usage: MemoryUsage, pool: Pool) -> int:
     """Returns the bytes that a pool's devices use."""
     return sum(sum(usage.get(device, {}).values()) for device in pool.devices)
 
 
-def fits(usage: Usage, machine_pools: list[Pool]) -> bool:
+def fits(usage: MemoryUsage, machine_pools: list[Pool]) -> bool:
     """Whether no pool is used beyond its budget."""
     return all(taken(usage, pool) <= pool.budget for pool in machine_pools)

@@ -16,8 +16,8 @@ from step35.planning.memory_usage import (
     HOST,
     Layout,
     Loading,
+    MemoryUsage,
     Pool,
-    Usage,
     fits,
     gpu_name,
     matrix_of,
@@ -26,7 +26,7 @@ from step35.planning.memory_usage import (
     usage,
 )
 from step35.planning.model_header import Group, Header
-from step35.planning.speed import Box, Speed, op_offload_threshold, speed
+from step35.planning.speed import Deployment, SpeedEstimate, op_offload_threshold, speed
 from step35.sizes import format_size
 
 POLICIES = ("auto", "unified", "split", "gpu", "cpu", "rpc")
@@ -45,7 +45,7 @@ _LADDERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class Constraints:
     """What the user asks for; None leaves it to the plan. `n_ctx` None is the longest that fits."""
 
     n_ctx: int | None = None
@@ -95,10 +95,10 @@ class Placement:
         return Loading(self.load_mode, self.op_offload_from is not None)
 
 
-def wishes_of(placement: Placement, distinct: tuple[float, ...] = ()) -> Wishes:
+def wishes_of(placement: Placement, distinct: tuple[float, ...] = ()) -> Constraints:
     """Returns what one would ask for to get a plan like this; its batch and KV type may yet be traded."""
     run = placement.run
-    return Wishes(
+    return Constraints(
         n_ctx=run.n_ctx,
         gpu_budget=placement.gpu_budget,
         n_sessions=run.n_sessions,
@@ -110,13 +110,13 @@ def wishes_of(placement: Placement, distinct: tuple[float, ...] = ()) -> Wishes:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class PlanReport:
     """A placement beside what it takes and how fast it may be."""
 
     placement: Placement
-    usage: Usage
+    usage: MemoryUsage
     pools: tuple[Pool, ...]
-    speeds: tuple[Speed, ...]
+    speeds: tuple[SpeedEstimate, ...]
 
     @property
     def fits(self) -> bool:
@@ -128,7 +128,7 @@ class Judged:
         return self.speeds[-1].decode
 
 
-def place(header: Header, machine: Machine, wishes: Wishes) -> Judged:
+def place(header: Header, machine: Machine, wishes: Constraints) -> PlanReport:
     """Returns the best placement that fits, or the most frugal one that doesn't; `fits` tells which.
 
     Raises SettingsError where the wishes can't be met on any size of this machine.
@@ -139,15 +139,17 @@ def place(header: Header, machine: Machine, wishes: Wishes) -> Judged:
     return _best([_place(header, machine, wishes, policy) for policy in _policies(machine, wishes)])
 
 
-def judge(header: Header, machine: Machine, placement: Placement, distinct: tuple[float, ...] = ()) -> Judged:
+def judge(header: Header, machine: Machine, placement: Placement, distinct: tuple[float, ...] = ()) -> PlanReport:
     """Returns what a placement takes on a machine and how fast it may be."""
     used = usage(header, machine, placement.run, placement.layout, placement.loading)
-    box = Box(header, machine, placement.run, placement.layout, distinct)
+    deployment = Deployment(header, machine, placement.run, placement.layout, distinct)
     n_past = sorted({min(SHORT, placement.run.n_ctx), placement.run.n_ctx})
-    return Judged(placement, used, tuple(pools(machine, placement.gpu_budget)), tuple(speed(box, n) for n in n_past))
+    return PlanReport(
+        placement, used, tuple(pools(machine, placement.gpu_budget)), tuple(speed(deployment, n) for n in n_past)
+    )
 
 
-def _check(header: Header, machine: Machine, wishes: Wishes) -> None:
+def _check(header: Header, machine: Machine, wishes: Constraints) -> None:
     n_most = header.shape.n_ctx_train
     if wishes.n_ctx is not None and wishes.n_ctx > n_most:
         raise SettingsError(f"context too long: expected at most {n_most} (the model's), got {wishes.n_ctx}")
@@ -161,11 +163,13 @@ def _check(header: Header, machine: Machine, wishes: Wishes) -> None:
         )
 
 
-def _policies(machine: Machine, wishes: Wishes) -> list[str]:
+def _policies(machine: Machine, wishes: Constraints) -> list[str]:
     if machine.has_remotes and wishes.policy in ("auto", "rpc"):
         return ["rpc"]
     if wishes.policy == "rpc":
-        raise SettingsError("policy doesn't suit: rpc expected a second box, got none; name it with --rpc HOST:PORT")
+        raise SettingsError(
+            "policy doesn't suit: rpc expected a second deployment, got none; name it with --rpc HOST:PORT"
+        )
     possible = ["unified"] if machine.is_unified else ["gpu", "split"] if machine.gpus else []
     if wishes.policy == "auto" and machine.is_unified:
         return possible  # the CPU reads the same memory, and computes more slowly
@@ -179,12 +183,12 @@ def _policies(machine: Machine, wishes: Wishes) -> list[str]:
     return [wishes.policy]
 
 
-def _best(judged: list[Judged]) -> Judged:
+def _best(judged: list[PlanReport]) -> PlanReport:
     fitting = [j for j in judged if j.fits]
     return max(fitting, key=lambda j: j.decode) if fitting else judged[0]
 
 
-def _longest(header: Header, machine: Machine, wishes: Wishes) -> Judged:
+def _longest(header: Header, machine: Machine, wishes: Constraints) -> PlanReport:
     n_most = header.shape.n_ctx_train
     n_ctx = longest_context(header, machine, wishes)
     judged = place(header, machine, replace(wishes, n_ctx=max(n_ctx, min(CTX_STEP, n_most))))
@@ -194,7 +198,7 @@ def _longest(header: Header, machine: Machine, wishes: Wishes) -> Judged:
     return replace(judged, placement=replace(judged.placement, reasons=(*judged.placement.reasons, reason)))
 
 
-def longest_context(header: Header, machine: Machine, wishes: Wishes) -> int:
+def longest_context(header: Header, machine: Machine, wishes: Constraints) -> int:
     """Returns the longest context that fits, in steps of 1024 tokens; 0 if none does."""
     n_most = header.shape.n_ctx_train
 
@@ -213,7 +217,7 @@ def longest_context(header: Header, machine: Machine, wishes: Wishes) -> int:
 # one policy
 
 
-def _place(header: Header, machine: Machine, wishes: Wishes, policy: str) -> Judged:
+def _place(header: Header, machine: Machine, wishes: Constraints, policy: str) -> PlanReport:
     assert wishes.n_ctx is not None
     rungs = _rungs(wishes, policy)
     for run in rungs:
@@ -225,18 +229,18 @@ def _place(header: Header, machine: Machine, wishes: Wishes, policy: str) -> Jud
     return replace(judged, placement=replace(judged.placement, reasons=reasons))
 
 
-def _rungs(wishes: Wishes, policy: str) -> list[tuple[int, str]]:
+def _rungs(wishes: Constraints, policy: str) -> list[tuple[int, str]]:
     rungs = [(wishes.n_batch or n_batch, wishes.kv_type or kv_type) for n_batch, kv_type in _LADDERS[policy]]
     return list(dict.fromkeys(rungs))
 
 
-def _fit_run(header: Header, wishes: Wishes, rung: tuple[int, str]) -> Run:
+def _fit_run(header: Header, wishes: Constraints, rung: tuple[int, str]) -> Run:
     assert wishes.n_ctx is not None
     n_heads = header.shape.n_heads if wishes.with_heads else 0
     return Run(wishes.n_ctx, min(rung[0], wishes.n_ctx), wishes.n_sessions, n_heads, rung[1], wishes.n_checkpoints)
 
 
-def _trades(best: tuple[int, str], taken_rung: tuple[int, str], judged: Judged) -> Iterator[str]:
+def _trades(best: tuple[int, str], taken_rung: tuple[int, str], judged: PlanReport) -> Iterator[str]:
     why = f"to fit {judged.placement.run.n_ctx} tokens of context"
     if taken_rung[0] < best[0]:
         yield f"batch {taken_rung[0]} instead of {best[0]}, {why}: prefill is slower"
@@ -244,10 +248,10 @@ def _trades(best: tuple[int, str], taken_rung: tuple[int, str], judged: Judged) 
         yield f"KV cache {taken_rung[1]} instead of {best[1]}, {why}"
 
 
-def _lay_out(header: Header, machine: Machine, wishes: Wishes, policy: str, run: Run) -> Placement:
+def _lay_out(header: Header, machine: Machine, wishes: Constraints, policy: str, run: Run) -> Placement:
     layout, reasons = _LAYOUTS[policy](header, machine, wishes, run)
-    box = Box(header, machine, run, layout)
-    threshold = op_offload_threshold(box)
+    deployment = Deployment(header, machine, run, layout)
+    threshold = op_offload_threshold(deployment)
     spreads_numa = policy == "cpu" and machine.n_numa > 1
     return Placement(
         machine=machine.name,
@@ -283,18 +287,18 @@ def _all_on(header: Header, device: str, reason: str) -> tuple[Layout, tuple[str
     return Layout((device,) * len(header.shape.layers), experts, device), (reason,)
 
 
-def _unified(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _unified(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     why = {"mmap": "the GPU maps the file itself", "none": "mapping the file would load several times slower"}
     reason = f"one memory: everything on the GPU, load mode {machine.load_mode}"
     return _all_on(header, gpu_name(0), f"{reason} ({why[machine.load_mode]})" if machine.load_mode in why else reason)
 
 
-def _cpu(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _cpu(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     nodes = f" spread over {machine.n_numa} NUMA nodes" if machine.n_numa > 1 else ""
     return _all_on(header, HOST, f"everything on the CPU, {machine.n_cores} threads{nodes}")
 
 
-def _gpu(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _gpu(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     layers = _spread(header, machine, wishes, run)
     experts = tuple(
         (device,) * 3 if shape.is_moe else () for device, shape in zip(layers, header.shape.layers, strict=True)
@@ -302,14 +306,14 @@ def _gpu(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[La
     return Layout(layers, experts, layers[-1]), ("everything on the GPU",)
 
 
-def _rpc(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _rpc(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     """Whole layers: the first on the remote boxes, the last and the output here, where the logits are wanted."""
     layout, _ = _gpu(header, machine, wishes, run)
     counts = [f"{layout.layers.count(gpu_name(i))} layers on {gpu.name}" for i, gpu in enumerate(machine.gpus)]
     return layout, (", ".join(counts) + ": whole layers, so that a step crosses the network once each way",)
 
 
-def _split(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _split(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     """Attention, shared experts, dense layers, KV and heads on the GPUs, then routed experts as far as they go.
 
     Experts go matrix by matrix in the order of the layers, so all but one layer of a GPU are whole.
@@ -341,7 +345,7 @@ def _matrix_sizes(header: Header) -> dict[tuple[int, int], int]:
     return {(layer, matrix): weight_bytes([t]) for layer, matrix, t in sorted(found, key=lambda f: f[:2])}
 
 
-def _rooms(header: Header, machine: Machine, wishes: Wishes, run: Run, bare: Layout) -> dict[str, int]:
+def _rooms(header: Header, machine: Machine, wishes: Constraints, run: Run, bare: Layout) -> dict[str, int]:
     """Returns what each GPU has left for experts, with room for the op-offload scratch."""
     used = usage(header, machine, run, bare, Loading("none", offloads_ops=True))
     return {
@@ -351,7 +355,7 @@ def _rooms(header: Header, machine: Machine, wishes: Wishes, run: Run, bare: Lay
     }
 
 
-def _spread(header: Header, machine: Machine, wishes: Wishes, run: Run) -> tuple[str, ...]:
+def _spread(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[str, ...]:
     """Returns each layer's GPU: consecutive layers, in proportion to the memory that each GPU may take."""
     *on_gpu, ram = pools(machine, wishes.gpu_budget)
     budgets = [min(pool.budget, ram.budget) if pool.devices[0] in ram.devices else pool.budget for pool in on_gpu]

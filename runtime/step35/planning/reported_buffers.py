@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from step35.planning.memory_usage import HOST, Purpose, Usage, gpu_name
+from step35.planning.memory_usage import HOST, MemoryUsage, Purpose, gpu_name
 from step35.sizes import format_size
 
 TOLERANCE = 0.02
@@ -35,7 +35,7 @@ def read_buffers(lines: Iterable[str]) -> list[Buffer]:
     return [Buffer(m[1], m[2], round(float(m[3]) * 2**20)) for m in matches]
 
 
-def differences(planned: Usage, buffers: Sequence[Buffer], gpus: Sequence[str]) -> list[str]:
+def differences(planned: MemoryUsage, buffers: Sequence[Buffer], gpus: Sequence[str]) -> list[str]:
     """Returns a sentence for each device and kind that takes over 2 % more or less than counted.
 
     `gpus` are ggml's names of GPU0, GPU1 and so on. A mapped file isn't a buffer of weights: then those are not
@@ -52,7 +52,7 @@ def differences(planned: Usage, buffers: Sequence[Buffer], gpus: Sequence[str]) 
     return [sentence for sentence in found if sentence]
 
 
-def _devices(planned: Usage, real: Iterable[tuple[str, str]]) -> list[str]:
+def _devices(planned: MemoryUsage, real: Iterable[tuple[str, str]]) -> list[str]:
     return sorted({*planned, *(device for device, _ in real)})
 
 
@@ -60,7 +60,7 @@ def _device(name: str, gpus: Sequence[str]) -> str:
     return next((gpu_name(i) for i, gpu in enumerate(gpus) if name == gpu), HOST)
 
 
-def _difference(planned: Usage, device: str, kind: str, sizes: Sequence[int]) -> str | None:
+def _difference(planned: MemoryUsage, device: str, kind: str, sizes: Sequence[int]) -> str | None:
     what, purposes = _KINDS[kind]
     counted, n_bytes = sum(planned.get(device, {}).get(purpose, 0) for purpose in purposes), sum(sizes)
     if abs(n_bytes - counted) <= TOLERANCE * counted + ROUNDING * len(sizes):

@@ -17,7 +17,7 @@ N_ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Workload:
     """What is measured: a prompt and its answer, in tokens."""
 
     n_prompt: int = 512
@@ -31,9 +31,9 @@ class Sample:
     prefill_tps: float
     decode_tps: float
 
-    def seconds(self, request: Request) -> float:
-        """Returns what the request takes at these speeds."""
-        return request.n_prompt / self.prefill_tps + request.n_predict / self.decode_tps
+    def seconds(self, workload: Workload) -> float:
+        """Returns what the workload takes at these speeds."""
+        return workload.n_prompt / self.prefill_tps + workload.n_predict / self.decode_tps
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +58,17 @@ class Trial:
     def what(self) -> str:
         return ", ".join(change.what for change in self.changes) or "plain plan"
 
-    def is_faster(self, request: Request) -> bool:
+    def is_faster(self, workload: Workload) -> bool:
         """Whether it beat the plain plan in every round."""
-        return bool(self.samples) and all(ratio < 1 for ratio in self._ratios(request))
+        return bool(self.samples) and all(ratio < 1 for ratio in self._ratios(workload))
 
-    def ratio(self, request: Request) -> float:
+    def ratio(self, workload: Workload) -> float:
         """Returns its time over the plain plan's, the median of the rounds."""
-        return median(self._ratios(request))
+        return median(self._ratios(workload))
 
-    def _ratios(self, request: Request) -> list[float]:
+    def _ratios(self, workload: Workload) -> list[float]:
         pairs = zip(self.samples, self.plain, strict=True)
-        return [sample.seconds(request) / plain.seconds(request) for sample, plain in pairs]
+        return [sample.seconds(workload) / plain.seconds(workload) for sample, plain in pairs]
 
 
 Measure = Callable[[Placement], Sample | None]
@@ -76,13 +76,13 @@ Measure = Callable[[Placement], Sample | None]
 
 
 def tune(
-    plain: Placement, changes: Sequence[Change], measure: Measure, request: Request, n_rounds: int = N_ROUNDS
+    plain: Placement, changes: Sequence[Change], measure: Measure, workload: Workload, n_rounds: int = N_ROUNDS
 ) -> list[Trial]:
     """Returns all trials, the plain plan's first. The gains of different kinds are tried together as well."""
     base = Trial((), plain)
     trials = [Trial((change,), change.apply(plain)) for change in changes]
     _measure_rounds(base, trials, measure, n_rounds)
-    winners = _best_of_each_kind([trial for trial in trials if trial.is_faster(request)], request)
+    winners = _best_of_each_kind([trial for trial in trials if trial.is_faster(workload)], workload)
     if len(winners) > 1:
         together = Trial(winners, _applied(plain, winners))
         _measure_rounds(base, [together], measure, n_rounds)
@@ -90,10 +90,10 @@ def tune(
     return [base, *trials]
 
 
-def fastest(trials: Sequence[Trial], request: Request) -> Trial:
+def fastest(trials: Sequence[Trial], workload: Workload) -> Trial:
     """Returns the trial with the greatest gain over the plain plan, which is the first; itself if none has any."""
-    faster = [trial for trial in trials[1:] if trial.is_faster(request)]
-    return min(faster, key=lambda trial: trial.ratio(request), default=trials[0])
+    faster = [trial for trial in trials[1:] if trial.is_faster(workload)]
+    return min(faster, key=lambda trial: trial.ratio(workload), default=trials[0])
 
 
 def _measure_rounds(base: Trial, trials: Sequence[Trial], measure: Measure, n_rounds: int) -> None:
@@ -115,9 +115,9 @@ def _measure_rounds(base: Trial, trials: Sequence[Trial], measure: Measure, n_ro
             trial.plain.append(plain)
 
 
-def _best_of_each_kind(trials: Sequence[Trial], request: Request) -> tuple[Change, ...]:
+def _best_of_each_kind(trials: Sequence[Trial], workload: Workload) -> tuple[Change, ...]:
     best: dict[str, Trial] = {}
-    for trial in sorted(trials, key=lambda trial: trial.ratio(request)):
+    for trial in sorted(trials, key=lambda trial: trial.ratio(workload)):
         best.setdefault(trial.changes[0].kind, trial)
     return tuple(trial.changes[0] for trial in best.values())
 
@@ -139,17 +139,17 @@ def tuned(best: Trial, lines: Sequence[str]) -> Placement:
     return replace(best.placement, reasons=reasons, measured=tuple(lines))
 
 
-def report(trials: Sequence[Trial], best: Trial, request: Request) -> list[str]:
+def report(trials: Sequence[Trial], best: Trial, workload: Workload) -> list[str]:
     """Returns one line a trial, for the plan file and the screen."""
-    return [_line(trial, request) + (" <- kept" if trial is best else "") for trial in trials]
+    return [_line(trial, workload) + (" <- kept" if trial is best else "") for trial in trials]
 
 
-def _line(trial: Trial, request: Request) -> str:
+def _line(trial: Trial, workload: Workload) -> str:
     if not trial.samples:
         return f"{trial.what}: did not run"
     prefill, decode = (median(getattr(s, name) for s in trial.samples) for name in ("prefill_tps", "decode_tps"))
     speeds = f"{trial.what}: prefill {prefill:.1f}, decode {decode:.1f} tok/s"
-    return speeds if not trial.changes else f"{speeds}, {trial.ratio(request):.2f} of the plain plan's time"
+    return speeds if not trial.changes else f"{speeds}, {trial.ratio(workload):.2f} of the plain plan's time"
 
 
 # neighbours

@@ -8,25 +8,25 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from step35.chat.answer import Answer
-from step35.chat.messages import Ask, Event, Failed, Finished
+from step35.chat.messages import Event, Failed, Finished, GenerationRequest
 from step35.chat.prompt_builder import Prompt
 from step35.engine.decode_loop import Turn
-from step35.server.cache.session_pool import Held
-from step35.server.guided_chooser import Guide
+from step35.server.cache.session_pool import SessionSlot
+from step35.server.constrained_chooser import ConstrainedChooser
 
 _E = TypeVar("_E", bound=Event)
 ENDS = (Finished, Failed)
 
 
-class Mail:
+class EventBridge:
     """Carries events from the engine's thread into the event loop: one waking for all that is ready, for whomever."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._posted: deque[tuple[Feed, Sequence[Event]]] = deque()
+        self._posted: deque[tuple[EventLog, Sequence[Event]]] = deque()
         self._is_woken = False
 
-    def post(self, feed: "Feed", events: Sequence[Event]) -> None:
+    def post(self, feed: "EventLog", events: Sequence[Event]) -> None:
         """Takes events to the next `send`."""
         self._posted.append((feed, events))
 
@@ -49,10 +49,10 @@ class Mail:
             feed.take(events)
 
 
-class Feed:
+class EventLog:
     """A job's events, in order; any number of clients follow them from the first one, in the mail's event loop."""
 
-    def __init__(self, mail: Mail) -> None:
+    def __init__(self, mail: EventBridge) -> None:
         self._mail = mail
         self._events: list[Event] = []
         self._waiting: list[asyncio.Future[None]] = []
@@ -125,9 +125,9 @@ class Job:
     """A request: what was asked, and how far it is. `held`, `turn` and `answer` are set while it runs."""
 
     id: str
-    ask: Ask
+    ask: GenerationRequest
     prompt: Prompt
-    feed: Feed
+    feed: EventLog
     grammar: str | None = None
     n_reasoned: int = 0
     """Tokens of reasoning in earlier turns of the same request."""
@@ -137,9 +137,9 @@ class Job:
     started: float | None = None
     first_token: float | None = None
     ended: float | None = None
-    held: Held | None = None
+    held: SessionSlot | None = None
     turn: Turn | None = None
-    guide: Guide | None = None
+    guide: ConstrainedChooser | None = None
     answer: Answer | None = None
     n_seen: int = 0
     n_cached: int = 0
@@ -151,4 +151,4 @@ class Job:
 
     @property
     def is_prefilling(self) -> bool:
-        return self.turn is not None and self.turn.n_todo > 1 and self.turn.n_generated == 0
+        return self.turn is not None and self.turn.n_pending > 1 and self.turn.n_generated == 0

@@ -47,7 +47,7 @@ class Metrics:
         self.cells = Gauge("step35_context_cells", "Tokens that the KV cache holds.", registry=self.registry)
         self.memory = Gauge("step35_memory_bytes", "Resident memory of the process.", registry=self.registry)
         self.decode_tps = Gauge(
-            "step35_decode_tokens_per_second", "Speed of the answers in the last seconds.", registry=self.registry
+            "step35_decode_tokens_per_second", "Throughput of the answers in the last seconds.", registry=self.registry
         )
 
     def count_heads(self, drafted: list[int], accepted: list[int]) -> None:
@@ -74,7 +74,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class Speed:
+class Throughput:
     """Tokens a second over the last SPEED_WINDOW_S; counted by whole seconds, so that a token costs next to nothing.
 
     One thread adds, any may ask.

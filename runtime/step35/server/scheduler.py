@@ -25,19 +25,19 @@ from step35.chat.answer import Answer
 from step35.chat.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_request
 from step35.chat.messages import ContentDelta, Conversation, Event, Failed, Progress
 from step35.chat.output_parser import Parser, merged
-from step35.chat.prompt_builder import LEAST_MARK, LEAST_PIECE
+from step35.chat.prompt_builder import LEAST_CHECKPOINT, LEAST_PIECE
 from step35.chat.reasoning_budget import watch
 from step35.chat.sampled_turns import TurnMap, known_turn
 from step35.engine.decode_loop import Turn, begin, step
 from step35.engine.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
 from step35.planning.memory_pressure import Level
-from step35.server.cache.session_pool import Conversations
-from step35.server.guided_chooser import ArmedGrammar, Guide, ReasoningEnd, is_endless
-from step35.server.job import Job, Mail
-from step35.server.metrics import Metrics, Speed
+from step35.server.cache.session_pool import SessionPool
+from step35.server.constrained_chooser import ConstrainedChooser, LazyGrammar, ReasoningEnd, is_endless
+from step35.server.job import EventBridge, Job
+from step35.server.metrics import Metrics, Throughput
 
-QUANTUM = 512
+PREFILL_CHUNK = 512
 """Rows of prompts in a step beside running answers."""
 ROWS_PER_ANSWER = 8
 BURST_S = 0.25
@@ -73,7 +73,7 @@ class Scheduler:
         self.limits, self.metrics, self.turns = limits, metrics, turns
         self.state, self.failure = "loading", None
         self.engine: Engine | None = None
-        self.conversations: Conversations | None = None
+        self.conversations: SessionPool | None = None
         self.running: list[Job] = []
         self.waiting: deque[Job] = deque()
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -85,7 +85,7 @@ class Scheduler:
         self._drain_until = float("inf")
         self._last_sent, self._is_urgent = 0.0, False
         self._ids: tuple[int | None, frozenset[int]] = (None, frozenset())
-        self._speed = Speed()
+        self._speed = Throughput()
         metrics.queue.set_function(lambda: len(self.waiting))
         metrics.running.set_function(lambda: len(self.running))
         metrics.decode_tps.set_function(lambda: self.decode_tps)
@@ -97,13 +97,13 @@ class Scheduler:
 
     # called from other threads
 
-    def start(self, open_engine: Callable[[], Conversations], on_change: Callable[[str], None]) -> None:
+    def start(self, open_engine: Callable[[], SessionPool], on_change: Callable[[str], None]) -> None:
         """Opens the engine and runs until drained, in a thread of its own; `on_change` hears each state.
 
         To be called in the event loop that the jobs' clients are in.
         """
         self._on_change = on_change
-        self.mail = Mail(asyncio.get_running_loop())
+        self.mail = EventBridge(asyncio.get_running_loop())
         self._thread = threading.Thread(target=self._run, args=(open_engine,), name="step35-engine")
         self._thread.start()
 
@@ -146,7 +146,7 @@ class Scheduler:
 
     # the thread
 
-    def _run(self, open_engine: Callable[[], Conversations]) -> None:
+    def _run(self, open_engine: Callable[[], SessionPool]) -> None:
         try:
             self.conversations = open_engine()
         except Exception as error:  # noqa: BLE001  (whoever runs the server tells it)
@@ -154,7 +154,7 @@ class Scheduler:
             self._become("failed")
             return
         self.engine = self.conversations.engine
-        self.engine.on_pressure.append(self._feel)
+        self.engine.on_pressure.append(self._on_pressure)
         piece = self.engine.model.piece
         self._pieces = [partial(piece, special=special) for special in (False, True)]
         self.metrics.cells.set(self.engine.n_ctx)
@@ -163,7 +163,7 @@ class Scheduler:
             self._become("ready")
         try:
             while self.state != "draining" or self.running or self.waiting or not self._inbox.empty():
-                self._turn_around()
+                self._run_once()
             self.mail.send()
             self.conversations.save_all()
         except Exception as error:
@@ -175,7 +175,7 @@ class Scheduler:
         else:
             self._become("stopped")
 
-    def _feel(self, level: Level) -> None:
+    def _on_pressure(self, level: Level) -> None:
         """Ends the server when the memory can't carry it any longer. Called by the watchdog's thread."""
         if level is Level.STOP:
             told = "memory ran out: the server has ended; load with a smaller context or a smaller recipe"
@@ -186,7 +186,7 @@ class Scheduler:
         self.state = state
         self._on_change(state)
 
-    def _turn_around(self) -> None:
+    def _run_once(self) -> None:
         self._receive()
         self._look_after_clients()
         self._admit()
@@ -248,19 +248,21 @@ class Scheduler:
 
     def _begin(self, job: Job) -> bool:
         """Starts a job if a session can serve it now; a job that fails to start is done with, too."""
-        held = self.conversations.place(job.prompt)
+        held = self.conversations.acquire(job.prompt)
         if held is None:
             return False
         try:
             job.guide = self._guide(job)
-            job.turn = begin(held.session, job.prompt.tokens, job.guide, job.ask.n_predict, job.prompt.marks)
+            job.turn = begin(
+                held.session, job.prompt.tokens, job.guide, job.ask.n_predict, job.prompt.checkpoint_positions
+            )
         except Step35Error as error:
             held.is_taken = False
             self._fail(job, _told(error))
             return True
-        if held.session.n_kv >= LEAST_MARK:
+        if held.session.n_past >= LEAST_CHECKPOINT:
             held.session.checkpoint()  # an edit of the last message comes back here
-        job.turn.marks = job.prompt.marks_after(held.session.n_kv)
+        job.turn.checkpoint_positions = job.prompt.checkpoints_after(held.session.n_past)
         held.turn, job.held, job.started = job.turn, held, self._clock()
         job.n_seen, job.n_cached = len(job.prompt.tokens), job.turn.stats.n_reused
         self.running.append(job)
@@ -272,7 +274,7 @@ class Scheduler:
             self._complete(job, job.turn.finish)
         return True
 
-    def _guide(self, job: Job) -> Guide:
+    def _guide(self, job: Job) -> ConstrainedChooser:
         ask, model = job.ask, self.engine.model
         is_chat = isinstance(ask.prompt, Conversation)
         tools = ask.prompt.tools if is_chat and ask.tool_choice != "none" else ()
@@ -283,12 +285,12 @@ class Scheduler:
         if job.grammar is not None:
             think_end, forbidden = self._special_ids()
             arm = think_end if job.prompt.opens_reasoning else None
-            grammar = ArmedGrammar(model.open_grammar(job.grammar), arm, forbidden)
+            grammar = LazyGrammar(model.open_grammar(job.grammar), arm, forbidden)
         end = None
         if job.prompt.opens_reasoning:
             tokenize = partial(self.engine.tokenize, add_bos=False)
             end = ReasoningEnd(watch(ask, job.n_reasoned), self._pieces[True], tokenize)
-        return Guide(sampling, model.eos, grammar=grammar, n_logprobs=ask.n_logprobs, reasoning_end=end)
+        return ConstrainedChooser(sampling, model.eos, grammar=grammar, n_logprobs=ask.n_logprobs, reasoning_end=end)
 
     def _special_ids(self) -> tuple[int | None, frozenset[int]]:
         """Returns the token that ends the reasoning, and those that may not come before it under a grammar."""
@@ -312,15 +314,15 @@ class Scheduler:
         is_mixed = bool(prefilling and answering)
         self._send(at_once=bool(prefilling))
         if is_mixed and self._prefill_debt_s > BURST_S:
-            jobs, quantum = answering, None
+            jobs, prefill_chunk = answering, None
         else:
-            jobs, quantum = self.running, self._quantum(prefilling, is_mixed)
+            jobs, prefill_chunk = self.running, self._quantum(prefilling, is_mixed)
         started = self._clock()
-        if not self._step([job.turn for job in jobs], quantum):
+        if not self._step([job.turn for job in jobs], prefill_chunk):
             return
         elapsed = self._clock() - started
         with_prompt = jobs is self.running and bool(prefilling)
-        self._owe(elapsed if with_prompt else -elapsed, to=answering)
+        self._charge_prefill(elapsed if with_prompt else -elapsed, to=answering)
         (self.metrics.prefill_seconds if with_prompt else self.metrics.decode_seconds).inc(elapsed)
         n_new = sum([self._take(job) for job in list(jobs)])
         self.metrics.generated_tokens.inc(n_new)
@@ -338,26 +340,28 @@ class Scheduler:
 
         On a CPU llama.cpp's attention takes rows by 64, and several times as long a row where there are fewer.
         """
-        most = min(QUANTUM, self.engine.options.n_batch) if is_mixed else self.engine.options.n_batch
-        rest = sum(job.turn.n_to_next_mark for job in prefilling) - most
+        most = min(PREFILL_CHUNK, self.engine.options.n_batch) if is_mixed else self.engine.options.n_batch
+        rest = sum(job.turn.n_to_next_checkpoint for job in prefilling) - most
         return most - LEAST_PIECE if 0 < rest < LEAST_PIECE < most else most
 
-    def _owe(self, seconds: float, to: Sequence[Job]) -> None:
+    def _charge_prefill(self, seconds: float, to: Sequence[Job]) -> None:
         """Adds to what steps with prompts have taken from running answers; without any there is no debt."""
         self._prefill_debt_s = max(0.0, self._prefill_debt_s + seconds) if to else 0.0
 
-    def _step(self, turns: Sequence[Turn], quantum: int | None) -> bool:
+    def _step(self, turns: Sequence[Turn], prefill_chunk: int | None) -> bool:
         """Runs one step; returns False if it failed and something else was done about that."""
-        n_wanted = min(sum(turn.n_todo for turn in turns), self.engine.options.n_batch) + ROWS_PER_ANSWER * len(turns)
+        n_wanted = min(sum(turn.n_pending for turn in turns), self.engine.options.n_batch) + ROWS_PER_ANSWER * len(
+            turns
+        )
         self.conversations.free_cells(n_wanted)
         try:
-            step(self.engine, turns, quantum)
+            step(self.engine, turns, prefill_chunk)
             return True
         except Cancelled:
             return False
         except ContextFull as error:
             self._forget_drafts(turns)
-            self._relieve(error)
+            self._preempt(error)
         except Step35Error as error:
             log.error("decode failed: %s", error)
             self._forget_drafts(turns)
@@ -370,7 +374,7 @@ class Scheduler:
         for turn in turns:
             self.engine.drafter.truncate(turn.session.seq, turn.session.memory, 0)
 
-    def _relieve(self, error: ContextFull) -> None:
+    def _preempt(self, error: ContextFull) -> None:
         """Makes room in a context full of running turns: the youngest prompt waits again, else an answer ends."""
         prefilling = [job for job in self.running if job.is_prefilling]
         if prefilling and len(self.running) > 1:
@@ -394,7 +398,7 @@ class Scheduler:
         n_end, n_before = len(tokens) - (turn.finish == "stop"), job.n_seen
         events: list[Event] = []
         if job.is_prefilling:
-            events.append(Progress(turn.session.n_kv, turn.n_prompt))
+            events.append(Progress(turn.session.n_past, turn.n_prompt))
         while job.n_seen < n_end and not answer.is_over:
             at = job.n_seen - turn.n_prompt
             events += answer.feed(tokens[job.n_seen], guide.logprobs[at] if at < len(guide.logprobs) else None)

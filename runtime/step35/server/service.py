@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from step35.chat.errors import TOO_LONG, bad_request
-from step35.chat.messages import Ask, Conversation
+from step35.chat.messages import Conversation, GenerationRequest
 from step35.chat.prompt_builder import Prompt, PromptBuilder, TokenCache
 from step35.chat.reasoning_budget import budget_of, reasoning_so_far
 from step35.chat.sampled_turns import TurnMap
 from step35.chat.template import ChatTemplate
 from step35.engine.engine import Engine
-from step35.planning.memory_usage import Pool, Usage
+from step35.planning.memory_usage import MemoryUsage, Pool
 from step35.sampling.sampler import Sampling
 from step35.server.api.sampling_presets import shipped_presets
 from step35.server.cache.session_disk import SessionDisk, model_digest
-from step35.server.cache.session_pool import Conversations
+from step35.server.cache.session_pool import SessionPool
 from step35.server.grammar.tool_grammar import grammar_of
-from step35.server.job import Feed, Job
+from step35.server.job import EventLog, Job
 from step35.server.metrics import Metrics, resident_bytes
 from step35.server.scheduler import Limits, Scheduler
 
@@ -60,7 +60,7 @@ class Service:
 
     # opening, in the engine's thread
 
-    def open(self) -> Conversations:
+    def open(self) -> SessionPool:
         """Opens the engine, the template and the sessions on disk."""
         engine = self._open_engine()
         shipped_presets()  # read now, so that the first client doesn't wait for it
@@ -71,7 +71,7 @@ class Service:
         tokenize = TokenCache(lambda text: engine.tokenize(text, add_bos=False))
         self.builder = PromptBuilder(tokenize, self.turns, model.turn_start)
         disk = self._open_disk(engine, source or "") if self.serving.session_dir else None
-        return Conversations(engine, self.text_of_tokens, disk, n_parallel=self.serving.limits.n_parallel)
+        return SessionPool(engine, self.text_of_tokens, disk, n_parallel=self.serving.limits.n_parallel)
 
     def _open_disk(self, engine: Engine, template: str) -> SessionDisk:
         key = {
@@ -88,7 +88,7 @@ class Service:
 
     # requests
 
-    async def submit(self, ask: Ask, request_id: str, join_key: str | None) -> tuple[Job, bool]:
+    async def submit(self, ask: GenerationRequest, request_id: str, join_key: str | None) -> tuple[Job, bool]:
         """Returns the job that answers a request, and whether it ran already for an earlier try of the same.
 
         The client is counted in; it must leave the job's feed at its end.
@@ -106,12 +106,12 @@ class Service:
         self.metrics.joined.inc(joined)
         return job, joined
 
-    async def _start(self, ask: Ask, request_id: str) -> Job:
-        job = await asyncio.to_thread(self._prepare, ask, request_id, Feed(self.scheduler.mail))
+    async def _start(self, ask: GenerationRequest, request_id: str) -> Job:
+        job = await asyncio.to_thread(self._prepare, ask, request_id, EventLog(self.scheduler.mail))
         self.scheduler.submit(job)
         return job
 
-    def _prepare(self, ask: Ask, request_id: str, feed: Feed) -> Job:
+    def _prepare(self, ask: GenerationRequest, request_id: str, feed: EventLog) -> Job:
         n_vocab = self.engine.model.n_vocab
         unknown = [token for token in ask.sampling.logit_bias if not 0 <= token < n_vocab]
         if unknown:
@@ -128,7 +128,7 @@ class Service:
         echo = text if ask.echo else ""
         return Job(request_id, ask, prompt, feed, grammar_of(ask), self._n_reasoned(ask, prompt), echo)
 
-    def _n_reasoned(self, ask: Ask, prompt: Prompt) -> int:
+    def _n_reasoned(self, ask: GenerationRequest, prompt: Prompt) -> int:
         """Returns the tokens of reasoning that this user request took so far, those a client left out included."""
         if not isinstance(ask.prompt, Conversation) or budget_of(ask) is None:
             return 0
@@ -139,9 +139,9 @@ class Service:
 
     def count(self, conversation: Conversation) -> int:
         """Returns how many tokens a conversation's prompt has."""
-        return len(self.prompt(Ask(conversation, Sampling())).tokens)
+        return len(self.prompt(GenerationRequest(conversation, Sampling())).tokens)
 
-    def prompt(self, ask: Ask) -> Prompt:
+    def prompt(self, ask: GenerationRequest) -> Prompt:
         """Returns a request's tokens."""
         try:
             if isinstance(ask.prompt, Conversation):
@@ -151,7 +151,7 @@ class Service:
             raise bad_request(f"bad text: {error.reason} at character {error.start}") from None
         return Prompt(tokens or [self.engine.model.bos])
 
-    def _chat_prompt(self, ask: Ask) -> Prompt:
+    def _chat_prompt(self, ask: GenerationRequest) -> Prompt:
         if self.template is None:
             raise bad_request(BUILTIN_TEMPLATE_ERROR)
         render = partial(self.template.render, effort=ask.effort)
@@ -222,7 +222,7 @@ def _memory_status(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _parts(usage: Usage, pool: Pool) -> list[dict[str, Any]]:
+def _parts(usage: MemoryUsage, pool: Pool) -> list[dict[str, Any]]:
     """Returns the bytes of a memory by purpose, its devices together."""
     sizes: dict[str, int] = {}
     for device in pool.devices:
@@ -234,7 +234,7 @@ def _parts(usage: Usage, pool: Pool) -> list[dict[str, Any]]:
 def _session_status(held) -> dict[str, Any]:
     return {
         "id": held.name[:8],
-        "n_tokens": held.session.n_kv,
+        "n_tokens": held.session.n_past,
         "n_shared": held.session.n_shared,
         "checkpoints": list(held.session.checkpoints),
         "is_running": held.is_taken,
@@ -251,7 +251,7 @@ def _job_status(job: Job) -> dict[str, Any]:
         "id": job.id,
         "phase": "prefill" if job.is_prefilling else "answer",
         "n_prompt": turn.n_prompt,
-        "n_done": min(turn.session.n_kv, turn.n_prompt),
+        "n_done": min(turn.session.n_past, turn.n_prompt),
         "n_cached": job.n_cached,
         "n_generated": turn.n_generated,
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from step35.backend.build import Wanted, build, jobs_for
-from step35.backend.flags import Box
+from step35.backend.flags import BuildHost
 from step35.backend.processes import first_error
 from step35.backend.sources import cache_folder
 from step35.backend.upstream import check, read_upstream
@@ -69,7 +69,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make(bench: Path, wanted: Wanted = CPU, test=lambda folder: "well", said: list[str] | None = None) -> builds.Build:
-    box = Box("Linux", lambda name: str(bench / "cmake") if name == "cmake" else None, {})
+    box = BuildHost("Linux", lambda name: str(bench / "cmake") if name == "cmake" else None, {})
     wanted = replace(wanted, sdist=bench / "llama_cpp_python-0.3.36.tar.gz")
     return build(wanted, box, bench / "patches", (said if said is not None else []).append, test)
 
@@ -233,7 +233,7 @@ def test_another_sdist_is_refused_with_both_digests(bench: Path) -> None:
 
 
 def test_without_cmake_it_is_said_where_to_get_one(bench: Path) -> None:
-    box = Box("Linux", lambda name: None, {})
+    box = BuildHost("Linux", lambda name: None, {})
     with pytest.raises(BackendError, match="no cmake: .*; pip install cmake"):
         build(Wanted(), box, bench / "patches", print)
     assert not cache_folder().exists()

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step35.backend.flags import ARCHITECTURES, TARGETS, Box, flags_for
+from step35.backend.flags import ARCHITECTURES, TARGETS, BuildHost, flags_for
 from step35.errors import BackendError
 
 
-def box(*programs: str, system: str = "Linux", **environment: str) -> Box:
+def box(*programs: str, system: str = "Linux", **environment: str) -> BuildHost:
     """A box with some programs in its PATH or at full paths."""
-    return Box(system, lambda name: name if name in programs else None, environment)
+    return BuildHost(system, lambda name: name if name in programs else None, environment)
 
 
 FULL = box("nvcc", "glslc", "/opt/rocm/llvm/bin/clang")

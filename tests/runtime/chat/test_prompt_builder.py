@@ -67,11 +67,11 @@ def test_without_known_turns_a_prompt_is_what_the_template_says():
     assert len(prompt.turns) == 2 and prompt.n_known == 0 and prompt.opens_reasoning
     assert text_of(prompt.tokens[prompt.answer_start :]) == "<|im_start|>assistant\n<think>\n"
     assert text_of(prompt.tokens[prompt.last_start :]).startswith("<|im_start|>tool_response")
-    assert set(prompt.marks) == {prompt.starts[1], prompt.last_start}
+    assert set(prompt.checkpoint_positions) == {prompt.starts[1], prompt.last_start}
 
 
 @pytest.mark.parametrize(
-    ("starts", "n_cached", "marks"),
+    ("starts", "n_cached", "checkpoint_positions"),
     [
         ((0, 500, 700, 900), 0, (500, 700)),
         ((0, 500, 520, 900), 0, (500,)),
@@ -80,9 +80,9 @@ def test_without_known_turns_a_prompt_is_what_the_template_says():
         ((0, 500, 800, 960), 600, (800,)),
     ],
 )
-def test_a_mark_close_behind_a_checkpoint_is_not_worth_a_decode(starts, n_cached, marks):
+def test_a_mark_close_behind_a_checkpoint_is_not_worth_a_decode(starts, n_cached, checkpoint_positions):
     """A short message took three decodes in every turn, one of them for the five tokens before the answer."""
-    assert Prompt([0] * 1000, starts).marks_after(n_cached) == marks
+    assert Prompt([0] * 1000, starts).checkpoints_after(n_cached) == checkpoint_positions
 
 
 @pytest.mark.parametrize("reasoning", [None, "", "why\n", " why"])

@@ -3,14 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step35.chat.messages import Ask, Conversation, Message
+from step35.chat.messages import Conversation, GenerationRequest, Message
 from step35.chat.reasoning_budget import SOFT_SHARE, ReasoningWatch, budget_of, reasoning_so_far, watch
 from step35.sampling.sampler import Sampling
-from step35.server.guided_chooser import ReasoningEnd
+from step35.server.constrained_chooser import ReasoningEnd
 
 
-def ask(**fields: object) -> Ask:
-    return Ask(Conversation((Message("user", "hi"),)), Sampling(), **fields)
+def ask(**fields: object) -> GenerationRequest:
+    return GenerationRequest(Conversation((Message("user", "hi"),)), Sampling(), **fields)
 
 
 def test_efforts_are_budgets_and_a_budget_in_tokens_goes_before() -> None:

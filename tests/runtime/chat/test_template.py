@@ -27,7 +27,12 @@ def agent_turns() -> tuple[Message, ...]:
     return (
         Message("system", "Be brief."),
         Message("user", "Weather in Bern?"),
-        Message("assistant", "", "Ask the tool.", (ToolCall("call_1", "weather", '{"city": "Bern", "days": [1, 2]}'),)),
+        Message(
+            "assistant",
+            "",
+            "Ask the tool.",
+            (ToolCall("call_1", "weather", '{"city": "Bern", "days": [1, 2]}'),),
+        ),
         Message("tool", "Sunny.", tool_call_id="call_1"),
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from live_server import LiveServer
-from step35.chat.messages import ContentDelta, Event, Finished, ToolCallArguments, ToolCallBegin, Usage
+from step35.chat.messages import ContentDelta, Event, Finished, TokenUsage, ToolCallArguments, ToolCallBegin
 from step35.cli.agents import CLIENTS, TOOL, RoundTrip, Server
 from step35.errors import Step35Error
 from step35.server.api import chat_completions, messages, responses
@@ -82,12 +82,16 @@ class Model:
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         ask = self.api.read(body)
         self.asks.append(ask)
-        events = self.events if len(self.asks) == 1 else [ContentDelta("21."), Finished("stop", Usage(50, 40, 2))]
+        events = self.events if len(self.asks) == 1 else [ContentDelta("21."), Finished("stop", TokenUsage(50, 40, 2))]
         return self.api.whole(ask, "req", 1, events)
 
 
 def calling(arguments: str) -> list[Event]:
-    return [ToolCallBegin(0, "call_a", TOOL), ToolCallArguments(0, arguments), Finished("tool_calls", Usage(30, 0, 9))]
+    return [
+        ToolCallBegin(0, "call_a", TOOL),
+        ToolCallArguments(0, arguments),
+        Finished("tool_calls", TokenUsage(30, 0, 9)),
+    ]
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -103,7 +107,7 @@ def test_the_result_goes_back_after_the_call_that_asked_for_it(client: str) -> N
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize(
-    "events", [[ContentDelta("No."), Finished("stop", Usage())], calling('{"unit": "kelvin"}'), calling("{}")]
+    "events", [[ContentDelta("No."), Finished("stop", TokenUsage())], calling('{"unit": "kelvin"}'), calling("{}")]
 )
 def test_anything_but_the_call_is_an_error_that_shows_what_came(client: str, events: list[Event]) -> None:
     with pytest.raises(Step35Error, match="no tool call: expected one call of read_thermometer with a unit, got "):

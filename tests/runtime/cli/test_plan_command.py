@@ -12,7 +12,7 @@ from step35.planning.context_memory import Run
 from step35.planning.machine import known_machines
 from step35.planning.memory_usage import Layout
 from step35.planning.model_header import read_header
-from step35.planning.speed import Box, cycle_seconds, step_seconds
+from step35.planning.speed import Deployment, cycle_seconds, step_seconds
 from tiny_model import tiny_gguf
 
 
@@ -134,7 +134,7 @@ def one_gpu(tmp_path_factory, recipe, name, kv_type):
     header = read_header(planned_gguf.write(tmp_path_factory.mktemp("published") / "m.gguf", REAL, recipe))
     layers = header.shape.layers
     layout = Layout(("GPU0",) * len(layers), tuple(("GPU0",) * 3 if layer.is_moe else () for layer in layers), "GPU0")
-    return Box(header, known_machines()[name], Run(262144, 1024, kv_type=kv_type), layout)
+    return Deployment(header, known_machines()[name], Run(262144, 1024, kv_type=kv_type), layout)
 
 
 @pytest.mark.parametrize(("name", "kv_type"), PUBLISHED)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from fake_native import EOG, N_VOCAB, Script, exact_marks, loader, next_token
 from step35.drafting.depth_controller import LEAST_READ
-from step35.drafting.drafter import Memory
-from step35.drafting.mtp_heads import REDONE
+from step35.drafting.drafter import DraftState
+from step35.drafting.mtp_heads import REPLAYED_ROWS
 from step35.engine.decode_loop import begin, generate, step
 from step35.engine.engine import Engine
 from step35.errors import Cancelled, ContextFull
@@ -90,7 +90,7 @@ def test_right_heads_are_always_accepted_and_a_cycle_runs_each_head_once(depth):
 
 
 @pytest.mark.parametrize("returns_all_rows", [False, True])
-@pytest.mark.parametrize("n_least", [1, REDONE])
+@pytest.mark.parametrize("n_least", [1, REPLAYED_ROWS])
 @pytest.mark.parametrize("rejected", [0, 1, 2])
 def test_after_a_rejection_at_any_place_the_chain_is_exact_again(rejected, n_least, returns_all_rows):
     script = Script(
@@ -112,7 +112,7 @@ def test_where_rows_cost_nothing_a_head_decodes_a_constant_number_of_them():
     e = engine(script)
     run(e, prompt_of(20), 100)
     for context in script.contexts[1:]:
-        assert {len(rows[0].tokens) for rows in context.decodes[3:]} == {REDONE}
+        assert {len(rows[0].tokens) for rows in context.decodes[3:]} == {REPLAYED_ROWS}
 
 
 def test_where_rows_cost_time_a_head_decodes_no_more_than_it_must():
@@ -172,7 +172,7 @@ def test_reading_a_prompt_is_no_reason_to_rest_from_drafting():
     e = engine(Script(on_decode=spend), "auto", clock)
     with e.open_session() as session:
         turn = begin(session, prompt_of(70), Chooser(GREEDY), 20)
-        while session.n_kv < 70:
+        while session.n_past < 70:
             step(e, [turn])
         assert not turn.stats.n_drafted
         step(e, [turn])
@@ -240,7 +240,7 @@ def test_the_end_token_inside_a_draft_ends_the_turn_there():
     with e.open_session() as session:
         turn = begin(session, prompt_of(20), Chooser(GREEDY), 100)
         assert list(generate(turn)) == expected(prompt_of(20), 10)
-        assert (turn.finish, session.tokens[-1], session.n_kv) == ("stop", EOG, 30)
+        assert (turn.finish, session.tokens[-1], session.n_past) == ("stop", EOG, 30)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 17])
@@ -339,7 +339,7 @@ def test_token_ids_outside_the_vocabulary_are_refused():
 
 def test_look_ups_reach_farther_in_a_text_while_they_are_right():
     """In a text that only resembled itself, seven wrong tokens were verified at a time."""
-    memory = Memory([])
+    memory = DraftState([])
     reached = [memory.reach]
     for n_accepted in (2, 4, 7, 7, 3, 3, 0, 1):
         memory.learn_reach(memory.reach, n_accepted)

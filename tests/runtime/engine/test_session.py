@@ -40,9 +40,9 @@ def test_without_the_guard_the_lost_cells_would_show():
             logits_after(session, tokens)
             prompt = tokens[:150] + text_tokens(e, 5, seed=1)
             e.trunk.truncate(session.seq, 150)
-            session.tokens, session.n_kv = prompt, 150
+            session.tokens, session.n_past = prompt, 150
             turn = begin(session, prompt[:-1], Chooser(GREEDY), 1)
-            session.n_kv = 150
+            session.n_past = 150
             e.trunk.truncate(session.seq, 150)
             step(e, [turn])
             logits = e.trunk.logits()[-1].copy()

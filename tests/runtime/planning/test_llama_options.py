@@ -25,7 +25,7 @@ from step35.planning.llama_options import engine_options, environment, overrides
 from step35.planning.machine import GIB, Gpu, Machine, known_machines
 from step35.planning.memory_usage import HOST, Layout
 from step35.planning.model_header import Group, read_header, read_model
-from step35.planning.placement import Wishes, place
+from step35.planning.placement import Constraints, place
 from step35.planning.plan_file import to_text
 from tiny_model import tiny_gguf
 
@@ -50,7 +50,7 @@ def box(ram: int, *gpu_bytes: int) -> Machine:
 
 @pytest.mark.parametrize("name", ["rtx4090-24+128", "rtx3090x2+128", "h100-80"])
 def test_the_patterns_match_exactly_the_tensors_planned_for_the_host(real, name):
-    placement = place(real, known_machines()[name], Wishes(n_ctx=32768)).placement
+    placement = place(real, known_machines()[name], Constraints(n_ctx=32768)).placement
     patterns = [pattern for pattern, _ in overrides(placement.layout)]
     on_host = {t.name for t in real.tensors if placement.layout.device_of(t) == HOST and t.group is not Group.EMBEDDING}
     assert on_host
@@ -59,7 +59,7 @@ def test_the_patterns_match_exactly_the_tensors_planned_for_the_host(real, name)
 
 def test_nothing_is_overridden_where_one_device_holds_everything(real):
     for name in ("h200-141", "cpu-192", "mac-studio-128"):
-        assert overrides(place(real, known_machines()[name], Wishes(n_ctx=32768)).placement.layout) == ()
+        assert overrides(place(real, known_machines()[name], Constraints(n_ctx=32768)).placement.layout) == ()
 
 
 def spread(options: ModelOptions, n_blocks: int, n_gpus: int) -> list[str]:
@@ -82,7 +82,7 @@ def test_layers_and_output_lie_where_planned(tiny, n_on_host, counts, data):
     places = [HOST] * n_on_host + [f"GPU{i}" for i, n in enumerate(counts) for _ in range(n)]
     layout = Layout(tuple(places[:-1]), ((),) * (len(places) - 1), places[-1])
     header = replace(tiny, n_blocks=len(places) - 1)
-    placement = replace(place(tiny, box(64 * GIB), Wishes(n_ctx=512)).placement, layout=layout)
+    placement = replace(place(tiny, box(64 * GIB), Constraints(n_ctx=512)).placement, layout=layout)
     options = engine_options(placement, header).load(tiny.path, with_heads=True)
     assert spread(options, header.n_blocks, len(counts) + data.draw(st.integers(0, 2))) == places
 
@@ -94,7 +94,7 @@ def test_a_trunk_with_a_side_file_is_cut_where_planned(side_files, name, own_hea
     whole, trunk, heads = side_files
     model, machine = whole if own_heads else trunk, known_machines()[name]
     header = read_model(model, heads)
-    judged = place(header, machine, Wishes(n_ctx=32768))
+    judged = place(header, machine, Constraints(n_ctx=32768))
     layout, options = judged.placement.layout, engine_options(judged.placement, header, mtp=heads)
     if machine.gpus:
         n_blocks = 48 if own_heads else 45
@@ -116,7 +116,7 @@ def side_files(real, tmp_path_factory):
 
 def test_the_engine_gets_what_was_planned(real):
     machine = known_machines()["rtx4090-24+128"]
-    placement = place(real, machine, Wishes(n_ctx=131072)).placement
+    placement = place(real, machine, Constraints(n_ctx=131072)).placement
     options = engine_options(placement, real)
     assert (options.n_ctx, options.n_batch, options.kv_type, options.load_mode) == (131072, 4096, "f16", "none")
     assert options.load(Path("m.gguf"), with_heads=True).overrides == overrides(placement.layout)
@@ -147,7 +147,7 @@ def test_overrides_land_on_exactly_the_tensors_they_name(caplog):
     """llama.cpp says which tensors it moved, and every one of them then lies in host memory."""
     path = tiny_gguf("Q4_K_M")
     header = read_header(path)
-    layout = place(header, box(64 * GIB, 20 * 2**20), Wishes(n_ctx=512, policy="split")).placement.layout
+    layout = place(header, box(64 * GIB, 20 * 2**20), Constraints(n_ctx=512, policy="split")).placement.layout
     half = replace(layout, experts=tuple((HOST, "GPU0", HOST) if devices else () for devices in layout.experts))
     with caplog.at_level(logging.DEBUG, logger="step35.llama_cpp"):
         model = Model(ModelOptions(path, True, 0, "none", overrides(half)))
@@ -171,12 +171,12 @@ def test_an_unknown_buffer_type_is_refused():
 
 
 def test_a_box_with_several_nodes_spreads_a_cpus_work(real, tmp_path):
-    placement = place(real, known_machines()["cpu-192"], Wishes(n_ctx=32768)).placement
+    placement = place(real, known_machines()["cpu-192"], Constraints(n_ctx=32768)).placement
     options = engine_options(placement, real)
     assert (options.spreads_numa, options.load_mode) == (True, "mmap")
     assert options.load(Path("m.gguf"), with_heads=True).spreads_numa
     assert "numa: distribute" in to_text(placement, "m.gguf")
-    assert not place(real, box(200 * GIB), Wishes(n_ctx=32768)).placement.spreads_numa
+    assert not place(real, box(200 * GIB), Constraints(n_ctx=32768)).placement.spreads_numa
 
 
 def test_numa_is_set_up_once_and_a_model_runs(capfd):
@@ -188,7 +188,7 @@ def test_numa_is_set_up_once_and_a_model_runs(capfd):
 def test_a_script_can_run_a_plan(tmp_path):
     model, plan = tiny_gguf(), tmp_path / "plan.yaml"
     header = read_header(model)
-    plan.write_text(to_text(place(header, box(4 * GIB), Wishes(n_ctx=1024, kv_type="q8_0")).placement, model.name))
+    plan.write_text(to_text(place(header, box(4 * GIB), Constraints(n_ctx=1024, kv_type="q8_0")).placement, model.name))
     with closing(Llama(str(model), plan=str(plan), verbose=False)) as llama:
         assert llama.n_ctx() == 1024
         assert llama.engine.options.kv_type == "q8_0"
@@ -215,7 +215,7 @@ def test_what_fits_is_let_through_and_what_does_not_is_refused_with_the_numbers(
 @pytest.mark.parametrize("name", [*known_machines()])
 def test_the_guard_sees_a_plans_options_as_the_plan_does(real, name):
     machine = known_machines()[name]
-    judged = place(real, machine, Wishes(n_ctx=32768))
+    judged = place(real, machine, Constraints(n_ctx=32768))
     assert need(engine_options(judged.placement, real), machine).usage == judged.usage
 
 

@@ -149,17 +149,17 @@ def fake_engine(**options) -> Engine:
     return Engine(EngineOptions(Path("fake.gguf"), n_ctx=512, draft="off", **options), load_model=loader(Script()))
 
 
-def run(session, prompt, n_predict=4, marks=()):
-    return list(generate(begin(session, prompt, Chooser(GREEDY), n_predict, marks)))
+def run(session, prompt, n_predict=4, checkpoint_positions=()):
+    return list(generate(begin(session, prompt, Chooser(GREEDY), n_predict, checkpoint_positions)))
 
 
 def test_checkpoints_of_all_sessions_share_one_budget():
     with fake_engine(n_sessions=2) as engine, engine.open_session() as a, engine.open_session() as b:
-        run(a, [1] * 20, marks=(5, 10))
+        run(a, [1] * 20, checkpoint_positions=(5, 10))
         n_bytes = engine.budget.used
         assert n_bytes > 0 and a.checkpoints == (5, 10)
         engine.budget.limit = n_bytes
-        run(b, [2] * 20, marks=(10,))
+        run(b, [2] * 20, checkpoint_positions=(10,))
         assert engine.budget.used <= n_bytes
         assert b.checkpoints == (10,) and 5 not in a.checkpoints
         b.close()
@@ -170,15 +170,15 @@ def test_checkpoints_of_all_sessions_share_one_budget():
 def test_a_dropped_checkpoint_costs_time_and_never_the_text():
     prompt = [1, 2, 3] * 10
     with fake_engine() as engine, engine.open_session() as session:
-        first = run(session, prompt, 40, marks=(25,))
+        first = run(session, prompt, 40, checkpoint_positions=(25,))
         engine.budget.halve()
         assert session.checkpoints == ()
-        assert run(session, prompt, 40, marks=(25,)) == first
+        assert run(session, prompt, 40, checkpoint_positions=(25,)) == first
 
 
 def test_a_snapshot_counts_while_it_exists_and_is_refused_without_room():
     with fake_engine() as engine, engine.open_session() as session:
-        run(session, [1] * 20, marks=(5,))
+        run(session, [1] * 20, checkpoint_positions=(5,))
         before = engine.budget.used
         snapshot = session.snapshot()
         assert engine.budget.used > before
@@ -196,11 +196,11 @@ def test_short_memory_refuses_new_work_then_ends_the_running_one():
         turn = begin(session, [1] * 20, Chooser(GREEDY), 100)
         tokens = generate(turn)
         next(tokens)
-        engine.obey(Level.REJECT, Reading(3 * 2**30))
+        engine.on_memory_level(Level.REJECT, Reading(3 * 2**30))
         assert next(tokens) >= 0  # what runs goes on
         with pytest.raises(DoesNotFit, match=r"memory is short: 3.00 GiB are free, and no new work is begun"):
             begin(session, [1], Chooser(GREEDY))
-        engine.obey(Level.STOP, Reading(2**30))
+        engine.on_memory_level(Level.STOP, Reading(2**30))
         with pytest.raises(DoesNotFit, match=r"memory is short: 1.00 GiB are free, and nothing more is decoded"):
             list(tokens)
         assert told == [Level.REJECT, Level.STOP]
@@ -208,15 +208,15 @@ def test_short_memory_refuses_new_work_then_ends_the_running_one():
 
 def test_work_is_taken_again_when_the_memory_is_back():
     with fake_engine() as engine, engine.open_session() as session:
-        engine.obey(Level.REJECT, Reading(1))
-        engine.obey(Level.CALM, Reading(2**40))
+        engine.on_memory_level(Level.REJECT, Reading(1))
+        engine.on_memory_level(Level.CALM, Reading(2**40))
         assert len(run(session, [1, 2])) == 4
 
 
 def test_a_server_ends_when_the_memory_runs_out():
     async def talk(service):
         job, _ = await service.submit(ask([1, 2, 3], 300), "r", None)
-        service.scheduler.engine.obey(Level.STOP, Reading(2**30))
+        service.scheduler.engine.on_memory_level(Level.STOP, Reading(2**30))
         events = await events_of(job)
         with pytest.raises(ApiError) as refused:
             await answer(service, ask([1]))

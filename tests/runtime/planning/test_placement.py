@@ -18,9 +18,9 @@ from step35.planning.context_memory import Run, loaded_tensors
 from step35.planning.machine import Gpu, Machine, known_machines, models_path
 from step35.planning.memory_usage import HOST, Purpose, pools, taken
 from step35.planning.model_header import Group, read_header
-from step35.planning.placement import Wishes, judge, longest_context, place
+from step35.planning.placement import Constraints, judge, longest_context, place
 from step35.planning.plan_file import from_text, to_text
-from step35.planning.speed import ACCEPTANCE, Box, speed, step_seconds, touched
+from step35.planning.speed import ACCEPTANCE, Deployment, speed, step_seconds, touched
 from step35.yaml_file import read_yaml
 
 MIB, GIB = 2**20, 2**30
@@ -56,7 +56,7 @@ MACHINES = st.one_of(
     ),
 )
 WISHES = st.builds(
-    Wishes,
+    Constraints,
     n_ctx=st.integers(512, 65536),
     gpu_budget=st.none() | st.integers(1, 1 * MIB),
     n_batch=st.none() | st.sampled_from([64, 512, 2048]),
@@ -142,7 +142,7 @@ def test_a_plan_file_round_trips(tiny, asked):
 @settings(deadline=None, max_examples=15)
 @given(MACHINES)
 def test_the_longest_context_fits_and_a_longer_one_does_not(tiny, machine):
-    wishes = Wishes(kv_type="f16", n_batch=512)
+    wishes = Constraints(kv_type="f16", n_batch=512)
     n_ctx = longest_context(tiny, machine, wishes)
     if n_ctx:
         assert place(tiny, machine, replace(wishes, n_ctx=n_ctx)).fits
@@ -151,7 +151,7 @@ def test_the_longest_context_fits_and_a_longer_one_does_not(tiny, machine):
 
 
 def test_a_split_keeps_everything_but_experts_on_the_gpu(real):
-    judged = place(real, known_machines()["rtx4090-24+128"], Wishes(n_ctx=131072))
+    judged = place(real, known_machines()["rtx4090-24+128"], Constraints(n_ctx=131072))
     on_host = {t.group for t in real.tensors if judged.placement.layout.device_of(t) == HOST}
     assert judged.fits
     assert on_host == {Group.EMBEDDING, Group.EXPERTS}
@@ -159,16 +159,16 @@ def test_a_split_keeps_everything_but_experts_on_the_gpu(real):
 
 
 def test_two_gpus_share_the_layers_in_one_cut(real):
-    layers = place(real, known_machines()["rtx3090x2+128"], Wishes(n_ctx=32768)).placement.layout.layers
+    layers = place(real, known_machines()["rtx3090x2+128"], Constraints(n_ctx=32768)).placement.layout.layers
     assert list(layers) == sorted(layers)
     assert abs(layers.count("GPU0") - layers.count("GPU1")) <= 2
 
 
 def test_what_does_not_fit_gets_a_context_and_a_recipe_that_do(real):
-    machine, wishes = known_machines()["dgx-spark"], Wishes(n_ctx=262144)
+    machine, wishes = known_machines()["dgx-spark"], Constraints(n_ctx=262144)
     assert not place(real, machine, wishes).fits
     context, recipe = advice(real, machine, wishes)
-    assert place(real, machine, Wishes(n_ctx=int(context.removeprefix("ctx ")))).fits
+    assert place(real, machine, Constraints(n_ctx=int(context.removeprefix("ctx ")))).fits
     entry = read_yaml(models_path()).section("recipes").section(recipe.removeprefix("recipe "))
     assert place(with_recipe(real, entry), machine, wishes).fits
 
@@ -180,7 +180,7 @@ def test_a_recipes_size_is_the_converters(real, tmp_path):
 
 
 def test_without_a_context_the_longest_is_planned_and_said(real):
-    judged = place(real, known_machines()["dgx-spark"], Wishes())
+    judged = place(real, known_machines()["dgx-spark"], Constraints())
     assert judged.fits
     assert 131072 <= judged.placement.run.n_ctx < 262144
     assert any("the longest that fits" in reason for reason in judged.placement.reasons)
@@ -209,7 +209,7 @@ def test_planning_is_pure():
 
 def test_drafting_is_never_estimated_slower_than_plain_decoding(real):
     for machine in known_machines().values():
-        judged = place(real, machine, Wishes(n_ctx=32768))
+        judged = place(real, machine, Constraints(n_ctx=32768))
         assert all(s.drafted >= s.decode for s in judged.speeds)
 
 
@@ -219,9 +219,9 @@ def test_one_token_touches_just_the_chosen_experts(real):
 
 
 def test_a_token_reads_the_active_weights_and_its_context(real):
-    layout = place(real, box(200 * GIB), Wishes(n_ctx=32768)).placement.layout
+    layout = place(real, box(200 * GIB), Constraints(n_ctx=32768)).placement.layout
     slow = replace(box(200 * GIB), bandwidth=1.0, decode_share=1.0)
-    seconds = [step_seconds(Box(real, slow, Run(), layout), n_past, 1) for n_past in (0, 1000)]
+    seconds = [step_seconds(Deployment(real, slow, Run(), layout), n_past, 1) for n_past in (0, 1000)]
     active = sum(
         t.n_bytes * (8 / 288 if t.group is Group.EXPERTS else 1)
         for t in real.tensors
@@ -232,8 +232,10 @@ def test_a_token_reads_the_active_weights_and_its_context(real):
 
 
 def test_the_draft_depth_is_at_most_the_heads(real):
-    judged = place(real, known_machines()["h200-141"], Wishes(n_ctx=32768))
-    assert speed(Box(real, known_machines()["h200-141"], Run(n_heads=1), judged.placement.layout), 2048).depth <= 1
+    judged = place(real, known_machines()["h200-141"], Constraints(n_ctx=32768))
+    assert (
+        speed(Deployment(real, known_machines()["h200-141"], Run(n_heads=1), judged.placement.layout), 2048).depth <= 1
+    )
     assert len(ACCEPTANCE) == real.shape.n_heads
 
 
@@ -257,7 +259,7 @@ def test_the_draft_depth_is_at_most_the_heads(real):
 )
 def test_a_bad_wish_is_one_line(tiny, wishes, message):
     with pytest.raises(SettingsError, match=message):
-        place(tiny, known_machines()["rtx4090-24+128"], Wishes(**wishes))
+        place(tiny, known_machines()["rtx4090-24+128"], Constraints(**wishes))
 
 
 # bad plan files
@@ -291,7 +293,7 @@ def test_a_bad_wish_is_one_line(tiny, wishes, message):
 )
 def test_a_mistake_in_a_plan_file_is_named_by_its_line(real, old, new, line, message):
     machine = known_machines()["rtx3090x2+128"]
-    content = to_text(place(real, machine, Wishes(n_ctx=32768)).placement, "real.gguf")
+    content = to_text(place(real, machine, Constraints(n_ctx=32768)).placement, "real.gguf")
     assert old in content
     with pytest.raises(SettingsError, match=message) as error:
         from_text(content.replace(old, new, 1), "plan.yaml", real, machine)
@@ -303,7 +305,7 @@ def test_a_mistake_in_a_plan_file_is_named_by_its_line(real, old, new, line, mes
 def test_experts_on_another_gpu_than_their_layer_are_refused(real):
     """Symptom: the plan says GPU1, llama.cpp puts them beside their layer's attention on GPU0."""
     machine = known_machines()["rtx3090x2+128"]
-    content = to_text(place(real, machine, Wishes(n_ctx=32768)).placement, "real.gguf")
+    content = to_text(place(real, machine, Constraints(n_ctx=32768)).placement, "real.gguf")
     layers, experts = content.split("\nexperts:")
     swapped = experts.replace("GPU0", "GPU2").replace("GPU1", "GPU0").replace("GPU2", "GPU1")
     with pytest.raises(SettingsError, match=r"line 21: experts expected layer 3 on GPU0, .*, or on CPU, got GPU1"):
@@ -312,7 +314,7 @@ def test_experts_on_another_gpu_than_their_layer_are_refused(real):
 
 def test_an_edited_plan_is_taken_as_it_stands(real):
     machine = known_machines()["rtx4090-24+128"]
-    content = to_text(place(real, machine, Wishes(n_ctx=32768)).placement, "real.gguf")
+    content = to_text(place(real, machine, Constraints(n_ctx=32768)).placement, "real.gguf")
     edited = from_text(content.replace("threads: 16", "threads: 6"), "plan.yaml", real, machine)
     assert edited.n_threads == 6
 

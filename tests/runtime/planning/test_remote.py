@@ -24,7 +24,7 @@ from step35.planning import remote
 from step35.planning.llama_options import engine_options
 from step35.planning.machine import GIB, known_machines
 from step35.planning.model_header import read_header
-from step35.planning.placement import Wishes, place
+from step35.planning.placement import Constraints, place
 from step35.planning.plan_file import from_text, to_text
 from step35.planning.remote import ask, parse_endpoint, with_remotes
 from tiny_model import tiny_gguf
@@ -119,8 +119,8 @@ def two_sparks():
 
 
 def test_two_sparks_hold_what_one_cannot(real, two_sparks):
-    one, wishes = known_machines()["dgx-spark"], Wishes(n_ctx=32768, rpc=("dgx-spark",))
-    assert not place(real, one, Wishes(n_ctx=32768)).fits
+    one, wishes = known_machines()["dgx-spark"], Constraints(n_ctx=32768, rpc=("dgx-spark",))
+    assert not place(real, one, Constraints(n_ctx=32768)).fits
     judged = place(real, two_sparks, wishes)
     assert judged.fits
     assert judged.placement.policy == "rpc"
@@ -133,7 +133,7 @@ def test_two_sparks_hold_what_one_cannot(real, two_sparks):
 
 
 def test_layers_and_output_are_cut_where_llama_cpp_will(real, two_sparks):
-    placement = place(real, two_sparks, Wishes(n_ctx=32768, rpc=("10.0.0.2:50052",))).placement
+    placement = place(real, two_sparks, Constraints(n_ctx=32768, rpc=("10.0.0.2:50052",))).placement
     options = engine_options(placement, real)
     assert options.rpc == ("10.0.0.2:50052",)
     assert options.load(Path("m.gguf"), with_heads=True).rpc == options.rpc
@@ -161,17 +161,17 @@ def _with_network(machine, bandwidth, latency_s):
 def _speeds(header, machine):
     from step35.planning.context_memory import Run
     from step35.planning.memory_usage import Layout
-    from step35.planning.speed import Box, speed
+    from step35.planning.speed import Deployment, speed
 
     n = len(header.shape.layers)
     layers = ("GPU0",) * (n // 2) + ("GPU1",) * (n - n // 2)
     experts = tuple((device,) * 3 if s.is_moe else () for device, s in zip(layers, header.shape.layers, strict=True))
-    return speed(Box(header, machine, Run(4096, 512), Layout(layers, experts, "GPU1")), 2048)
+    return speed(Deployment(header, machine, Run(4096, 512), Layout(layers, experts, "GPU1")), 2048)
 
 
 def test_rpc_without_a_second_box_says_how(real):
     with pytest.raises(SettingsError, match="rpc expected a second box, got none; name it with --rpc HOST:PORT"):
-        place(real, known_machines()["dgx-spark"], Wishes(n_ctx=4096, policy="rpc"))
+        place(real, known_machines()["dgx-spark"], Constraints(n_ctx=4096, policy="rpc"))
 
 
 def test_a_remote_box_lends_what_its_server_says_less_a_reserve():

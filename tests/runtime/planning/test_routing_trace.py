@@ -16,7 +16,7 @@ from step35.errors import SettingsError
 from step35.options import EngineOptions
 from step35.planning.machine import known_machines
 from step35.planning.model_header import read_header
-from step35.planning.placement import Wishes, place
+from step35.planning.placement import Constraints, place
 from step35.planning.routing_trace import distinct_of, report, summarize, to_data
 from step35.planning.speed import touched
 from tiny_model import tiny_gguf
@@ -108,8 +108,8 @@ def test_more_overlap_makes_a_verification_cheaper_and_plain_decode_no_different
     header = read_header(tiny_gguf())
     machine, shape = known_machines()["cpu-192"], read_header(tiny_gguf()).shape
     k = float(shape.n_expert_used)
-    alike = place(header, machine, Wishes(n_ctx=1024, distinct=(k,) * 8))
-    apart = place(header, machine, Wishes(n_ctx=1024))
+    alike = place(header, machine, Constraints(n_ctx=1024, distinct=(k,) * 8))
+    apart = place(header, machine, Constraints(n_ctx=1024))
     assert alike.speeds[0].decode == apart.speeds[0].decode
     assert alike.speeds[0].drafted > apart.speeds[0].drafted
     assert touched(shape, 4, (k,) * 8) == k < touched(shape, 4)

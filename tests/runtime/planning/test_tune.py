@@ -15,12 +15,12 @@ import planned_gguf
 from checkpoints import REAL
 from step35.planning.machine import known_machines
 from step35.planning.model_header import read_header
-from step35.planning.placement import Wishes, judge, place
+from step35.planning.placement import Constraints, judge, place
 from step35.planning.plan_file import from_text, to_text
-from step35.planning.tune import Request, Sample, fastest, neighbours, report, tune, tuned
+from step35.planning.tune import Sample, Workload, fastest, neighbours, report, tune, tuned
 from tiny_model import tiny_gguf
 
-REQUEST = Request(512, 64)
+REQUEST = Workload(512, 64)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def real(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(real):
-    return place(real, known_machines()["rtx4090-24+128"], Wishes(n_ctx=32768)).placement
+    return place(real, known_machines()["rtx4090-24+128"], Constraints(n_ctx=32768)).placement
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_split_box_has_neighbours_of_every_kind_that_fit(real, split, changes)
 
 def test_a_box_without_a_gpu_tries_threads_batch_and_drafts(real):
     machine = known_machines()["cpu-192"]
-    plain = place(real, machine, Wishes(n_ctx=32768)).placement
+    plain = place(real, machine, Constraints(n_ctx=32768)).placement
     assert {change.kind for change in neighbours(real, machine, plain)} == {"threads", "batch", "heads"}
 
 
@@ -116,7 +116,7 @@ def test_tune_writes_a_plan_that_runs(tmp_path):
     # one neighbour, to be quick: no heads to leave out, no other batch, two threads
     header = read_header(model)
     machine = replace(known_machines()["cpu-192"], n_cores=1)
-    placement = place(header, machine, Wishes(n_ctx=100, n_batch=64, with_heads=False)).placement
+    placement = place(header, machine, Constraints(n_ctx=100, n_batch=64, with_heads=False)).placement
     plan.write_text(to_text(replace(placement, n_threads=2), model.name))
     command = ["tune", model, "--plan", plan, "--out", out, "--prompt", 32, "-n", 8, "--rounds", 1, "--json"]
     done = subprocess.run(

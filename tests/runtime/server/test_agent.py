@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from server_fakes import GREEDY, events_of, serve
-from step35.chat.messages import Ask, Conversation, Message, Tool, ToolCall
+from step35.chat.messages import Conversation, GenerationRequest, Message, Tool, ToolCall
 from step35.chat.prompt_builder import Prompt
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.server.api.collected import collect
-from step35.server.job import Feed, Job
+from step35.server.job import EventLog, Job
 from step35.server.scheduler import Limits
 from step35.server.service import Service, Serving
 from tiny_model import tiny_gguf
@@ -59,8 +59,8 @@ def tiny_service(session_dir: Path | None = None, **options) -> Service:
 
 
 async def ask_model(service: Service, prompt, name: str = "r") -> Played:
-    request = Ask(prompt, GREEDY, 120)
-    feed = Feed(service.scheduler.mail)
+    request = GenerationRequest(prompt, GREEDY, 120)
+    feed = EventLog(service.scheduler.mail)
     job = await asyncio.to_thread(service._prepare, request, name, feed)
     job.grammar = TURN
     service.scheduler.submit(job)

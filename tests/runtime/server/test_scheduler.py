@@ -10,8 +10,8 @@ from fake_native import FakeContext, Script, next_token
 from server_fakes import Gate, answer, ask, events_of, fake_service, serve
 from step35.chat.errors import ApiError
 from step35.chat.messages import ContentDelta, Failed, Finished, Progress
-from step35.chat.prompt_builder import LEAST_MARK
-from step35.server.guided_chooser import ArmedGrammar, is_endless
+from step35.chat.prompt_builder import LEAST_CHECKPOINT
+from step35.server.constrained_chooser import LazyGrammar, is_endless
 
 
 def greedy(prompt: list[int], n: int) -> str:
@@ -79,7 +79,7 @@ def test_a_few_common_tokens_are_no_checkpoint():
             for prompt in prompts(5, length):
                 await answer(service, ask([7, 8, *prompt[1:]], 3))
         checkpoints = [n for held in service.scheduler.conversations.held for n in held.session.checkpoints]
-        assert all(n >= LEAST_MARK for n in checkpoints)
+        assert all(n >= LEAST_CHECKPOINT for n in checkpoints)
 
     serve(fake_service(), talk)
 
@@ -322,7 +322,7 @@ class OnlyTwos:
 
 
 def test_a_grammar_waits_for_the_reasonings_end_and_never_gets_stuck():
-    grammar = ArmedGrammar(OnlyTwos(), arm_token=9, forbidden=[63])
+    grammar = LazyGrammar(OnlyTwos(), arm_token=9, forbidden=[63])
     every = np.arange(64)
     assert grammar.allowed(every).sum() == 63 and not grammar.allowed(np.array([63]))[0], "no end before the answer"
     grammar.accept(5)

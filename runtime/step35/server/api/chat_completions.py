@@ -7,12 +7,12 @@ from pydantic import Field
 
 from step35.chat.errors import bad_request
 from step35.chat.messages import (
-    Ask,
     ContentDelta,
     Conversation,
     Event,
     Failed,
     Finished,
+    GenerationRequest,
     JsonOutput,
     Logprobs,
     Message,
@@ -20,11 +20,11 @@ from step35.chat.messages import (
     ReasoningDelta,
     Sse,
     TokenText,
+    TokenUsage,
     Tool,
     ToolCall,
     ToolCallArguments,
     ToolCallBegin,
-    Usage,
 )
 from step35.server.api import request_fields, request_limits
 from step35.server.api.collected import collect
@@ -122,14 +122,14 @@ class Request(SamplingBody):
     prompt_cache_key: str | None = None
 
 
-def read(body: dict[str, Any]) -> Ask:
+def read(body: dict[str, Any]) -> GenerationRequest:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
     request = request_fields.parse(Request, body)
     _check_served(request)
     tools = request_fields.check_tools(
         [_tool(entry, i) for i, entry in enumerate(request.tools or ()) if entry.function]
     )
-    return Ask(
+    return GenerationRequest(
         prompt=Conversation(_messages(request.messages), tools),
         sampling=request_fields.sampling_of(request, has_tools=bool(tools)),
         n_predict=n_predict(request.max_completion_tokens, request.max_tokens),
@@ -247,7 +247,7 @@ def _effort(request: Request) -> str | None:
 class Writer:
     """Writes an answer as a stream of chunks."""
 
-    def __init__(self, ask: Ask, request_id: str, created: int) -> None:
+    def __init__(self, ask: GenerationRequest, request_id: str, created: int) -> None:
         self._ask, self._request_id = ask, request_id
         self._head = {
             "id": f"chatcmpl-{request_id}",
@@ -304,13 +304,13 @@ class Writer:
         usage = {"usage": None} if self._ask.include_usage else {}
         return {**self._head, "choices": [choice], **usage, **extra}
 
-    def _usage(self, usage: Usage) -> list[Sse]:
+    def _usage(self, usage: TokenUsage) -> list[Sse]:
         if not self._ask.include_usage:
             return []
         return [Sse(None, dumps({**self._head, "choices": [], "usage": usage_body(usage)}))]
 
 
-def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
     """Returns the body of an answer that isn't streamed; raises the ApiError of one that failed."""
     answer = collect(events)
     calls = [
@@ -329,7 +329,7 @@ def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> d
     return {**head, "choices": [choice], "usage": usage_body(answer.usage)}
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
+def usage_body(usage: TokenUsage) -> dict[str, Any]:
     """Returns the counts as chat completions and completions write them."""
     return {
         "prompt_tokens": usage.n_prompt,

@@ -10,10 +10,10 @@ from step35.chat.messages import (
     Finished,
     Logprobs,
     ReasoningDelta,
+    TokenUsage,
     ToolCall,
     ToolCallArguments,
     ToolCallBegin,
-    Usage,
 )
 from step35.chat.tool_arguments import closed
 
@@ -28,7 +28,7 @@ class Collected:
     logprobs: list[Logprobs] = field(default_factory=list)
     reason: str = "length"
     stop_text: str | None = None
-    usage: Usage = field(default_factory=Usage)
+    usage: TokenUsage = field(default_factory=TokenUsage)
 
 
 def collect(events: Iterable[Event]) -> Collected:

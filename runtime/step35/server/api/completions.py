@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from step35.chat.errors import bad_request
-from step35.chat.messages import Ask, ContentDelta, Event, Failed, Finished, Logprobs, Progress, Sse
+from step35.chat.messages import ContentDelta, Event, Failed, Finished, GenerationRequest, Logprobs, Progress, Sse
 from step35.server.api import request_fields, request_limits
 from step35.server.api.chat_completions import DONE, StreamOptionsBody, usage_body
 from step35.server.api.collected import collect
@@ -36,11 +36,11 @@ class Request(SamplingBody):
     prompt_cache_key: str | None = None
 
 
-def read(body: dict[str, Any]) -> Ask:
+def read(body: dict[str, Any]) -> GenerationRequest:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
     request = request_fields.parse(Request, body)
     _check_served(request)
-    return Ask(
+    return GenerationRequest(
         prompt=_prompt(request.prompt),
         sampling=request_fields.sampling_of(request, has_tools=False),
         n_predict=-1 if request.max_tokens is None or request.max_tokens < 0 else request.max_tokens,
@@ -82,7 +82,7 @@ def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
 class Writer:
     """Writes a completion as a stream of chunks. A prompt's echo comes from the caller, as content."""
 
-    def __init__(self, ask: Ask, request_id: str, created: int) -> None:
+    def __init__(self, ask: GenerationRequest, request_id: str, created: int) -> None:
         self._ask, self._request_id = ask, request_id
         self._head = _head(ask, request_id, created)
         self._logprobs: list[Logprobs] = []
@@ -125,7 +125,7 @@ class Writer:
         return {**self._head, "choices": [choice]}
 
 
-def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
     """Returns the body of a completion that isn't streamed; raises the ApiError of one that failed."""
     answer = collect(events)
     logprobs = _logprobs(answer.logprobs, 0) if ask.n_logprobs is not None else None
@@ -133,7 +133,7 @@ def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> d
     return {**_head(ask, request_id, created), "choices": [choice], "usage": usage_body(answer.usage)}
 
 
-def _head(ask: Ask, request_id: str, created: int) -> dict[str, Any]:
+def _head(ask: GenerationRequest, request_id: str, created: int) -> dict[str, Any]:
     return {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": ask.model}
 
 

@@ -8,23 +8,23 @@ from pydantic import Field
 
 from step35.chat.errors import ApiError, bad_request
 from step35.chat.messages import (
-    Ask,
     ContentDelta,
     Conversation,
     Event,
     Failed,
     Finished,
+    GenerationRequest,
     JsonOutput,
     Message,
     Progress,
     ReasoningDelta,
     Sse,
+    TokenUsage,
     Tool,
     ToolCall,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
-    Usage,
 )
 from step35.server.api import request_fields, request_limits
 from step35.server.api.collected import collect
@@ -103,12 +103,12 @@ class Request(CountRequest):
     metadata: MetadataBody | None = None
 
 
-def read(body: dict[str, Any]) -> Ask:
+def read(body: dict[str, Any]) -> GenerationRequest:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
     request = request_fields.parse(Request, body)
     conversation = _conversation(request)
     choice, thinking, output = request.tool_choice, request.thinking, request.output_config
-    return Ask(
+    return GenerationRequest(
         prompt=conversation,
         sampling=request_fields.sampling_of(request, has_tools=bool(conversation.tools)),
         n_predict=request.max_tokens,
@@ -227,7 +227,7 @@ def _effort(thinking: ThinkingBody | None, output: OutputBody | None) -> str | N
 class Writer:
     """Writes an answer as a stream of events, one content block open at a time."""
 
-    def __init__(self, ask: Ask, request_id: str, created: int) -> None:
+    def __init__(self, ask: GenerationRequest, request_id: str, created: int) -> None:
         self._ask, self._request_id = ask, request_id
         self._index = -1
         self._block: str | None = None
@@ -235,7 +235,7 @@ class Writer:
         """Of the open block's deltas, once there was one."""
 
     def open(self) -> list[Sse]:
-        return [_sse("message_start", message=_message(self._ask, self._request_id, [], None, None, Usage()))]
+        return [_sse("message_start", message=_message(self._ask, self._request_id, [], None, None, TokenUsage()))]
 
     def event(self, event: Event) -> list[Sse]:
         match event:
@@ -285,7 +285,7 @@ class Writer:
         return [*signed, _sse("content_block_stop", index=self._index)]
 
 
-def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
     """Returns the body of an answer that isn't streamed; raises the ApiError of one that failed."""
     answer = collect(events)
     blocks: list[dict[str, Any]] = []
@@ -300,7 +300,12 @@ def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> d
 
 
 def _message(
-    ask: Ask, request_id: str, blocks: list[dict[str, Any]], reason: str | None, stop_text: str | None, usage: Usage
+    ask: GenerationRequest,
+    request_id: str,
+    blocks: list[dict[str, Any]],
+    reason: str | None,
+    stop_text: str | None,
+    usage: TokenUsage,
 ) -> dict[str, Any]:
     return {
         "id": f"msg_{request_id}",
@@ -320,7 +325,7 @@ def _stop_reason(reason: str, stop_text: str | None) -> str:
     return {"length": "max_tokens", "tool_calls": "tool_use"}[reason]
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: TokenUsage) -> dict[str, Any]:
     """Returns the counts; here the input's don't hold the cached ones."""
     return {
         "input_tokens": usage.n_prompt - usage.n_cached,

@@ -8,12 +8,12 @@ from pydantic import Field
 
 from step35.chat.errors import bad_request
 from step35.chat.messages import (
-    Ask,
     ContentDelta,
     Conversation,
     Event,
     Failed,
     Finished,
+    GenerationRequest,
     JsonOutput,
     Logprobs,
     Message,
@@ -21,12 +21,12 @@ from step35.chat.messages import (
     ReasoningDelta,
     Sse,
     TokenText,
+    TokenUsage,
     Tool,
     ToolCall,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
-    Usage,
 )
 from step35.server.api import request_fields, request_limits
 from step35.server.api.chat_completions import PartBody, text_of
@@ -93,13 +93,13 @@ class Request(SamplingBody):
     prompt_cache_key: str | None = None
 
 
-def read(body: dict[str, Any]) -> Ask:
+def read(body: dict[str, Any]) -> GenerationRequest:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
     request = request_fields.parse(Request, body)
     _check_served(request)
     functions = [(i, entry) for i, entry in enumerate(request.tools or ()) if entry.type == "function"]
     tools = request_fields.check_tools([_tool(entry, i) for i, entry in functions])
-    return Ask(
+    return GenerationRequest(
         prompt=Conversation(_messages(request), tools),
         sampling=request_fields.sampling_of(request, has_tools=bool(tools)),
         n_predict=request.max_output_tokens or -1,
@@ -255,7 +255,7 @@ class _Item:
 class Writer:
     """Writes an answer as a stream of numbered events, one output item open at a time."""
 
-    def __init__(self, ask: Ask, request_id: str, created: int) -> None:
+    def __init__(self, ask: GenerationRequest, request_id: str, created: int) -> None:
         self._ask, self._request_id, self._created = ask, request_id, created
         self._n_sent = 0
         self._done: list[dict[str, Any]] = []
@@ -298,13 +298,13 @@ class Writer:
     def close(self) -> list[Sse]:
         return []
 
-    def _finish(self, reason: str, usage: Usage) -> list[Sse]:
+    def _finish(self, reason: str, usage: TokenUsage) -> list[Sse]:
         is_cut = reason == "length"
         ended = self._end("incomplete" if is_cut else "completed")
         status = "incomplete" if is_cut else "completed"
         return [*ended, self._sse(f"response.{status}", response=self._response(status, usage))]
 
-    def _response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
+    def _response(self, status: str, usage: TokenUsage | None = None) -> dict[str, Any]:
         return _response(self._ask, self._request_id, self._created, status, list(self._done), usage)
 
     def _text(self, kind: str, event: str, text: str, **extra: Any) -> list[Sse]:
@@ -368,7 +368,7 @@ class Writer:
         return Sse(kind, dumps({"type": kind, "sequence_number": number, **fields}))
 
 
-def whole(ask: Ask, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
     """Returns the body of an answer that isn't streamed; raises the ApiError of one that failed."""
     answer = collect(events)
     status = "incomplete" if answer.reason == "length" else "completed"
@@ -396,7 +396,12 @@ def _part(kind: str, text: str, logprobs: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def _response(
-    ask: Ask, request_id: str, created: int, status: str, items: list[dict[str, Any]], usage: Usage | None
+    ask: GenerationRequest,
+    request_id: str,
+    created: int,
+    status: str,
+    items: list[dict[str, Any]],
+    usage: TokenUsage | None,
 ) -> dict[str, Any]:
     tools = ask.prompt.tools if isinstance(ask.prompt, Conversation) else ()
     name = ask.tool_choice.removeprefix("function:")
@@ -429,7 +434,7 @@ def _tool_body(tool: Tool) -> dict[str, Any]:
     return {"type": "function", **fields, "strict": False}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: TokenUsage) -> dict[str, Any]:
     return {
         "input_tokens": usage.n_prompt,
         "input_tokens_details": {"cached_tokens": usage.n_cached, "cache_write_tokens": 0},

@@ -101,7 +101,9 @@ class SessionDisk:
         """Writes a session in the background."""
         path = self.folder / f"{name}{SUFFIX}"
         kept = tuple(sorted(snapshot.checkpoints))
-        self.saved[name] = SavedSession(path, self.key, snapshot.tokens, snapshot.n_kv, kept, last_start, tuple(turns))
+        self.saved[name] = SavedSession(
+            path, self.key, snapshot.tokens, snapshot.n_past, kept, last_start, tuple(turns)
+        )
         self._idle.clear()
         self._unwritten = (name, snapshot)
         self._jobs.put(lambda: self._write(name, path, snapshot, turns, last_start))

@@ -29,7 +29,7 @@ class SavedSession:
     key: Mapping[str, str]
     """What the cells depend on: the model, the types of the cache, the template, the versions."""
     tokens: tuple[int, ...]
-    n_kv: int
+    n_past: int
     checkpoints: tuple[int, ...]
     last_start: int
     turns: tuple[KnownTurn, ...] = field(default=())
@@ -49,7 +49,7 @@ def write_session(
     head = {
         "format": FORMAT,
         "key": dict(key),
-        "n_kv": snapshot.n_kv,
+        "n_kv": snapshot.n_past,
         "last_start": last_start,
         "sections": [[name, len(data), _digest(data)] for name, data in sections.items()],
     }
@@ -81,13 +81,13 @@ def read_session(path: Path) -> SavedSession:
             checkpoints = tuple(
                 int(name.partition("-")[2]) for name, _, _ in head["sections"] if name.startswith("checkpoint-")
             )
-            n_kv, last_start, key = int(head["n_kv"]), int(head["last_start"]), dict(head["key"])
+            n_past, last_start, key = int(head["n_kv"]), int(head["last_start"]), dict(head["key"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedSession(f"not a whole session: {path}: {type(error).__name__}: {error}") from error
-        if not 0 < n_kv <= len(tokens):
-            raise DamagedSession(f"not a whole session: {path} expected 1 to {len(tokens)} cells, got {n_kv}")
+        if not 0 < n_past <= len(tokens):
+            raise DamagedSession(f"not a whole session: {path} expected 1 to {len(tokens)} cells, got {n_past}")
         return SavedSession(
-            path, key, tuple(tokens), n_kv, checkpoints, last_start, turns, os.fstat(file.fileno()).st_size
+            path, key, tuple(tokens), n_past, checkpoints, last_start, turns, os.fstat(file.fileno()).st_size
         )
 
 
@@ -98,7 +98,7 @@ def read_cells(saved: SavedSession) -> Snapshot:
         cells = dict(_sections(file, head, saved.path, lambda name: name not in ("tokens", "turns")))
     try:
         checkpoints = {n: cells[f"checkpoint-{n}"] for n in saved.checkpoints}
-        return Snapshot(saved.tokens, saved.n_kv, cells["state"], checkpoints)
+        return Snapshot(saved.tokens, saved.n_past, cells["state"], checkpoints)
     except KeyError as error:
         raise DamagedSession(f"not a whole session: {saved.path} lacks {error}") from error
 

@@ -32,7 +32,7 @@ log = logging.getLogger("step35.server")
 
 
 @dataclass(slots=True)
-class Held:
+class SessionSlot:
     """A session with what the server knows about it. `turn` is set while it is being extended."""
 
     session: Session
@@ -54,7 +54,7 @@ class Held:
         self.is_unsaved, self.n_saved = False, 0
 
 
-class Conversations:
+class SessionPool:
     """All sessions of an engine, and those on disk."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Conversations:
     ) -> None:
         """`n_parallel` answers can run at a time, whatever conversations rest."""
         self.engine, self.disk = engine, disk
-        self.held = [Held(engine.open_session()) for _ in range(engine.options.n_sessions)]
+        self.held = [SessionSlot(engine.open_session()) for _ in range(engine.options.n_sessions)]
         self.n_kept = min(max(1, len(self.held) - n_parallel), len(self.held) - 1)
         """Long conversations that short requests leave alone."""
         self.n_short = min(MOST_SHORT, engine.n_ctx // 8)
@@ -75,7 +75,7 @@ class Conversations:
 
     # placing a prompt
 
-    def place(self, prompt: Prompt) -> Held | None:
+    def acquire(self, prompt: Prompt) -> SessionSlot | None:
         """Returns the session that will serve a prompt, with what can be shared in it; None: wait for a running one."""
         slots = self._slots(prompt.tokens)
         n_prompt = len(prompt.tokens)
@@ -89,7 +89,7 @@ class Conversations:
         if choice.source is not None:
             self._fork(held, choice)
         self._load_better(held, prompt.tokens, max(slot.n_here, choice.n_fork))
-        self.free_cells(min(len(prompt.tokens) + ROOM_TO_ANSWER, self.engine.n_ctx) - held.session.n_kv, keep=held)
+        self.free_cells(min(len(prompt.tokens) + ROOM_TO_ANSWER, self.engine.n_ctx) - held.session.n_past, keep=held)
         held.is_taken, held.last_used = True, self._clock()
         return held
 
@@ -101,16 +101,16 @@ class Conversations:
     def _slots(self, tokens: Sequence[int]) -> list[Slot]:
         return [self._slot(i, held, tokens) for i, held in enumerate(self.held)]
 
-    def _slot(self, index: int, held: Held, prompt: Sequence[int]) -> Slot:
+    def _slot(self, index: int, held: SessionSlot, prompt: Sequence[int]) -> Slot:
         session = held.session
         n_known = common_prefix(session.tokens, prompt)
-        n_common = min(n_known, session.n_kv)
+        n_common = min(n_known, session.n_past)
         most = min(n_common, len(prompt) - 1)
-        ends = [n for n in (*session.checkpoints, session.n_kv) if n <= most]
-        coming = [n for n in held.turn.marks if session.n_kv < n <= n_known] if held.turn else []
+        ends = [n for n in (*session.checkpoints, session.n_past) if n <= most]
+        coming = [n for n in held.turn.checkpoint_positions if session.n_past < n <= n_known] if held.turn else []
         return Slot(
             index,
-            session.n_kv if not held.turn else len(session.tokens),
+            session.n_past if not held.turn else len(session.tokens),
             n_common,
             0 if held.is_taken else self._n_here(session, prompt),
             max(ends, default=0),
@@ -122,10 +122,10 @@ class Conversations:
 
     def _n_here(self, session: Session, prompt: Sequence[int]) -> int:
         held_from = self.engine.trunk.held_from(session.seq)
-        cached = Cached(session.tokens[: session.n_kv], held_from, session.checkpoints)
+        cached = Cached(session.tokens[: session.n_past], held_from, session.checkpoints)
         return plan_sync(cached, prompt, self.engine.window).n_keep
 
-    def _fork(self, held: Held, choice: Choice) -> None:
+    def _fork(self, held: SessionSlot, choice: Choice) -> None:
         try:
             held.session.fork(self.held[choice.source].session, choice.n_fork)
         except (NativeError, SettingsError) as error:  # the watchdog may have dropped the checkpoint
@@ -135,14 +135,14 @@ class Conversations:
         """Logs where a prompt that looked like the next turn of a conversation parts from it."""
         nearest = max(slots, key=lambda slot: slot.n_common)
         session = self.held[nearest.index].session
-        if LEAST_FORK <= nearest.n_common < min(session.n_kv, len(prompt.tokens) - 1):
+        if LEAST_FORK <= nearest.n_common < min(session.n_past, len(prompt.tokens) - 1):
             reused = max(slots[choice.index].n_here, choice.n_fork)
             log.info(
                 "%s; %d of %d tokens reused",
-                why_broken(session.tokens[: session.n_kv], prompt.tokens, self._text), reused, len(prompt.tokens),
+                why_broken(session.tokens[: session.n_past], prompt.tokens, self._text), reused, len(prompt.tokens),
             )  # fmt: skip
 
-    def _load_better(self, held: Held, prompt: Sequence[int], in_memory: int) -> None:
+    def _load_better(self, held: SessionSlot, prompt: Sequence[int], in_memory: int) -> None:
         """Replaces a session by one on disk that has much more of the prompt."""
         name = self._best_saved(prompt, in_memory + min(LEAST_LOAD, len(prompt) // 2)) if self.disk else None
         if name is None:
@@ -152,7 +152,7 @@ class Conversations:
         if snapshot is None:
             return
         self._leave(held)
-        if not self.free_cells(saved.n_kv, keep=held):
+        if not self.free_cells(saved.n_past, keep=held):
             return
         try:
             held.session.restore(snapshot)
@@ -161,29 +161,29 @@ class Conversations:
             self.disk.drop(name, error)
             return
         if common_prefix(saved.tokens, prompt) >= saved.last_start:  # else it is another branch, and gets its own file
-            held.name, held.n_saved = name, saved.n_kv
-        log.info("session %s came back from disk: %d tokens", name[:8], saved.n_kv)
+            held.name, held.n_saved = name, saved.n_past
+        log.info("session %s came back from disk: %d tokens", name[:8], saved.n_past)
 
     def _best_saved(self, prompt: Sequence[int], n_least: int) -> str | None:
         """Returns the session on disk that has most of a prompt, if it is worth its while."""
         live, wanted = {held.name for held in self.held}, tuple(prompt)
         found = {}
         for name, saved in list(self.disk.saved.items()):
-            tokens = saved.tokens[: saved.n_kv]
+            tokens = saved.tokens[: saved.n_past]
             if name not in live and common_prefix(tokens, wanted) >= n_least:
-                held_from = max(0, saved.n_kv - self.engine.window + 1)
+                held_from = max(0, saved.n_past - self.engine.window + 1)
                 found[name] = plan_sync(Cached(tokens, held_from, saved.checkpoints), wanted, self.engine.window).n_keep
         best = max(found, key=found.__getitem__, default=None)
         return best if best is not None and found[best] >= n_least else None
 
     # room
 
-    def free_cells(self, n_cells: int, keep: Held | None = None) -> bool:
+    def free_cells(self, n_cells: int, keep: SessionSlot | None = None) -> bool:
         """Empties idle sessions, the least useful first, until so many cells are free; returns whether they are."""
         if self.engine.n_free_cells >= n_cells:
             return True
         slots = [
-            Slot(i, h.session.n_kv, is_busy=h.is_taken or h is keep, last_used=h.last_used)
+            Slot(i, h.session.n_past, is_busy=h.is_taken or h is keep, last_used=h.last_used)
             for i, h in enumerate(self.held)
         ]
         for slot in eviction_order(slots, self.n_short):
@@ -195,9 +195,9 @@ class Conversations:
             self._leave(self.held[slot.index])
         return self.engine.n_free_cells >= n_cells
 
-    def _leave(self, held: Held, *, keeps_cells: bool = False) -> None:
+    def _leave(self, held: SessionSlot, *, keeps_cells: bool = False) -> None:
         """Gives a session to another conversation; what of this one is not on disk goes there first, if it is long."""
-        is_lost = self.disk is not None and held.is_unsaved and held.session.n_kv >= self.n_short
+        is_lost = self.disk is not None and held.is_unsaved and held.session.n_past >= self.n_short
         if is_lost and self.disk.can_save:
             self._save(held)
         elif is_lost:
@@ -206,21 +206,21 @@ class Conversations:
 
     # after a turn
 
-    def release(self, held: Held, last_start: int, turns: Sequence[KnownTurn]) -> None:
+    def release(self, held: SessionSlot, last_start: int, turns: Sequence[KnownTurn]) -> None:
         """Takes a session back at the end of a turn; its cells stay."""
         held.turn, held.is_taken, held.last_used = None, False, self._clock()
         held.last_start, held.turns, held.is_unsaved = last_start, tuple(turns), True
         self._leave_one_short(held)
 
-    def _leave_one_short(self, held: Held) -> None:
+    def _leave_one_short(self, held: SessionSlot) -> None:
         """Short requests always find a place: when all timelines have become long, the oldest goes."""
-        if len(self.held) == 1 or any(other.session.n_kv < self.n_short for other in self.held):
+        if len(self.held) == 1 or any(other.session.n_past < self.n_short for other in self.held):
             return
         idle = [other for other in self.held if not other.is_taken and other is not held]
         if idle:
             self._leave(min(idle, key=lambda other: other.last_used))
 
-    def drop(self, held: Held) -> None:
+    def drop(self, held: SessionSlot) -> None:
         """Forgets a session whose cells can't be trusted."""
         held.turn, held.is_taken = None, False
         held.begin_anew(keeps_cells=False)
@@ -235,23 +235,23 @@ class Conversations:
         self._save(min(unsaved, key=lambda held: held.last_used))
         return True
 
-    def _is_worth_saving(self, held: Held) -> bool:
-        n_kv = held.session.n_kv
-        is_new = (n_kv - held.n_saved) * LEAST_CHANGE >= n_kv
-        return n_kv > 0 and (is_new or self._clock() - held.last_used >= SETTLED_S)
+    def _is_worth_saving(self, held: SessionSlot) -> bool:
+        n_past = held.session.n_past
+        is_new = (n_past - held.n_saved) * LEAST_CHANGE >= n_past
+        return n_past > 0 and (is_new or self._clock() - held.last_used >= SETTLED_S)
 
     def save_all(self) -> None:
         """Writes every unsaved session, one after the other, and waits."""
         if self.disk is None:
             return
         for held in self.held:
-            if held.is_unsaved and held.session.n_kv:
+            if held.is_unsaved and held.session.n_past:
                 self.disk.wait()
                 self._save(held)
         self.disk.close()
 
-    def _save(self, held: Held) -> None:
-        held.is_unsaved, held.n_saved = False, held.session.n_kv
+    def _save(self, held: SessionSlot) -> None:
+        held.is_unsaved, held.n_saved = False, held.session.n_past
         try:
             self.disk.save(held.name, held.session.snapshot(), held.turns, held.last_start)
         except DoesNotFit as error:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from step35.chat.messages import Ask, Conversation, JsonOutput, Tool
+from step35.chat.messages import Conversation, GenerationRequest, JsonOutput, Tool
 from step35.chat.tool_arguments import types_of
 from step35.server.grammar.gbnf import Rules, either, json_literal, literal
 from step35.server.grammar.json_schema import KEYWORDS, schema_rule
@@ -28,7 +28,7 @@ TEXT_RULES = _text_rules(VALUE_END)
 WORDS = {"boolean": ("true", "false", "True", "False"), "null": ("null", "None")}
 
 
-def grammar_of(ask: Ask) -> str | None:
+def grammar_of(ask: GenerationRequest) -> str | None:
     """Returns the GBNF of an answer's part after the reasoning, or None if anything goes.
 
     Raises ApiError 400 that names what of a schema a grammar can't hold.

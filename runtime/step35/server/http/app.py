@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from step35.chat.errors import BROKEN, FORBIDDEN, INVALID, NOT_FOUND, UNAUTHORIZED, ApiError, bad_request
-from step35.chat.messages import Ask
+from step35.chat.messages import GenerationRequest
 from step35.server.api import chat_completions, completions, messages, responses
 from step35.server.http.openapi import description
 from step35.server.http.streams import (
@@ -239,7 +239,7 @@ class _Routes:
             raise error
         return JSONResponse(api.whole(ask, record.id, created, events))
 
-    def _join_key(self, request: Request, data: bytes, ask: Ask) -> str | None:
+    def _join_key(self, request: Request, data: bytes, ask: GenerationRequest) -> str | None:
         """Returns what two tries of one request have in common; None if a second one wants an answer of its own.
 
         Without a seed, the same body twice may mean two samples, unless the client says that it tries again.

@@ -19,9 +19,9 @@ from step35.chat.messages import (
     Message,
     Progress,
     TokenText,
+    TokenUsage,
     Tool,
     ToolCall,
-    Usage,
 )
 from step35.server.api import chat_completions, request_limits
 
@@ -298,7 +298,7 @@ def test_a_ping_holds_the_progress_and_no_text() -> None:
 
 @given(st.text())
 def test_a_chunk_is_one_line_and_holds_the_text_exactly(text: str) -> None:
-    for sse in written(chat_completions, ask(), [ContentDelta(text), Finished("length", Usage())])[:-1]:
+    for sse in written(chat_completions, ask(), [ContentDelta(text), Finished("length", TokenUsage())])[:-1]:
         assert "\n" not in sse.data and "\r" not in sse.data
         delta = json.loads(sse.data)["choices"][0]["delta"]
         assert delta.get("content", "") in ("", text)

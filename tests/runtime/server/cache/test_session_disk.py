@@ -1,4 +1,4 @@
-"""Conversations and their files: what is written when, what comes back, and what a full disk leaves behind."""
+"""SessionPool and their files: what is written when, what comes back, and what a full disk leaves behind."""
 
 import logging
 import threading
@@ -16,25 +16,25 @@ from step35.options import EngineOptions
 from step35.sampling.token_chooser import Chooser
 from step35.server.cache import session_file
 from step35.server.cache.session_disk import SessionDisk
-from step35.server.cache.session_pool import SETTLED_S, Conversations, Held
+from step35.server.cache.session_pool import SETTLED_S, SessionPool, SessionSlot
 
 KEY = {"model": "fake"}
 LONG = [1, *range(2, 60), *range(2, 60)]
 
 
 class Desk:
-    """Conversations over a fake engine, with a clock to be set."""
+    """SessionPool over a fake engine, with a clock to be set."""
 
     def __init__(self, folder: Path, max_bytes: int = 1 << 30) -> None:
         options = EngineOptions(Path("fake"), draft="off", n_ctx=400, n_batch=16, n_sessions=2)
         self.engine = Engine(options, load_model=loader(Script()))
         self.disk = SessionDisk(folder, KEY, max_bytes)
         self.now = 0.0
-        self.conversations = Conversations(self.engine, str, self.disk, lambda: self.now)
+        self.conversations = SessionPool(self.engine, str, self.disk, lambda: self.now)
 
-    def answer(self, prompt: list[int]) -> tuple[Held, int]:
+    def answer(self, prompt: list[int]) -> tuple[SessionSlot, int]:
         """Returns the session that served a prompt, and how much of the prompt it knew."""
-        held = self.conversations.place(Prompt(prompt))
+        held = self.conversations.acquire(Prompt(prompt))
         turn = begin(held.session, prompt, Chooser(GREEDY), 4)
         list(generate(turn))
         self.conversations.release(held, 0, ())

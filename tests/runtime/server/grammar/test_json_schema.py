@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step35.chat.errors import ApiError
-from step35.chat.messages import Ask, Conversation, JsonOutput, Message, Tool
+from step35.chat.messages import Conversation, GenerationRequest, JsonOutput, Message, Tool
 from step35.chat.output_parser import Parser
 from step35.native.model import Model
 from step35.options import ModelOptions
@@ -44,9 +44,9 @@ def follows() -> Iterator[Follows]:
     model.close()
 
 
-def asked(**fields: Any) -> Ask:
+def asked(**fields: Any) -> GenerationRequest:
     tools = fields.pop("tools", ())
-    return Ask(Conversation((Message("user", "hi"),), tuple(tools)), Sampling(), **fields)
+    return GenerationRequest(Conversation((Message("user", "hi"),), tuple(tools)), Sampling(), **fields)
 
 
 def grammar(schema: Any) -> str | None:
@@ -221,7 +221,7 @@ def test_nothing_is_in_the_way_of_a_plain_question() -> None:
         is grammar_of(asked(tools=[NOW]))
         is grammar_of(asked(tools=[NOW], tool_choice="none"))
     )
-    assert grammar_of(Ask("text", Sampling())) is None
+    assert grammar_of(GenerationRequest("text", Sampling())) is None
 
 
 def test_what_the_grammar_allows_the_parser_reads_with_the_schemas_types() -> None:

@@ -9,20 +9,20 @@ import pytest
 
 from server_fakes import ask
 from step35.chat.messages import (
-    Ask,
     ContentDelta,
     Event,
     Finished,
+    GenerationRequest,
     Progress,
     ReasoningDelta,
+    TokenUsage,
     ToolCallArguments,
     ToolCallBegin,
-    Usage,
 )
 from step35.server.api import chat_completions, completions, messages, responses
 from step35.server.http import streams
 from step35.server.http.streams import EventStream
-from step35.server.job import Feed, Mail
+from step35.server.job import EventBridge, EventLog
 
 LONGEST_WAIT_S = 60
 PREFILL: list[Event] = [Progress(0, 9000), Progress(512, 9000)]
@@ -53,8 +53,8 @@ class Wakings:
 def test_all_that_is_ready_comes_with_one_waking():
     """Every token of every stream woke the event loop, which took longer than to decode one of a small model."""
     loop = Wakings()
-    mail = Mail(loop)
-    feeds = [Feed(mail) for _ in range(4)]
+    mail = EventBridge(loop)
+    feeds = [EventLog(mail) for _ in range(4)]
     for feed in feeds:
         feed.publish([ContentDelta("a")])
     assert not loop.calls, "nothing goes out before it is sent"
@@ -73,9 +73,9 @@ def test_all_that_is_ready_comes_with_one_waking():
 
 def test_a_closed_loop_means_that_everybody_has_left():
     loop = Wakings()
-    mail = Mail(loop)
+    mail = EventBridge(loop)
     loop.is_closed = True
-    for feed in (Feed(mail), Feed(mail)):
+    for feed in (EventLog(mail), EventLog(mail)):
         feed.publish([ContentDelta("a")])
         mail.send()
         assert feed.is_left
@@ -84,8 +84,8 @@ def test_a_closed_loop_means_that_everybody_has_left():
 class Stream:
     """An answer's stream into a queue of its parsed events, fed by hand."""
 
-    def __init__(self, api: ModuleType, request: Ask) -> None:
-        self.feed = Feed(Mail(asyncio.get_running_loop()))
+    def __init__(self, api: ModuleType, request: GenerationRequest) -> None:
+        self.feed = EventLog(EventBridge(asyncio.get_running_loop()))
         self.sent: asyncio.Queue[list[dict[str, Any] | str]] = asyncio.Queue()
         self._stream = EventStream(SimpleNamespace(feed=self.feed), api.Writer(request, "req", 1700000000), print)
 
@@ -128,7 +128,7 @@ def test_a_silent_stage_has_its_signs_of_life(api: ModuleType, stage: str, monke
         seen: list[Any] = []
         while not (seen[2:] and all(is_ping(api, event) for event in seen[-2:])):
             seen += await stream.next()
-        stream.feed.take([Finished("stop", Usage(9000, 0, 1))])
+        stream.feed.take([Finished("stop", TokenUsage(9000, 0, 1))])
         await asyncio.wait_for(running, LONGEST_WAIT_S)
         return seen
 
@@ -142,7 +142,7 @@ def test_text_that_is_ready_together_is_one_piece(api: ModuleType):
     async def play() -> list[Any]:
         stream = Stream(api, ask([1], stream=True))
         stream.feed.take([ContentDelta("Hel")])
-        stream.feed.take([ContentDelta("lo."), Finished("stop", Usage(3, 0, 2))])
+        stream.feed.take([ContentDelta("lo."), Finished("stop", TokenUsage(3, 0, 2))])
         await asyncio.wait_for(stream.run(), LONGEST_WAIT_S)
         return [event for _ in range(stream.sent.qsize()) for event in stream.sent.get_nowait()]
 

@@ -20,7 +20,7 @@ MOST_REPEATED = 1024
 """Tokens that repeat with one period before an answer counts as endless."""
 
 
-class ArmedGrammar:
+class LazyGrammar:
     """A grammar that is in force after `arm_token`; before, it forbids only what would end the answer there."""
 
     def __init__(self, grammar: "Grammar", arm_token: int | None, forbidden: Iterable[int]) -> None:
@@ -97,7 +97,7 @@ class ReasoningEnd:
         return self._tokenize(text)
 
 
-class Guide(Chooser):
+class ConstrainedChooser(Chooser):
     """A chooser with forced tokens and a guard: a row without a finite best ends the turn, and `is_broken` says so."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Guide(Chooser):
         sampling: Sampling,
         eog: int,
         *,
-        grammar: ArmedGrammar | None = None,
+        grammar: LazyGrammar | None = None,
         n_logprobs: int | None = None,
         reasoning_end: ReasoningEnd | None = None,
     ) -> None:
