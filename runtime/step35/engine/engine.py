@@ -19,6 +19,7 @@ from step35.sizes import format_size
 
 if TYPE_CHECKING:
     from step35.native.context import Context
+    from step35.native.grammar import Grammar
     from step35.native.model import Model
     from step35.planning.admission import Guard, MemoryDemand
 
@@ -207,6 +208,23 @@ class Engine:
         """Returns token ids; `add_bos` None follows the model's own setting."""
         add_bos = self.model.add_bos if add_bos is None else add_bos
         return self.model.tokenize(text.encode(), add_bos=add_bos, parse_special=parse_special)
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.model.n_vocab
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """Returns a token's bytes; control tokens are empty unless `special`."""
+        return self.model.piece(token, special=special)
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return self.model.is_eog(token)
+
+    def open_grammar(self, gbnf: str) -> "Grammar":
+        """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
+        return self.model.open_grammar(gbnf)
 
     # calibration
 

@@ -78,6 +78,16 @@ class Session:
         self.tokens = prompt
         return plan
 
+    def n_reusable(self, prompt: Sequence[int]) -> int:
+        """Returns how many tokens of a prompt `sync` would keep, and changes nothing."""
+        held_from = self.engine.trunk.held_from(self.seq)
+        cached = Cached(self.tokens[: self.n_past], held_from, self.checkpoints)
+        return plan_sync(cached, prompt, self.engine.window).n_keep
+
+    def forget_drafts(self) -> None:
+        """Drops what drafting knows of the timeline: after a failed decode nobody knows how far the heads came."""
+        self.engine.drafter.truncate(self.seq, self.memory, 0)
+
     def rewind(self, n_tokens: int) -> SyncPlan:
         """Forgets the tokens from `n_tokens` on; what the ring lost is decoded again when needed."""
         if not 0 <= n_tokens <= len(self.tokens):
