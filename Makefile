@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO := demo
 
-.PHONY: demo test clean
+.PHONY: demo test quick lint format clean
 
 TINY := tests/data/tiny-step35
 PROMPT := class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n
@@ -23,6 +23,19 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
+# Every folder in under a minute: without torch, a browser, a server's process, or a build of llama.cpp of our own.
+quick: $(VENV)/.installed-quick
+	$(BIN)/python -m pytest --quick
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --warnings
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 # The build of llama-cpp-python takes minutes; pip keeps the wheel it builds, so it happens once a machine.
 NATIVE := hatch_build.py $(wildcard converter/convert_step35/quantization/native/*.[ch]pp)
 
@@ -34,6 +47,16 @@ $(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/.created
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed
 	@echo "Installing the test tools and torch ..."
 	$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-quick: pyproject.toml $(VENV)/.installed
+	@echo "Installing pytest and hypothesis ..."
+	$(PIP) install --editable '.[quick]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-test
+	@echo "Installing ruff and pyright ..."
+	$(PIP) install --editable '.[dev]'
 	@touch $@
 
 $(VENV)/.created:

@@ -28,10 +28,10 @@ from step35.chat.messages import (
     Progress,
     ReasoningDelta,
     Sse,
+    TokenUsage,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
-    Usage,
 )
 from step35.cli.agents import CLIENTS, Server
 from step35.server.api import chat_completions, messages, responses
@@ -65,7 +65,7 @@ class Script:
 
     def events(self, ask: GenerationRequest) -> list[Event]:
         assert isinstance(ask.prompt, Conversation)
-        last, usage = ask.prompt.messages[-1], Usage(1000, 900, 20, 5)
+        last, usage = ask.prompt.messages[-1], TokenUsage(1000, 900, 20, 5)
         shell = next((tool.name for tool in ask.prompt.tools if tool.name in SHELLS), None)
         results = [message for message in ask.prompt.messages if message.role == "tool" and RESULT in message.content]
         if results:
@@ -134,7 +134,7 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     return Handler
@@ -157,7 +157,7 @@ def run(client: str, folder: Path, script: Script) -> str:
         command = [
             str(folder / COMMANDS[client][0]),
             *COMMANDS[client][1:],
-            "What is 40 + 2? GenerationRequest the shell.",
+            "What is 40 + 2? Ask the shell.",
         ]
         done = subprocess.run(
             command,
@@ -174,7 +174,7 @@ def run(client: str, folder: Path, script: Script) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the programs are, such as node_modules/.bin")
     parser.add_argument("clients", nargs="*", default=[*COMMANDS], help=f"of {', '.join(COMMANDS)}; default all")
     arguments = parser.parse_args()

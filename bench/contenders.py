@@ -59,7 +59,8 @@ class Run:
     """What a task took.
 
     `n_cycles` counts verifications of heads' drafts, `accepted` those in which each head's draft was
-    accepted, `n_accepted` tokens accepted from any source, `head_decodes` the decodes of MTP heads (0 where that can't be seen from outside).
+    accepted, `n_accepted` tokens accepted from any source, `head_decodes` the decodes of MTP heads (0 where that can't
+    be seen from outside).
     """
 
     n_prompt: int
@@ -76,8 +77,10 @@ class Run:
 class Contender(Protocol):
     """A loaded model that runs tasks, one after the other."""
 
-    name: str
     setup: Setup
+
+    @property
+    def name(self) -> str: ...
 
     def __enter__(self) -> Self: ...
 

@@ -68,7 +68,7 @@ def costs(files: tuple[Path, ...], rounds: int) -> None:
     models = {file.name: Model(ModelOptions(file, load_heads=True, load_mode="mmap")) for file in files}
     options = ContextOptions(N_CTX, N_BATCH, n_outputs=N_BATCH, n_threads=1)
     heads = {name: model.open_head(0, options) for name, model in models.items()}
-    taken: dict[tuple[str, int], list[float]] = {}
+    taken: dict[tuple[str, int, int], list[float]] = {}
     for _ in range(rounds):
         for name, head in heads.items():
             for n_rows, n_outputs in RUNS:

@@ -1,4 +1,4 @@
-"""Writes runtime/step35/selftest/known_logits.json: what the made-up model of `step35 doctor` gives, by the torch reference.
+"""Writes selftest/known_logits.json of the runtime: the synthetic model's logits by the torch reference.
 
 python bench/known_logits.py
 """

@@ -84,9 +84,9 @@ def play(part: str, contenders: Sequence[Contender], tasks: Sequence[Task], roun
             stack.enter_context(contender).run(tasks[0])
         for number in range(1, rounds + 1):
             for i, task in enumerate(tasks):
-                task = replace(task, seed=task.seed + 1000 * number)
+                seeded = replace(task, seed=task.seed + 1000 * number)
                 for contender in contenders[:: 1 if (number + i) % 2 else -1]:
-                    yield Result(part, number, contender.name, task, contender.run(task))
+                    yield Result(part, number, contender.name, seeded, contender.run(seeded))
             click.echo(f"{part}: round {number} of {rounds}", err=True)
 
 

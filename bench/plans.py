@@ -86,9 +86,11 @@ def machine_section(machine: Machine, found: dict[str, Header]) -> str:
         "| recipe | context | | policy | batch, KV | GPU GiB | RAM GiB | prefill | decode at 2k | decode, full | drafting at 2k |"
     ]
     rows.append("|---|---|---|---|---|---|---|---|---|---|---|")
-    for recipe in RECIPES:
-        for n_ctx in CONTEXTS:
-            rows.append(_row(found[recipe], n_ctx, place(found[recipe], machine, Constraints(n_ctx=n_ctx))))
+    rows += [
+        _row(found[recipe], n_ctx, place(found[recipe], machine, Constraints(n_ctx=n_ctx)))
+        for recipe in RECIPES
+        for n_ctx in CONTEXTS
+    ]
     return "\n".join([f"## {machine.name}", "", f"{machine.about}.", "", *rows, ""])
 
 

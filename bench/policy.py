@@ -1,4 +1,4 @@
-"""Automatic drafting in worlds whose decodes cost what is written here: real texts, a clock that only moves by these costs.
+"""Automatic drafting where decodes cost what is written here: real texts, and a clock that moves by these costs alone.
 
 The tokens, the drafts and their margins are those of the bundled checkpoint; the engine's clock is this bench's. So the
 rule of depth is compared with every fixed depth on any box, without noise: decode seconds are sums of the table's.
@@ -17,10 +17,10 @@ from rich.table import Table
 from peers import at_temperatures, make_tasks
 from step35 import Engine, EngineOptions, Sampling
 from step35.engine.decode_loop import begin, generate
-from step35.native.context import Context
+from step35.native.context import Context, OnExperts
 from step35.native.model import Model
 from step35.native.rows import Rows
-from step35.options import ModelOptions
+from step35.options import ContextOptions, ModelOptions
 from step35.sampling.token_chooser import Chooser
 
 MODES = ("off", "auto", "1", "2", "3", "ngram")
@@ -77,14 +77,14 @@ def load_on(clock: WorldClock) -> Callable[[ModelOptions], Model]:
         context.decode = spend_and_decode
         return context
 
-    def load(options: ModelOptions) -> Model:
-        model = Model(options)
-        open_trunk, open_head = model.open_trunk, model.open_head
-        model.open_trunk = lambda options: charged(open_trunk(options), is_head=False)
-        model.open_head = lambda head, options: charged(open_head(head, options), is_head=True)
-        return model
+    class ChargedModel(Model):
+        def open_trunk(self, options: ContextOptions, *, on_experts: OnExperts | None = None) -> Context:
+            return charged(super().open_trunk(options, on_experts=on_experts), is_head=False)
 
-    return load
+        def open_head(self, head: int, options: ContextOptions) -> Context:
+            return charged(super().open_head(head, options), is_head=True)
+
+    return ChargedModel
 
 
 def tokens_a_second(model: Path, world: World, draft: str) -> dict[tuple[str, float], float]:

@@ -53,7 +53,7 @@ def _write(planned: PlannedFile, generated: dict[Kind, np.ndarray]) -> None:
         for tensor in planned.tensors:
             file.seek(tensor.offset)
             for data in _data(tensor, generated):
-                file.write(memoryview(data).cast("B"))
+                file.write(data.data.cast("B"))
         file.truncate(planned.n_bytes)
     partial.rename(planned.path)
 

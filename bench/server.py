@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,22 +90,30 @@ class Heard:
     reasoning: str = ""
 
 
-def ask(url: str, path: str, body: dict[str, Any], leave_after: int | None = None) -> Heard | None:
-    """Sends a request and reads its answer; None if the client left after so many bytes."""
+def ask(url: str, path: str, body: dict[str, Any]) -> Heard:
+    """Sends a request and reads its answer."""
     started = time.perf_counter()
+    with _sent(url, path, body) as response:
+        if body.get("stream"):
+            return _streamed(response, started)
+        data = json.loads(response.read())
+        total = time.perf_counter() - started
+        n_prompt = (data.get("usage") or {}).get("prompt_tokens", 0)
+        return Heard(response.status, _whole(data), total, total, n_prompt=n_prompt, tokens=tuple(_tokens(data)))
+
+
+def leave(url: str, path: str, body: dict[str, Any], n_bytes: int) -> None:
+    """Sends a request, and hangs up after so many bytes of the answer."""
+    with _sent(url, path, body) as response:
+        response.read(n_bytes)
+
+
+@contextmanager
+def _sent(url: str, path: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=600)
     connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
     try:
-        response = connection.getresponse()
-        if leave_after is not None:
-            response.read(leave_after)
-            return None
-        if not body.get("stream"):
-            data = json.loads(response.read())
-            total = time.perf_counter() - started
-            n_prompt = (data.get("usage") or {}).get("prompt_tokens", 0)
-            return Heard(response.status, _whole(data), total, total, n_prompt=n_prompt, tokens=tuple(_tokens(data)))
-        return _streamed(response, started)
+        yield connection.getresponse()
     finally:
         connection.close()
 
@@ -194,8 +203,10 @@ def _request(dice: random.Random, i: int) -> tuple[str, dict[str, Any]]:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--clients", default=8, show_default=True)
 @click.option("--requests", "n_each", default=50, show_default=True, help="Requests of each client.")
-@click.option("--leave", default=0.1, show_default=True, help="Share of the clients that leave in the middle.")
-def load(model: Path, clients: int, n_each: int, leave: float) -> None:
+@click.option(
+    "--leave", "leave_share", default=0.1, show_default=True, help="Share of the clients that leave in the middle."
+)
+def load(model: Path, clients: int, n_each: int, leave_share: float) -> None:
     """Many clients at a time; every answer is that of a serial run."""
     requests = make_requests(clients * n_each, seed=1)
     flags = f"--threads 1 --ctx 16384 --kv-type f32 --parallel {clients} --queue {clients}".split()
@@ -204,24 +215,34 @@ def load(model: Path, clients: int, n_each: int, leave: float) -> None:
         wanted = [ask(server.url, path, body) for path, body in requests]
     with LiveServer(model, *flags) as server:
         server.ready()
-        run_load(server, requests, wanted, clients, leave)
+        run_load(server, requests, wanted, clients, leave_share)
 
 
-def run_load(server: LiveServer, requests: Sequence, wanted: Sequence[Heard], clients: int, leave: float) -> None:
+def run_load(
+    server: LiveServer,
+    requests: Sequence[tuple[str, dict[str, Any]]],
+    wanted: Sequence[Heard],
+    clients: int,
+    leave_share: float,
+) -> None:
     """Sends all requests from several clients, and exits with 1 if an answer is lost, wrong or mixed up.
 
-    A torn answer parts from the serial run where two tokens' scores were closer than the noise of llama.cpp's floats,
-    which depend on how many rows are decoded together; more than one in 20 is too many.
+    An answer differs by rounding where it parts from the serial run at two tokens whose scores were closer than the noise
+    of llama.cpp's floats, which depend on how many rows are decoded together; more than one in 20 is too many.
     """
     dice = random.Random(2)
-    leaves = [dice.randrange(1, 400) if dice.random() < leave else None for _ in requests]
+    leaves = [dice.randrange(1, 400) if dice.random() < leave_share else None for _ in requests]
     memories = [memory(server)]
 
     def play(client: int) -> Counter:
         seen: Counter = Counter()
         for i in range(client, len(requests), clients):
-            heard = ask(server.url, *requests[i], leaves[i])
-            seen[judged(server, requests[i][1], wanted[i], heard)] += 1
+            path, body = requests[i]
+            if (n_bytes := leaves[i]) is not None:
+                leave(server.url, path, body, n_bytes)
+                seen["left"] += 1
+            else:
+                seen[judged(server, body, wanted[i], ask(server.url, path, body))] += 1
             if i == len(requests) // 4:
                 memories.append(memory(server))
         return seen
@@ -231,22 +252,20 @@ def run_load(server: LiveServer, requests: Sequence, wanted: Sequence[Heard], cl
     memories.append(memory(server))
     said = "at first, after a quarter, at the end"
     click.echo(f"{dict(seen)}, memory in MiB {', '.join(str(n >> 20) for n in memories)} {said}")
-    if seen["wrong"] or seen["torn"] * 20 > len(requests) or memories[-1] > 1.1 * memories[1]:
+    if seen["wrong"] or seen["rounding"] * 20 > len(requests) or memories[-1] > 1.1 * memories[1]:
         raise SystemExit(1)
 
 
-def judged(server: LiveServer, body: dict[str, Any], wanted: Heard, heard: Heard | None) -> str:
-    """Returns right, left, torn or wrong."""
-    if heard is None:
-        return "left"
+def judged(server: LiveServer, body: dict[str, Any], wanted: Heard, heard: Heard) -> str:
+    """Returns right, rounding or wrong."""
     if (heard.status, heard.text) == (200, wanted.text):
         return "right"
-    verdict = "torn" if is_torn(server, body, wanted, heard) else "wrong"
+    verdict = "rounding" if differs_by_rounding(server, body, wanted, heard) else "wrong"
     click.echo(f"{verdict}: {json.dumps(body)}\nwanted {wanted.text!r}\ngot {heard.status} {heard.text!r}", err=True)
     return verdict
 
 
-def is_torn(server: LiveServer, body: dict[str, Any], wanted: Heard, heard: Heard) -> bool:
+def differs_by_rounding(server: LiveServer, body: dict[str, Any], wanted: Heard, heard: Heard) -> bool:
     """Whether two answers part where their tokens' scores, the seed's noise included, lie closer than FLOAT_NOISE."""
     pairs = list(zip(wanted.tokens, heard.tokens, strict=False))
     at = next((i for i, (ours, theirs) in enumerate(pairs) if ours[0] != theirs[0]), None)

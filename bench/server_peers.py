@@ -124,7 +124,7 @@ class _Program(AbstractContextManager):
     def __init__(self, command: Sequence[str], environment: dict[str, str], port: int, health: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self._health = health
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the program)
         self._process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
 
     def __enter__(self) -> Self:

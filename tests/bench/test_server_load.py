@@ -17,7 +17,7 @@ def live():
 def test_every_answer_under_load_is_that_of_a_serial_run(live, capsys):
     requests = bench.make_requests(24, seed=1)
     wanted = [bench.ask(live.url, path, body) for path, body in requests]
-    bench.run_load(live, requests, wanted, clients=4, leave=0.2)
+    bench.run_load(live, requests, wanted, clients=4, leave_share=0.2)
     assert "'right'" in capsys.readouterr().out
     assert live.get("/status")[1]["requests"] == []
 

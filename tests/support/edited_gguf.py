@@ -34,7 +34,7 @@ def edit_gguf(
     for name in dict.fromkeys([*(tensor.name for tensor in kept), *shapes]):
         stored = file.tensors.get(name)
         kind = types.get(name, stored.ggml_type if stored is not None else GGMLQuantizationType.F32)
-        shape = shapes.get(name, stored.shape)
+        shape = shapes[name] if name in shapes or stored is None else stored.shape
         infos.append(TensorInfo(name, kind, shape, offset))
         offset += padded(_n_bytes(infos[-1]))
     with source.open("rb") as old, target.open("wb") as new:

@@ -18,7 +18,7 @@ N_ROWS = 4
 
 
 def run(head: Context, n_outputs: int) -> dict[str, object]:
-    hidden = np.random.default_rng(0).standard_normal((N_ROWS, head.model.n_embd), np.float32)
+    hidden = np.random.default_rng(0).standard_normal((N_ROWS, head.n_embd), np.float32)
     head.decode([Rows(0, 0, range(300, 300 + N_ROWS), n_outputs, hidden)])
     best = np.argsort(head.logits()[-1])[-5:].tolist() if n_outputs else []
     result = {"hidden": head.hidden().tolist(), "best": best}

@@ -167,9 +167,7 @@ def _policies(machine: Machine, wishes: Constraints) -> list[str]:
     if machine.has_remotes and wishes.policy in ("auto", "rpc"):
         return ["rpc"]
     if wishes.policy == "rpc":
-        raise SettingsError(
-            "policy doesn't suit: rpc expected a second deployment, got none; name it with --rpc HOST:PORT"
-        )
+        raise SettingsError("policy doesn't suit: rpc expected a second box, got none; name it with --rpc HOST:PORT")
     possible = ["unified"] if machine.is_unified else ["gpu", "split"] if machine.gpus else []
     if wishes.policy == "auto" and machine.is_unified:
         return possible  # the CPU reads the same memory, and computes more slowly
