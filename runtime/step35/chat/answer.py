@@ -20,9 +20,9 @@ from step35.chat.messages import (
 from step35.chat.output_parser import Parser
 from step35.chat.tool_arguments import closed
 from step35.engine.detokenize import TextStream
+from step35.markup import TOOL_CALL_END
 from step35.sampling.token_chooser import TokenLogprobs
 
-CALL_END = "</tool_call>"
 MOST_AFTER_CALL = 4
 """Tokens that the end of a call's wrapper may take."""
 
@@ -83,7 +83,7 @@ class Answer:
         events: list[Event] = [] if logprobs is None else [self._logprobs(logprobs)]
         text = self._text.add(token)
         if self._n_after_call is not None:
-            self._n_after_call += MOST_AFTER_CALL if CALL_END in text else 1
+            self._n_after_call += MOST_AFTER_CALL if TOOL_CALL_END in text else 1
         return events + self._take(text)
 
     def finish(self, reason: str, n_prompt: int, n_cached: int) -> list[Event]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from step35 import markup
 from step35.chat.messages import (
     ContentDelta,
     Event,
@@ -148,9 +149,9 @@ class Parser:
         match piece:
             case str(text):
                 self._add_reasoning(text)
-            case Tag(kind="/think"):
+            case Tag(kind=markup.THINK_END):
                 self._end_reasoning()
-            case Tag(kind="tool_call") if self._tools:
+            case Tag(kind=markup.TOOL_CALL) if self._tools:
                 self._expect_function(piece)
             case _:
                 self._add_reasoning(piece.text)
@@ -159,15 +160,15 @@ class Parser:
         match piece:
             case str(text):
                 self._add_content(text)
-            case Tag(kind="think") if not self._has_content and not self._n_calls:
+            case Tag(kind=markup.THINK) if not self._has_content and not self._n_calls:
                 self._state, self._at_start = self._reasoning, True
-            case Tag(kind="/think") if not self._has_content:
+            case Tag(kind=markup.THINK_END) if not self._has_content:
                 self._end_reasoning()
-            case Tag(kind="tool_call") if self._tools:
+            case Tag(kind=markup.TOOL_CALL) if self._tools:
                 self._expect_function(piece)
-            case Tag(kind="function") if self._accepts(piece) and (self._is_wrapped or self._begins_line()):
+            case Tag(kind=markup.FUNCTION) if self._accepts(piece) and (self._is_wrapped or self._begins_line()):
                 self._begin_call(piece)
-            case Tag(kind="/tool_call" | "/function") if self._after_call:
+            case Tag(kind=markup.TOOL_CALL_END | markup.FUNCTION_END) if self._after_call:
                 self._is_wrapped = False
                 self._white.clear()
             case _:
@@ -176,14 +177,14 @@ class Parser:
     def _function(self, piece: str | Tag) -> None:
         """Between the parameters of a call; text has no place here."""
         match piece:
-            case Tag(kind="parameter") if self._accepts_parameter(piece):
+            case Tag(kind=markup.PARAMETER) if self._accepts_parameter(piece):
                 self._begin_value(piece)
-            case Tag(kind="/function"):
+            case Tag(kind=markup.FUNCTION_END):
                 self._end_call()
-            case Tag(kind="/tool_call" | "tool_call"):
+            case Tag(kind=markup.TOOL_CALL_END | markup.TOOL_CALL):
                 self._end_call()
                 self._content(piece)
-            case Tag(kind="function") if self._accepts(piece):
+            case Tag(kind=markup.FUNCTION) if self._accepts(piece):
                 self._end_call()
                 self._begin_call(piece)
 
@@ -191,15 +192,15 @@ class Parser:
         match piece:
             case str(text):
                 self._add_value(text)
-            case Tag(kind="/parameter"):
+            case Tag(kind=markup.PARAMETER_END):
                 self._doubt_value_end(piece, self._follows_value, self._end_value)
-            case Tag(kind="parameter") if self._is_next_parameter(piece):
+            case Tag(kind=markup.PARAMETER) if self._is_next_parameter(piece):
                 self._end_value()
                 self._begin_value(piece)
-            case Tag(kind="/function") if self._may_end_line():
+            case Tag(kind=markup.FUNCTION_END) if self._may_end_line():
                 self._doubt_value_end(piece, self._follows_call, self._end_value_and_call)
-            case Tag(kind="/tool_call") if self._may_end_line():
-                self._doubt_value_end(piece, lambda tag: tag.kind == "tool_call", self._end_value_and_call)
+            case Tag(kind=markup.TOOL_CALL_END) if self._may_end_line():
+                self._doubt_value_end(piece, lambda tag: tag.kind == markup.TOOL_CALL, self._end_value_and_call)
             case _:
                 self._add_value(piece.text)
 
@@ -248,7 +249,7 @@ class Parser:
 
     def _accepts(self, tag: Tag, is_wrapped: bool | None = None) -> bool:
         """Whether a tag begins a call: of a declared tool, or written exactly as it should be."""
-        if tag.kind != "function":
+        if tag.kind != markup.FUNCTION:
             return False
         is_exact = tag.is_exact and _NAME.fullmatch(tag.name) is not None
         is_wrapped = self._is_wrapped if is_wrapped is None else is_wrapped
@@ -297,12 +298,14 @@ class Parser:
         self._doubt = _Doubt(tag.text, is_borne_out, accept, True)
 
     def _follows_value(self, tag: Tag) -> bool:
-        if tag.kind == "parameter":
+        if tag.kind == markup.PARAMETER:
             return self._accepts_parameter(tag)
-        return tag.kind in ("/function", "/tool_call", "tool_call") or self._accepts(tag)
+        return tag.kind in (markup.FUNCTION_END, markup.TOOL_CALL_END, markup.TOOL_CALL) or self._accepts(tag)
 
     def _follows_call(self, tag: Tag) -> bool:
-        return tag.kind == "/tool_call" if self._is_wrapped else tag.kind == "tool_call" or self._accepts(tag)
+        return (
+            tag.kind == markup.TOOL_CALL_END if self._is_wrapped else tag.kind == markup.TOOL_CALL or self._accepts(tag)
+        )
 
     def _may_end_line(self) -> bool:
         """Whether a tag here may stand for a missing `</parameter>`: a declared tool's, at a line's start."""

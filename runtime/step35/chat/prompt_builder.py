@@ -17,10 +17,8 @@ from threading import Lock
 
 from step35.chat.messages import Conversation, Message
 from step35.chat.sampled_turns import Digest, KnownTurn, TurnMap
+from step35.markup import ASSISTANT_START, THINK, THINK_END, TURN_END, TURN_START
 
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-ASSISTANT = f"{TURN_START}assistant\n"
-THINK = "<think>"
 _CUT = re.compile(f"(?={re.escape(TURN_START)})")
 MAX_CHARS = 16_000_000
 """Of texts whose ids are kept."""
@@ -158,7 +156,7 @@ class PromptBuilder:
         around = []
         for n in range(n_turns):
             before, found, marked = marked.partition(self._place_holder(n))
-            header = before.rfind(ASSISTANT)
+            header = before.rfind(ASSISTANT_START)
             if not found or header < 0 or not marked.startswith(TURN_END):
                 return None
             around.append(before[:header])
@@ -183,7 +181,7 @@ class PromptBuilder:
     def _prompt(self, tokens: list[int], text: str, turns: tuple[KnownTurn, ...], n_known: int) -> Prompt:
         starts = tuple(i for i, token in enumerate(tokens) if token == self.start_token)
         tail = text[text.rfind(TURN_START) :]
-        return Prompt(tokens, starts, THINK in tail and "</think>" not in tail, turns, n_known)
+        return Prompt(tokens, starts, THINK in tail and THINK_END not in tail, turns, n_known)
 
 
 def _weave(text: str, around: Sequence[str]) -> list[str] | None:

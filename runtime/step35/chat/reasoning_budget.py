@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 
 from step35.chat.messages import Conversation, GenerationRequest
+from step35.markup import THINK_END
 
-THINK_END = "</think>"
 BUDGETS: dict[str | None, int | None] = {"none": 0, "low": 1024, "medium": 8192, "high": None, None: None}
 """Tokens of reasoning for one user request, over its whole tool loop."""
 SOFT_SHARE = 0.75

@@ -3,18 +3,28 @@
 import re
 from dataclasses import dataclass
 
-FIXED = ("<think>", "</think>", "<tool_call>", "</tool_call>", "</function>", "</parameter>")
-MAX_NAME = 200
-_TAG = re.compile(
-    rf"</?think>|</?tool_call>|</(?:function|parameter)>|<(function|parameter)([= ])([^<>\n]{{1,{MAX_NAME}}})>"
+from step35.markup import (
+    FUNCTION,
+    FUNCTION_END,
+    PARAMETER,
+    PARAMETER_END,
+    THINK,
+    THINK_END,
+    TOOL_CALL,
+    TOOL_CALL_END,
 )
-_BEGUN = re.compile(rf"<(?:function|parameter)(?:[= ][^<>\n]{{0,{MAX_NAME}}})?")
+
+FIXED = (THINK, THINK_END, TOOL_CALL, TOOL_CALL_END, FUNCTION_END, PARAMETER_END)
+NAMED = (FUNCTION, PARAMETER)
+MAX_NAME = 200
+_TAG = re.compile(rf"{'|'.join(FIXED)}|({'|'.join(NAMED)})([= ])([^<>\n]{{1,{MAX_NAME}}})>")
+_BEGUN = re.compile(rf"(?:{'|'.join(NAMED)})(?:[= ][^<>\n]{{0,{MAX_NAME}}})?")
 _LOOSE_NAME = re.compile(r"""\s*(?:name\s*=)?\s*(["']?)(.*?)\1\s*""")
 
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """A tag: `<function=NAME>` has the kind `function`. It is exact if written as the template writes it."""
+    """A tag. Its kind is its text, or FUNCTION or PARAMETER. It is exact if written as the template writes it."""
 
     text: str
     kind: str
@@ -23,37 +33,36 @@ class Tag:
 
 
 class TagReader:
-    """Splits text into tags and what stands between them; holds back what may become a tag.
+    """Splits text into tags and what stands between them; keeps back what may become a tag.
 
     Tags never depend on how the text was cut; the texts between them do, joined they don't.
     """
 
     def __init__(self) -> None:
-        self._held = ""
+        self._kept_back = ""
 
     def feed(self, text: str) -> list[str | Tag]:
-        text = self._held + text
+        text = self._kept_back + text
         if "<" not in text:
-            self._held = ""
+            self._kept_back = ""
             return [text] if text else []
         n_safe = len(text) - _n_begun(text)
-        self._held = text[n_safe:]
+        self._kept_back = text[n_safe:]
         return _split(text[:n_safe])
 
     def rest(self) -> str:
-        """Returns what was held back: text after all."""
-        rest, self._held = self._held, ""
+        """Returns what was kept back: text after all."""
+        rest, self._kept_back = self._kept_back, ""
         return rest
 
 
 def _n_begun(text: str) -> int:
     """Returns the length of the end of `text` that may yet become a tag."""
-    last = text.rfind("<", -(MAX_NAME + len("<parameter=")) - 1)
+    last = text.rfind("<", -(MAX_NAME + len(PARAMETER) + 1) - 1)
     tail = text[last:] if last >= 0 else ""
     begun = tail and (
         any(tag.startswith(tail) and tag != tail for tag in FIXED)
-        or "<function".startswith(tail)
-        or "<parameter".startswith(tail)
+        or any(tag.startswith(tail) for tag in NAMED)
         or _BEGUN.fullmatch(tail)
     )
     return len(tail) if begun else 0
@@ -75,7 +84,7 @@ def _split(text: str) -> list[str | Tag]:
 def _tag(match: re.Match[str]) -> Tag:
     kind, separator, raw = match.groups()
     if kind is None:
-        return Tag(match[0], match[0][1:-1])
+        return Tag(match[0], match[0])
     loose = _LOOSE_NAME.fullmatch(raw)
     name = loose[2] if loose else raw
     return Tag(match[0], kind, name, separator == "=" and name == raw)

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from step35.chat.errors import bad_request
 from step35.chat.messages import Conversation, Message, Tool, ToolCall
+from step35.markup import THINK, THINK_END
 
 _T = TypeVar("_T")
 
@@ -24,7 +25,6 @@ MAX_CHARS = 16 * 2**20
 MAX_SECONDS = 5.0
 """Of the thread's own time: a busy machine is no fault of the template."""
 WHITE_SPACE = " \t\n\r\v\f"
-THINK, THINK_END = "<think>\n", "\n</think>\n"
 PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"})
 FILTERS = """
     abs capitalize count d default dictsort first float int items join last length list lower map max min reject
@@ -56,7 +56,7 @@ class ChatTemplate:
             **({"reasoning_effort": effort} if effort else {}),
         }
         text = _translated(lambda: self._environment.write(self._template, variables))
-        return text + THINK_END if effort == "none" and text.endswith(THINK) else text
+        return text + f"\n{THINK_END}\n" if effort == "none" and text.endswith(f"{THINK}\n") else text
 
 
 def _translated(run: Callable[[], _T]) -> _T:

@@ -15,13 +15,13 @@ from step35.engine.detokenize import stream_text
 from step35.engine.engine import Engine
 from step35.engine.session import Session, Snapshot
 from step35.errors import Cancelled, ModelError, Step35Error
+from step35.markup import THINK_END
 from step35.native.model import chat_renderer
 from step35.planning.memory_pressure import Level
 from step35.sampling.sampler import Sampling
 from step35.sampling.token_chooser import Chooser
 
 HELP = "/save FILE, /load FILE, /reset, /quit; Ctrl-C stops an answer"
-THINK_END = "</think>"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from step35.errors import ModelError, NativeError, SettingsError
+from step35.markup import TURN_START
 from step35.native.context import Context, OnExperts
 from step35.native.devices import add_rpc_server
 from step35.native.file_facts import ARCHITECTURE, read_facts
@@ -46,7 +47,7 @@ class Model:
         self.bos: int = C.llama_vocab_bos(self._vocab)
         self.eos: int = C.llama_vocab_eos(self._vocab)
         self.add_bos: bool = C.llama_vocab_get_add_bos(self._vocab)
-        self.turn_start = None if self.draft_vocabulary else self._single_token(b"<|im_start|>")
+        self.turn_start = None if self.draft_vocabulary else self._single_token(TURN_START.encode())
         """The token that begins a message; None in a vocabulary without chat tokens."""
 
     def close(self) -> None:

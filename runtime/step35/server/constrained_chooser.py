@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from step35.chat.reasoning_budget import THINK_END, ReasoningWatch
+from step35.chat.reasoning_budget import ReasoningWatch
+from step35.markup import THINK, THINK_END, TOOL_CALL
 from step35.sampling.sampler import Sampling, adjust, choose
 from step35.sampling.token_chooser import Chooser, TokenLogprobs
 
 if TYPE_CHECKING:
     from step35.native.grammar import Grammar
 
-THINK, CALL = "<think>", "<tool_call>"
 LONGEST_PERIOD = 128
 MOST_REPEATED = 1024
 """Tokens that repeat with one period before an answer counts as endless."""
@@ -80,8 +80,8 @@ class ReasoningEnd:
         if self._is_over:
             self._follow(text)
             return []
-        if THINK_END in text or CALL in text:
-            self._is_over, self._has_spoken = True, CALL in text
+        if THINK_END in text or TOOL_CALL in text:
+            self._is_over, self._has_spoken = True, TOOL_CALL in text
             return []
         return self._end(self._watch.add(text))
 

@@ -31,6 +31,7 @@ from step35.chat.sampled_turns import TurnMap, known_turn
 from step35.engine.decode_loop import Turn, begin, step
 from step35.engine.engine import Engine
 from step35.errors import Cancelled, ContextFull, DoesNotFit, Step35Error
+from step35.markup import THINK_END, TOOL_CALL
 from step35.planning.memory_pressure import Level
 from step35.server.cache.session_pool import SessionPool
 from step35.server.constrained_chooser import ConstrainedChooser, LazyGrammar, ReasoningEnd, is_endless
@@ -298,11 +299,11 @@ class Scheduler:
             model = self.engine.model
             single = {
                 text: ids[0]
-                for text in ("</think>", "<tool_call>")
+                for text in (THINK_END, TOOL_CALL)
                 if len(ids := model.tokenize(text.encode(), add_bos=False, parse_special=True)) == 1
             }
             ends = {token for token in range(model.n_vocab) if model.is_eog(token)}
-            self._ids = (single.get("</think>"), frozenset(ends | {single.get("<tool_call>", -1)} - {-1}))
+            self._ids = (single.get(THINK_END), frozenset(ends | {single.get(TOOL_CALL, -1)} - {-1}))
         return self._ids
 
     # advancing

@@ -5,6 +5,7 @@ from typing import Any
 
 from step35.chat.messages import Conversation, GenerationRequest, JsonOutput, Tool
 from step35.chat.tool_arguments import types_of
+from step35.markup import FUNCTION_END, PARAMETER_END, TOOL_CALL, TOOL_CALL_END, function_tag, parameter_tag
 from step35.server.grammar.gbnf import Rules, either, json_literal, literal
 from step35.server.grammar.json_schema import KEYWORDS, schema_rule
 
@@ -23,8 +24,7 @@ def _text_rules(end: str) -> dict[str, str]:
 
 LEAD = r'"\n"{0,2}'
 """What may stand between the end of the reasoning and the answer."""
-VALUE_END = "</parameter>"
-TEXT_RULES = _text_rules(VALUE_END)
+TEXT_RULES = _text_rules(PARAMETER_END)
 WORDS = {"boolean": ("true", "false", "True", "False"), "null": ("null", "None")}
 
 
@@ -61,7 +61,7 @@ def _calls(rules: Rules, tools: Sequence[Tool], in_parallel: bool) -> str:
 
 def _call(rules: Rules, tool: Tool) -> str:
     parameters = [_parameter(rules, tool, name, schema) for name, schema in _properties(tool).items()]
-    begin, end = literal(f"<tool_call>\n<function={tool.name}>\n"), literal("</function>\n</tool_call>")
+    begin, end = literal(f"{TOOL_CALL}\n{function_tag(tool.name)}\n"), literal(f"{FUNCTION_END}\n{TOOL_CALL_END}")
     return rules.add("tool", " ".join([begin, *parameters, end]))
 
 
@@ -71,7 +71,7 @@ def _properties(tool: Tool) -> dict[str, Any]:
 
 
 def _parameter(rules: Rules, tool: Tool, name: str, schema: Any) -> str:
-    begin, end = literal(f"<parameter={name}>\n"), literal(f"\n{VALUE_END}\n")
+    begin, end = literal(f"{parameter_tag(name)}\n"), literal(f"\n{PARAMETER_END}\n")
     rule = rules.add("parameter", f"{begin} {_value(tool, schema)} {end}")
     required = tool.parameters.get("required")
     return rule if isinstance(required, list) and name in required else f"{rule}?"
