@@ -18,23 +18,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 
-from step35.chat.errors import ApiError
-from step35.chat.messages import (
+from step35.chat.events import (
     ContentDelta,
-    Conversation,
-    Event,
     Finished,
-    GenerationRequest,
-    Progress,
     ReasoningDelta,
-    Sse,
     TokenUsage,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
 )
+from step35.chat.messages import Conversation
 from step35.cli.agents import CLIENTS, Server
 from step35.server.api import chat_completions, messages, responses
+from step35.server.errors import ApiError
+from step35.server.events import Event, Progress, Sse
+from step35.server.generation_request import GenerationRequest
 
 APIS = {"/v1/responses": responses, "/v1/messages": messages, "/v1/chat/completions": chat_completions}
 SHELLS = {"exec_command": "cmd", "shell_command": "command", "Bash": "command", "bash": "command"}

@@ -8,21 +8,18 @@ import anthropic
 import httpx2
 import openai
 
-from step35.chat.errors import ApiError
-from step35.chat.messages import (
+from step35.chat.events import (
     ContentDelta,
-    Event,
-    Failed,
     Finished,
-    GenerationRequest,
-    Progress,
     ReasoningDelta,
-    Sse,
     TokenUsage,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
 )
+from step35.server.errors import ApiError
+from step35.server.events import Event, Failed, Progress, Sse
+from step35.server.generation_request import GenerationRequest
 
 USAGE = TokenUsage(n_prompt=100, n_cached=80, n_generated=20, n_reasoning=5)
 ANSWER: list[Event] = [

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fake_native import FakeContext, Script, loader
-from step35.chat.messages import Event, GenerationRequest
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.sampling.sampler import Sampling
+from step35.server.events import Event
+from step35.server.generation_request import GenerationRequest
 from step35.server.job import Job
 from step35.server.scheduler import Limits
 from step35.server.service import Service, Serving

@@ -3,20 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from step35.chat.messages import (
+from step35.chat.events import (
+    AnswerEvent,
     ContentDelta,
-    Event,
     Finished,
     Logprobs,
-    Message,
     ReasoningDelta,
     TokenText,
     TokenUsage,
-    ToolCall,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
 )
+from step35.chat.messages import Message, ToolCall
 from step35.chat.output_parser import Parser
 from step35.chat.tool_arguments import closed
 from step35.engine.detokenize import TextStream
@@ -76,17 +75,17 @@ class Answer:
     def in_reasoning(self) -> bool:
         return self.parser is not None and self.parser.in_reasoning
 
-    def feed(self, token: int, logprobs: TokenLogprobs | None = None) -> list[Event]:
+    def feed(self, token: int, logprobs: TokenLogprobs | None = None) -> list[AnswerEvent]:
         """Returns what a token brings."""
         self.n_tokens += 1
         self.n_reasoning += self.in_reasoning
-        events: list[Event] = [] if logprobs is None else [self._logprobs(logprobs)]
+        events: list[AnswerEvent] = [] if logprobs is None else [self._logprobs(logprobs)]
         text = self._text.add(token)
         if self._n_after_call is not None:
             self._n_after_call += MOST_AFTER_CALL if TOOL_CALL_END in text else 1
         return events + self._take(text)
 
-    def finish(self, reason: str, n_prompt: int, n_cached: int) -> list[Event]:
+    def finish(self, reason: str, n_prompt: int, n_cached: int) -> list[AnswerEvent]:
         """Returns the last events; `reason` is stop or length."""
         events = self._take(self._text.finish())
         if self.parser:
@@ -105,18 +104,18 @@ class Answer:
         calls = tuple(ToolCall(call.id, call.name, closed(call.arguments)) for call in self.calls)
         return Message("assistant", "".join(self.content), "".join(self.reasoning) or None, calls)
 
-    def _take(self, text: str) -> list[Event]:
+    def _take(self, text: str) -> list[AnswerEvent]:
         if not text:
             return []
         return self._keep(self.parser.feed(text)) if self.parser else self._until_stop(text)
 
-    def _keep(self, events: Sequence[Event]) -> list[Event]:
-        kept: list[Event] = []
+    def _keep(self, events: Sequence[AnswerEvent]) -> list[AnswerEvent]:
+        kept: list[AnswerEvent] = []
         for event in events:
             kept += self._keep_one(event)
         return kept
 
-    def _keep_one(self, event: Event) -> list[Event]:
+    def _keep_one(self, event: AnswerEvent) -> list[AnswerEvent]:
         if self.is_stopped:
             return []
         match event:
@@ -133,7 +132,7 @@ class Answer:
                 self.calls[index].arguments += fragment
         return [event]
 
-    def _until_stop(self, text: str) -> list[Event]:
+    def _until_stop(self, text: str) -> list[AnswerEvent]:
         if not self.stop:
             return self._content(text)
         self._fed.append(text)
@@ -143,7 +142,7 @@ class Answer:
             self.stop_text = next(stop for stop in self.stop if stop and "".join(self._fed).startswith(stop, n_shown))
         return events
 
-    def _content(self, text: str) -> list[Event]:
+    def _content(self, text: str) -> list[AnswerEvent]:
         if not text:
             return []
         self.content.append(text)

@@ -18,18 +18,18 @@ writes may well contain these tags.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from step35 import markup
-from step35.chat.messages import (
+from step35.chat.events import (
+    AnswerEvent,
     ContentDelta,
-    Event,
     ReasoningDelta,
-    Tool,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
+    merged,
 )
+from step35.chat.messages import Tool
 from step35.chat.tags import Tag, TagReader
 from step35.chat.tool_arguments import ArgumentWriter
 
@@ -55,7 +55,7 @@ class Parser:
         self._tools = {tool.name: tool for tool in tools}
         self._new_id = new_id
         self._reader = TagReader()
-        self._events: list[Event] = []
+        self._events: list[AnswerEvent] = []
         self._state: Callable[[str | Tag], None] = self._reasoning if in_reasoning else self._content
         self._doubt: _Doubt | None = None
         self._held = ""  # a newline that may belong to the tag after it
@@ -82,13 +82,13 @@ class Parser:
         """Number of calls begun."""
         return self._n_calls
 
-    def feed(self, text: str) -> list[Event]:
+    def feed(self, text: str) -> list[AnswerEvent]:
         """Returns what a piece of text makes certain."""
         for piece in self._reader.feed(text):
             self._take(piece)
         return self._taken()
 
-    def finish(self, truncated: bool) -> list[Event]:
+    def finish(self, truncated: bool) -> list[AnswerEvent]:
         """Returns what is left at the end of the turn; a call that was cut short stays open-ended JSON."""
         rest, doubt = self._reader.rest(), self._doubt
         if doubt and doubt.counts_at_end:
@@ -325,25 +325,9 @@ class Parser:
         if text:
             self._emit(kind(text))
 
-    def _emit(self, event: Event) -> None:
+    def _emit(self, event: AnswerEvent) -> None:
         self._events.append(event)
 
-    def _taken(self) -> list[Event]:
+    def _taken(self) -> list[AnswerEvent]:
         events, self._events = self._events, []
         return merged(events)
-
-
-def merged(events: list[Event]) -> list[Event]:
-    """Joins neighbours of the same kind."""
-    if len(events) < 2:
-        return events
-    joined: list[Event] = []
-    for kind, group in groupby(events, type):
-        if kind in (ReasoningDelta, ContentDelta):
-            joined.append(kind("".join(event.text for event in group)))
-        elif kind is ToolCallArguments:
-            fragments = list(group)
-            joined.append(ToolCallArguments(fragments[0].index, "".join(event.fragment for event in fragments)))
-        else:
-            joined += group
-    return joined

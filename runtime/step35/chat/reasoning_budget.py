@@ -10,7 +10,7 @@ token is looked at before it is taken: `self.` and `3.` end nothing.
 import re
 from dataclasses import dataclass
 
-from step35.chat.messages import Conversation, GenerationRequest
+from step35.chat.messages import Conversation
 from step35.markup import THINK_END
 
 BUDGETS: dict[str | None, int | None] = {"none": 0, "low": 1024, "medium": 8192, "high": None, None: None}
@@ -20,9 +20,12 @@ ENDS = ("\n", ". ", "! ", "? ", "。", "！", "？")
 _MAY_END = re.compile(r"""[.!?]["')\]*`]*$""")
 
 
-def budget_of(ask: GenerationRequest) -> int | None:
-    """Returns the tokens of reasoning that a request may take in all; None is without end."""
-    return BUDGETS[ask.effort] if ask.reasoning_budget is None or ask.effort == "none" else ask.reasoning_budget
+def budget_of(effort: str | None, n_tokens: int | None) -> int | None:
+    """Returns the tokens of reasoning that a user request may take in all; None is without end.
+
+    `n_tokens` is a budget that the client gave; it goes before any effort but "none".
+    """
+    return BUDGETS[effort] if n_tokens is None or effort == "none" else n_tokens
 
 
 def reasoning_so_far(conversation: Conversation) -> tuple[str, ...]:
@@ -68,7 +71,6 @@ class ReasoningWatch:
         return self._tail.endswith(ENDS) or (following[:1].isspace() and _MAY_END.search(self._tail) is not None)
 
 
-def watch(ask: GenerationRequest, n_spent_before: int) -> ReasoningWatch:
-    """Returns the watch of a turn, given the tokens that `reasoning_so_far` took."""
-    budget = budget_of(ask)
+def watch(budget: int | None, n_spent_before: int) -> ReasoningWatch:
+    """Returns the watch of a turn, given its user request's budget and the tokens that `reasoning_so_far` took."""
     return ReasoningWatch(None if budget is None else max(budget - n_spent_before, 0))

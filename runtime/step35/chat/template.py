@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from jinja2 import Template, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from step35.chat.errors import bad_request
+from step35.chat.errors import BadConversation
 from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.markup import THINK, THINK_END
 
@@ -41,13 +41,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, bos: str, eos: str, max_seconds: float = MAX_SECONDS) -> None:
         if len(source) > MAX_SOURCE:
-            raise bad_request(f"chat template too long: expected at most {MAX_SOURCE} characters, got {len(source)}")
+            raise BadConversation(
+                f"chat template too long: expected at most {MAX_SOURCE} characters, got {len(source)}"
+            )
         self._environment = _Environment(max_seconds)
         self._globals = {"bos_token": bos, "eos_token": eos}
         self._template = _translated(lambda: self._environment.guarded(source))
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = True, effort: str | None = None) -> str:
-        """Returns the prompt; with effort "none" its reasoning is closed already. Raises ApiError."""
+        """Returns the prompt; with effort "none" its reasoning is closed already. Raises BadConversation."""
         variables = {
             **self._globals,
             "messages": [_message(message) for message in conversation.messages],
@@ -60,13 +62,13 @@ class ChatTemplate:
 
 
 def _translated(run: Callable[[], _T]) -> _T:
-    """Runs a piece of the template; whatever it raises is a wrong request: it depends on the messages."""
+    """Runs a piece of the template; whatever it raises is the conversation's fault: it depends on the messages."""
     try:
         return run()
     except RecursionError:
-        raise bad_request("the chat template failed: it calls itself without end") from None
+        raise BadConversation("the chat template failed: it calls itself without end") from None
     except Exception as error:
-        raise bad_request(f"the chat template failed: {type(error).__name__}: {error}", "messages") from error
+        raise BadConversation(f"the chat template failed: {type(error).__name__}: {error}", "messages") from error
 
 
 class _Environment(ImmutableSandboxedEnvironment):

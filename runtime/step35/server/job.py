@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from step35.chat.answer import Answer
-from step35.chat.messages import Event, Failed, Finished, GenerationRequest
+from step35.chat.events import Finished
 from step35.chat.prompt_builder import Prompt
 from step35.engine.decode_loop import Turn
 from step35.server.cache.session_pool import SessionSlot
 from step35.server.constrained_chooser import ConstrainedChooser
+from step35.server.events import Event, Failed
+from step35.server.generation_request import GenerationRequest
 
 _E = TypeVar("_E", bound=Event)
 ENDS = (Finished, Failed)

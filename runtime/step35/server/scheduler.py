@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from step35.chat.answer import Answer
-from step35.chat.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, bad_request
-from step35.chat.messages import ContentDelta, Conversation, Event, Failed, Progress
-from step35.chat.output_parser import Parser, merged
+from step35.chat.events import ContentDelta, merged
+from step35.chat.messages import Conversation
+from step35.chat.output_parser import Parser
 from step35.chat.prompt_builder import LEAST_CHECKPOINT, LEAST_PIECE
-from step35.chat.reasoning_budget import watch
+from step35.chat.reasoning_budget import budget_of, watch
 from step35.chat.sampled_turns import TurnMap, known_turn
 from step35.engine.decode_loop import Turn, begin, step
 from step35.engine.engine import Engine
@@ -35,6 +35,8 @@ from step35.markup import THINK_END, TOOL_CALL
 from step35.planning.memory_pressure import Level
 from step35.server.cache.session_pool import SessionPool
 from step35.server.constrained_chooser import ConstrainedChooser, LazyGrammar, ReasoningEnd, is_endless
+from step35.server.errors import BROKEN, BUSY, UNAVAILABLE, ApiError, api_error
+from step35.server.events import Event, Failed, Progress
 from step35.server.job import EventBridge, Job
 from step35.server.metrics import Metrics, Throughput
 
@@ -259,7 +261,7 @@ class Scheduler:
             )
         except Step35Error as error:
             held.is_taken = False
-            self._fail(job, _told(error))
+            self._fail(job, api_error(error))
             return True
         if held.session.n_past >= LEAST_CHECKPOINT:
             held.session.checkpoint()  # an edit of the last message comes back here
@@ -290,7 +292,9 @@ class Scheduler:
         end = None
         if job.prompt.opens_reasoning:
             tokenize = partial(self.engine.tokenize, add_bos=False)
-            end = ReasoningEnd(watch(ask, job.n_reasoned), self._pieces[True], tokenize)
+            end = ReasoningEnd(
+                watch(budget_of(ask.effort, ask.reasoning_budget), job.n_reasoned), self._pieces[True], tokenize
+            )
         return ConstrainedChooser(sampling, model.eos, grammar=grammar, n_logprobs=ask.n_logprobs, reasoning_end=end)
 
     def _special_ids(self) -> tuple[int | None, frozenset[int]]:
@@ -478,15 +482,6 @@ class Scheduler:
         with self._lock:
             self._n_submitted -= 1
         job.feed.publish(events)
-
-
-def _told(error: Step35Error) -> ApiError:
-    """Returns what a client hears when its request can't begin."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, DoesNotFit):
-        return ApiError(503, UNAVAILABLE, str(error))
-    return bad_request(str(error))
 
 
 def _padded(counts: list[int], stats) -> list[int]:

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from step35.chat.errors import TOO_LONG, bad_request
-from step35.chat.messages import Conversation, GenerationRequest
+from step35.chat.errors import BadConversation
+from step35.chat.messages import Conversation
 from step35.chat.prompt_builder import Prompt, PromptBuilder, TokenCache
 from step35.chat.reasoning_budget import budget_of, reasoning_so_far
 from step35.chat.sampled_turns import TurnMap
@@ -22,6 +22,8 @@ from step35.sampling.sampler import Sampling
 from step35.server.api.sampling_presets import shipped_presets
 from step35.server.cache.session_disk import SessionDisk, model_digest
 from step35.server.cache.session_pool import SessionPool
+from step35.server.errors import TOO_LONG, api_error, bad_request
+from step35.server.generation_request import GenerationRequest
 from step35.server.grammar.tool_grammar import grammar_of
 from step35.server.job import EventLog, Job
 from step35.server.metrics import Metrics, resident_bytes
@@ -130,7 +132,7 @@ class Service:
 
     def _n_reasoned(self, ask: GenerationRequest, prompt: Prompt) -> int:
         """Returns the tokens of reasoning that this user request took so far, those a client left out included."""
-        if not isinstance(ask.prompt, Conversation) or budget_of(ask) is None:
+        if not isinstance(ask.prompt, Conversation) or budget_of(ask.effort, ask.reasoning_budget) is None:
             return 0
         ours = iter(prompt.turns)
         messages = [next(ours).message if m.role == "assistant" and prompt.turns else m for m in ask.prompt.messages]
@@ -149,6 +151,8 @@ class Service:
             tokens = self.engine.tokenize(ask.prompt) if isinstance(ask.prompt, str) else list(ask.prompt)
         except UnicodeEncodeError as error:
             raise bad_request(f"bad text: {error.reason} at character {error.start}") from None
+        except BadConversation as error:
+            raise api_error(error) from error
         return Prompt(tokens or [self.engine.model.bos])
 
     def _chat_prompt(self, ask: GenerationRequest) -> Prompt:

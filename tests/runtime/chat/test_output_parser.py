@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step35.chat.messages import (
-    ContentDelta,
-    Event,
-    ReasoningDelta,
-    Tool,
-    ToolCallArguments,
-    ToolCallBegin,
-    ToolCallEnd,
-)
+from step35.chat.events import AnswerEvent, ContentDelta, ReasoningDelta, ToolCallArguments, ToolCallBegin, ToolCallEnd
+from step35.chat.messages import Tool
 from step35.chat.output_parser import Parser
 from step35.chat.tool_arguments import closed
 
@@ -54,7 +47,7 @@ def parse(
     return joined(events)
 
 
-def joined(events: Sequence[Event]) -> dict:
+def joined(events: Sequence[AnswerEvent]) -> dict:
     said: dict = {"reasoning": "", "content": "", "calls": [], "order": []}
     for event in events:
         kind = type(event).__name__
@@ -222,7 +215,7 @@ def test_what_the_template_writes_is_read_back(parameters: dict[str, str], reaso
     )
 
 
-def streamed(text: str) -> Iterator[tuple[str, list[Event]]]:
+def streamed(text: str) -> Iterator[tuple[str, list[AnswerEvent]]]:
     parser = Parser(TOOLS, False, lambda: "call")
     for letter in text:
         yield letter, parser.feed(letter)

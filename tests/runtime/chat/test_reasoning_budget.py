@@ -3,28 +3,24 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step35.chat.messages import Conversation, GenerationRequest, Message
+from step35.chat.messages import Conversation, Message
 from step35.chat.reasoning_budget import SOFT_SHARE, ReasoningWatch, budget_of, reasoning_so_far, watch
-from step35.sampling.sampler import Sampling
 from step35.server.constrained_chooser import ReasoningEnd
 
 
-def ask(**fields: object) -> GenerationRequest:
-    return GenerationRequest(Conversation((Message("user", "hi"),)), Sampling(), **fields)
+def low() -> int | None:
+    return budget_of("low", None)
 
 
 def test_efforts_are_budgets_and_a_budget_in_tokens_goes_before() -> None:
-    assert [budget_of(ask(effort=effort)) for effort in ("none", "low", "medium", "high", None)] == [
+    assert [budget_of(effort, None) for effort in ("none", "low", "medium", "high", None)] == [
         0,
         1024,
         8192,
         None,
         None,
     ]
-    assert (
-        budget_of(ask(effort="low", reasoning_budget=5000)) == 5000
-        and budget_of(ask(effort="none", reasoning_budget=5)) == 0
-    )
+    assert budget_of("low", 5000) == 5000 and budget_of("none", 5) == 0
 
 
 def test_the_budget_holds_over_the_tool_loop_of_a_user_request() -> None:
@@ -36,16 +32,16 @@ def test_the_budget_holds_over_the_tool_loop_of_a_user_request() -> None:
     assert (
         reasoning_so_far(Conversation(turns[3:])) == ("one", "two") and reasoning_so_far(Conversation(turns[:3])) == ()
     )
-    assert watch(ask(effort="low"), 1000).n_left == 24 and watch(ask(effort="low"), 2000).n_left == 0
+    assert watch(low(), 1000).n_left == 24 and watch(low(), 2000).n_left == 0
 
 
 def test_without_a_budget_nothing_is_forced() -> None:
-    endless = watch(ask(), 10**9)
+    endless = watch(None, 10**9)
     assert all(endless.add("word.\n") is None for _ in range(10_000))
 
 
 def test_a_spent_budget_closes_the_reasoning_at_once() -> None:
-    assert watch(ask(effort="low"), 1024).due() == "\n</think>\n"
+    assert watch(low(), 1024).due() == "\n</think>\n"
 
 
 def closes(texts: list[str], n_left: int) -> tuple[int, str]:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from step35.chat.errors import ApiError
+from step35.chat.errors import BadConversation
 from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.chat.template import ChatTemplate
+from step35.server.errors import api_error
 
 SOURCE = (Path(__file__).parents[2] / "data" / "tiny-step35" / "chat_template.jinja").read_text(encoding="utf-8")
 BOS, EOS = "<bos>", "<eos>"
@@ -130,11 +131,11 @@ HOSTILE = {
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_template_is_one_clear_error_in_good_time(source: str) -> None:
     began = time.monotonic()
-    with pytest.raises(ApiError, match="the chat template failed") as caught:
+    with pytest.raises(BadConversation, match="the chat template failed") as caught:
         ChatTemplate(source, BOS, EOS, max_seconds=0.2).render(Conversation((Message("user", "hi"),)))
-    assert caught.value.status == 400 and time.monotonic() - began < 5
+    assert api_error(caught.value).status == 400 and time.monotonic() - began < 5
 
 
 def test_a_template_that_is_too_long_is_refused() -> None:
-    with pytest.raises(ApiError, match="at most 262144 characters, got 262145"):
+    with pytest.raises(BadConversation, match="at most 262144 characters, got 262145"):
         ChatTemplate("x" * (256 * 1024 + 1), BOS, EOS)

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from live_server import LiveServer
-from step35.chat.messages import ContentDelta, Event, Finished, TokenUsage, ToolCallArguments, ToolCallBegin
+from step35.chat.events import ContentDelta, Finished, TokenUsage, ToolCallArguments, ToolCallBegin
 from step35.cli.agents import CLIENTS, TOOL, RoundTrip, Server
 from step35.errors import Step35Error
 from step35.server.api import chat_completions, messages, responses
+from step35.server.events import Event
 from tiny_model import tiny_gguf
 
 KEY = "secret-key"

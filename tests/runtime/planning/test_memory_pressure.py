@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from fake_native import Script, loader
 from server_fakes import answer, ask, events_of, fake_service, serve
-from step35.chat.errors import ApiError
 from step35.engine.budget import Budget
 from step35.engine.decode_loop import begin, generate
 from step35.engine.engine import Engine
@@ -25,6 +24,7 @@ from step35.planning.memory_pressure import Level, Reading, Thresholds, next_lev
 from step35.planning.watchdog import Watchdog
 from step35.sampling.sampler import Sampling
 from step35.sampling.token_chooser import Chooser
+from step35.server.errors import ApiError
 from tiny_model import tiny_gguf
 
 GREEDY = Sampling(temperature=0)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from server_fakes import GREEDY, events_of, serve
-from step35.chat.messages import Conversation, GenerationRequest, Message, Tool, ToolCall
+from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.chat.prompt_builder import Prompt
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.server.api.collected import collect
+from step35.server.generation_request import GenerationRequest
 from step35.server.job import EventLog, Job
 from step35.server.scheduler import Limits
 from step35.server.service import Service, Serving

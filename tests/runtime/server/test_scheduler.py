@@ -8,10 +8,11 @@ import pytest
 
 from fake_native import FakeContext, Script, next_token
 from server_fakes import Gate, answer, ask, events_of, fake_service, serve
-from step35.chat.errors import ApiError
-from step35.chat.messages import ContentDelta, Failed, Finished, Progress
+from step35.chat.events import ContentDelta, Finished
 from step35.chat.prompt_builder import LEAST_CHECKPOINT
 from step35.server.constrained_chooser import LazyGrammar, is_endless
+from step35.server.errors import ApiError
+from step35.server.events import Failed, Progress
 
 
 def greedy(prompt: list[int], n: int) -> str:

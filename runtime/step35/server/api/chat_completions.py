@@ -5,31 +5,24 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from step35.chat.errors import bad_request
-from step35.chat.messages import (
+from step35.chat.events import (
     ContentDelta,
-    Conversation,
-    Event,
-    Failed,
     Finished,
-    GenerationRequest,
-    JsonOutput,
     Logprobs,
-    Message,
-    Progress,
     ReasoningDelta,
-    Sse,
     TokenText,
     TokenUsage,
-    Tool,
-    ToolCall,
     ToolCallArguments,
     ToolCallBegin,
 )
+from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.server.api import request_fields, request_limits
 from step35.server.api.collected import collect
 from step35.server.api.openai_errors import error_body
 from step35.server.api.request_fields import OMITTED, Body, Count, Frame, SamplingBody, Whole, dumps
+from step35.server.errors import bad_request
+from step35.server.events import Event, Failed, Progress, Sse
+from step35.server.generation_request import GenerationRequest, JsonOutput
 
 __all__ = ["Writer", "error_body", "read", "whole"]
 

@@ -3,19 +3,18 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from step35.chat.messages import (
+from step35.chat.events import (
     ContentDelta,
-    Event,
-    Failed,
     Finished,
     Logprobs,
     ReasoningDelta,
     TokenUsage,
-    ToolCall,
     ToolCallArguments,
     ToolCallBegin,
 )
+from step35.chat.messages import ToolCall
 from step35.chat.tool_arguments import closed
+from step35.server.events import Event, Failed
 
 
 @dataclass(slots=True)

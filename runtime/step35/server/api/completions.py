@@ -6,13 +6,15 @@ from typing import Any
 
 from pydantic import Field
 
-from step35.chat.errors import bad_request
-from step35.chat.messages import ContentDelta, Event, Failed, Finished, GenerationRequest, Logprobs, Progress, Sse
+from step35.chat.events import ContentDelta, Finished, Logprobs
 from step35.server.api import request_fields, request_limits
 from step35.server.api.chat_completions import DONE, StreamOptionsBody, usage_body
 from step35.server.api.collected import collect
 from step35.server.api.openai_errors import error_body
 from step35.server.api.request_fields import Frame, SamplingBody, Whole, dumps
+from step35.server.errors import bad_request
+from step35.server.events import Event, Failed, Progress, Sse
+from step35.server.generation_request import GenerationRequest
 
 __all__ = ["Writer", "error_body", "read", "whole"]
 

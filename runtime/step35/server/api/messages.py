@@ -6,29 +6,22 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from step35.chat.errors import ApiError, bad_request
-from step35.chat.messages import (
+from step35.chat.events import (
     ContentDelta,
-    Conversation,
-    Event,
-    Failed,
     Finished,
-    GenerationRequest,
-    JsonOutput,
-    Message,
-    Progress,
     ReasoningDelta,
-    Sse,
     TokenUsage,
-    Tool,
-    ToolCall,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
 )
+from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.server.api import request_fields, request_limits
 from step35.server.api.collected import collect
 from step35.server.api.request_fields import OMITTED, Body, Count, Frame, SamplingBody, dumps
+from step35.server.errors import ApiError, bad_request
+from step35.server.events import Event, Failed, Progress, Sse
+from step35.server.generation_request import GenerationRequest, JsonOutput
 
 SIGNATURE = "step35"
 """Thinking needs one to be sent back; nobody checks it here."""

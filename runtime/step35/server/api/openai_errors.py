@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from step35.chat.errors import ApiError
+from step35.server.errors import ApiError
 
 
 def error_body(error: ApiError, request_id: str) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from step35.chat.errors import ApiError, bad_request
 from step35.chat.messages import Tool
 from step35.errors import SettingsError
 from step35.sampling.sampler import Sampling
 from step35.server.api import request_limits
 from step35.server.api.sampling_presets import Preset, shipped_presets
+from step35.server.errors import ApiError, bad_request
 
 _B = TypeVar("_B", bound=BaseModel)
 _V = TypeVar("_V")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from step35.chat.errors import bad_request, too_large
+from step35.server.errors import bad_request, too_large
 
 MAX_DEPTH = 64
 MAX_NODES = 500_000

@@ -7,8 +7,8 @@ declared.
 
 from typing import Any
 
-from step35.chat.errors import ApiError, bad_request
 from step35.chat.tool_arguments import json_type, resolved
+from step35.server.errors import ApiError, bad_request
 from step35.server.grammar.gbnf import Rules, either, json_literal, repeated
 from step35.server.grammar.number_range import MAX_DIGITS, MOST, between
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from step35.chat.messages import Conversation, GenerationRequest, JsonOutput, Tool
+from step35.chat.messages import Conversation, Tool
 from step35.chat.tool_arguments import types_of
 from step35.markup import FUNCTION_END, PARAMETER_END, TOOL_CALL, TOOL_CALL_END, function_tag, parameter_tag
+from step35.server.generation_request import GenerationRequest, JsonOutput
 from step35.server.grammar.gbnf import Rules, either, json_literal, literal
 from step35.server.grammar.json_schema import KEYWORDS, schema_rule
 

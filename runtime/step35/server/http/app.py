@@ -22,9 +22,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from step35.chat.errors import BROKEN, FORBIDDEN, INVALID, NOT_FOUND, UNAUTHORIZED, ApiError, bad_request
-from step35.chat.messages import GenerationRequest
 from step35.server.api import chat_completions, completions, messages, responses
+from step35.server.errors import BROKEN, FORBIDDEN, INVALID, NOT_FOUND, UNAUTHORIZED, ApiError, bad_request
+from step35.server.generation_request import GenerationRequest
 from step35.server.http.openapi import description
 from step35.server.http.streams import (
     MAX_BODY,

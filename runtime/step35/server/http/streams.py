@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from step35.chat.errors import INVALID, ApiError, bad_request, too_large
-from step35.chat.messages import Event, Failed, Progress, Sse
-from step35.chat.output_parser import merged
+from step35.chat.events import merged
+from step35.server.errors import INVALID, ApiError, bad_request, too_large
+from step35.server.events import Event, Failed, Progress, Sse
 from step35.server.job import Job
 
 MAX_BODY = 64 << 20

@@ -9,21 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, written
-from step35.chat.errors import ApiError
-from step35.chat.messages import (
-    ContentDelta,
-    Failed,
-    Finished,
-    JsonOutput,
-    Logprobs,
-    Message,
-    Progress,
-    TokenText,
-    TokenUsage,
-    Tool,
-    ToolCall,
-)
+from step35.chat.events import ContentDelta, Finished, Logprobs, TokenText, TokenUsage
+from step35.chat.messages import Message, Tool, ToolCall
 from step35.server.api import chat_completions, request_limits
+from step35.server.errors import ApiError
+from step35.server.events import Failed, Progress
+from step35.server.generation_request import JsonOutput
 
 HI = [{"role": "user", "content": "hi"}]
 TOOLS = [

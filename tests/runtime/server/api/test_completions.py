@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from served import USAGE, Served
-from step35.chat.errors import ApiError
-from step35.chat.messages import ContentDelta, Finished, Logprobs, TokenText
+from step35.chat.events import ContentDelta, Finished, Logprobs, TokenText
 from step35.server.api import completions
+from step35.server.errors import ApiError
 
 TOKENS = [
     Logprobs(TokenText(b"Hel", -0.5), (TokenText(b"Hel", -0.5),)),

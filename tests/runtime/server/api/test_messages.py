@@ -9,21 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, written
-from step35.chat.errors import ApiError
-from step35.chat.messages import (
-    ContentDelta,
-    Failed,
-    Finished,
-    Message,
-    Progress,
-    ReasoningDelta,
-    Tool,
-    ToolCall,
-    ToolCallArguments,
-    ToolCallBegin,
-    ToolCallEnd,
-)
+from step35.chat.events import ContentDelta, Finished, ReasoningDelta, ToolCallArguments, ToolCallBegin, ToolCallEnd
+from step35.chat.messages import Message, Tool, ToolCall
 from step35.server.api import messages
+from step35.server.errors import ApiError
+from step35.server.events import Failed, Progress
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 TOOLS: list[Any] = [{"name": name, "description": "d", "input_schema": TOOL_SCHEMA} for name in ("weather", "now")]

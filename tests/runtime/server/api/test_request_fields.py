@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from step35.chat.errors import ApiError
 from step35.server.api import chat_completions, completions, messages, responses
+from step35.server.errors import ApiError
 
 HELLO = [{"role": "user", "content": "Hi"}]
 BODIES: dict[ModuleType, dict[str, Any]] = {

@@ -11,22 +11,20 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, written
-from step35.chat.errors import ApiError
-from step35.chat.messages import (
+from step35.chat.events import (
     ContentDelta,
-    Failed,
     Finished,
-    JsonOutput,
     Logprobs,
-    Message,
     TokenText,
-    Tool,
-    ToolCall,
     ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
 )
+from step35.chat.messages import Message, Tool, ToolCall
 from step35.server.api import responses
+from step35.server.errors import ApiError
+from step35.server.events import Failed
+from step35.server.generation_request import JsonOutput
 
 TOOLS: list[Any] = [
     {"type": "function", "name": name, "description": "d", "strict": False, "parameters": TOOL_SCHEMA}

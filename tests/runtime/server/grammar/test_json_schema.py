@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step35.chat.errors import ApiError
-from step35.chat.messages import Conversation, GenerationRequest, JsonOutput, Message, Tool
+from step35.chat.messages import Conversation, Message, Tool
 from step35.chat.output_parser import Parser
 from step35.native.model import Model
 from step35.options import ModelOptions
 from step35.sampling.sampler import Sampling
+from step35.server.errors import ApiError
+from step35.server.generation_request import GenerationRequest, JsonOutput
 from step35.server.grammar.number_range import between
 from step35.server.grammar.tool_grammar import grammar_of
 from tiny_model import tiny_gguf

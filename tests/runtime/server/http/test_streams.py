@@ -8,18 +8,10 @@ from typing import Any
 import pytest
 
 from server_fakes import ask
-from step35.chat.messages import (
-    ContentDelta,
-    Event,
-    Finished,
-    GenerationRequest,
-    Progress,
-    ReasoningDelta,
-    TokenUsage,
-    ToolCallArguments,
-    ToolCallBegin,
-)
+from step35.chat.events import ContentDelta, Finished, ReasoningDelta, TokenUsage, ToolCallArguments, ToolCallBegin
 from step35.server.api import chat_completions, completions, messages, responses
+from step35.server.events import Event, Progress
+from step35.server.generation_request import GenerationRequest
 from step35.server.http import streams
 from step35.server.http.streams import EventStream
 from step35.server.job import EventBridge, EventLog
