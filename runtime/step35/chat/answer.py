@@ -16,7 +16,7 @@ from step35.chat.events import (
     ToolCallEnd,
 )
 from step35.chat.messages import Message, ToolCall
-from step35.chat.output_parser import Parser
+from step35.chat.output_parser import OutputParser
 from step35.chat.tool_arguments import closed
 from step35.engine.detokenize import TextStream
 from step35.markup import TOOL_CALL_END
@@ -43,7 +43,7 @@ class Answer:
     """
 
     piece: Piece
-    parser: Parser | None
+    parser: OutputParser | None
     stop: Sequence[str] = ()
     may_call_twice: bool = True
     n_tokens: int = 0

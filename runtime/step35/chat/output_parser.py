@@ -11,13 +11,14 @@ As the template has it, a turn is `REASONING</think>CONTENT` and then any number
     </tool_call>
 
 Models slip. For a declared tool the wrapper, `</parameter>`, `</function>` and the equals sign may be
-missing. A tag counts as one where what follows bears it out; else it is text: a file that a model
+missing. A tag counts as one where what follows confirms it; else it is text: a file that a model
 writes may well contain these tags.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from step35 import markup
 from step35.chat.events import (
@@ -33,21 +34,66 @@ from step35.chat.messages import Tool
 from step35.chat.tags import Tag, TagReader
 from step35.chat.tool_arguments import ArgumentWriter
 
-MAX_WHITE_SPACE = 64  # between two tags that bear each other out
+MAX_WHITE_SPACE = 64  # between two tags of which the second confirms the first
 _NAME = re.compile(r"[\w.:/-]+", re.ASCII)
 
 
 @dataclass(slots=True)
-class _Doubt:
-    """A tag that is one only if the next tag is as expected; `text` is it and the white space since."""
+class _PendingTag:
+    """A tag that is one only if the next tag confirms it; `text` is it and the white space since."""
 
     text: str
-    is_borne_out: Callable[[Tag], bool]
+    is_confirmed_by: Callable[[Tag], bool]
     accept: Callable[[], None]
     counts_at_end: bool
 
 
-class Parser:
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that is being written; `tool` is None if nobody declared it."""
+
+    tool: Tool | None
+    arguments: ArgumentWriter
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        properties = self.tool.parameters.get("properties") if self.tool else None
+        return properties if isinstance(properties, dict) else {}
+
+    def accepts(self, tag: Tag) -> bool:
+        """Whether a parameter's tag is one of this call."""
+        return tag.is_exact or tag.name in self.properties
+
+
+# where in the turn the text stands
+
+
+@dataclass(frozen=True, slots=True)
+class _Reasoning:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """Between the parameters of a call."""
+
+    call: _Call
+
+
+@dataclass(slots=True)
+class _Value:
+    """In a parameter's value."""
+
+    call: _Call
+    is_empty: bool = True
+
+
+class OutputParser:
     """Turns a turn's text into events; call `feed` with each piece of text and `finish` at the end."""
 
     def __init__(self, tools: Sequence[Tool], in_reasoning: bool, new_id: Callable[[], str]) -> None:
@@ -56,31 +102,19 @@ class Parser:
         self._new_id = new_id
         self._reader = TagReader()
         self._events: list[AnswerEvent] = []
-        self._state: Callable[[str | Tag], None] = self._reasoning if in_reasoning else self._content
-        self._doubt: _Doubt | None = None
-        self._held = ""  # a newline that may belong to the tag after it
+        self._state: _Reasoning | _Content | _Parameters | _Value = _Reasoning() if in_reasoning else _Content()
+        self._pending: _PendingTag | None = None
+        self._newline = ""  # one that may belong to the tag after it
         self._white: list[str] = []  # white space that is content only if content follows
         self._at_start = False  # the next newline belongs to the tag before it
         self._has_content = False
         self._after_call = False
         self._is_wrapped = False
         self._n_calls = 0
-        self._tool: Tool | None = None
-        self._arguments: ArgumentWriter | None = None
-        self._value_is_empty = True
 
     @property
     def in_reasoning(self) -> bool:
-        return self._state == self._reasoning
-
-    @property
-    def in_call(self) -> bool:
-        return self._arguments is not None
-
-    @property
-    def n_calls(self) -> int:
-        """Number of calls begun."""
-        return self._n_calls
+        return isinstance(self._state, _Reasoning)
 
     def feed(self, text: str) -> list[AnswerEvent]:
         """Returns what a piece of text makes certain."""
@@ -90,12 +124,12 @@ class Parser:
 
     def finish(self, truncated: bool) -> list[AnswerEvent]:
         """Returns what is left at the end of the turn; a call that was cut short stays open-ended JSON."""
-        rest, doubt = self._reader.rest(), self._doubt
-        if doubt and doubt.counts_at_end:
-            self._doubt = None
-            doubt.accept()
-        elif truncated and (doubt or self.in_call or self._after_call):
-            self._doubt = None  # half a tag
+        rest, pending = self._reader.rest(), self._pending
+        if pending and pending.counts_at_end:
+            self._pending = None
+            pending.accept()
+        elif truncated and (pending or self._after_call or isinstance(self._state, _Parameters | _Value)):
+            self._pending = None  # half a tag
         else:
             self._give_back()
             if rest:
@@ -104,48 +138,57 @@ class Parser:
         return self._taken()
 
     def _end_turn(self, truncated: bool) -> None:
-        if self.in_call:
-            if not truncated:
-                self._end_value()
-                self._write(self._arguments.close())
-            self._emit(ToolCallEnd(self._n_calls - 1))
-            self._arguments = None
-        elif self.in_reasoning:
-            self._emit_text(ReasoningDelta, self._held)
-        elif self._has_content and not self._after_call:
-            self._emit_text(ContentDelta, "".join(self._white))
+        match self._state:
+            case _Parameters(call) | _Value(call):
+                if not truncated:
+                    self._write(call.arguments.end() + call.arguments.close())
+                self._emit(ToolCallEnd(self._n_calls - 1))
+            case _Reasoning():
+                self._emit_text(ReasoningDelta, self._newline)
+            case _Content() if self._has_content and not self._after_call:
+                self._emit_text(ContentDelta, "".join(self._white))
 
     # one piece at a time
 
     def _take(self, piece: str | Tag) -> None:
-        if self._doubt and not self._settle(piece):
+        if self._pending and not self._resolve(self._pending, piece):
             return
-        self._state(piece)
+        self._read(piece)
 
-    def _settle(self, piece: str | Tag) -> bool:
-        """Returns whether the doubt is over; if not, the piece is among what is in doubt."""
-        doubt = self._doubt
-        assert doubt is not None
+    def _resolve(self, pending: _PendingTag, piece: str | Tag) -> bool:
+        """Returns whether it is clear what the pending tag is; if not, the piece waits with it."""
         if isinstance(piece, Tag):
-            if doubt.is_borne_out(piece):
-                self._doubt = None
-                doubt.accept()
+            if pending.is_confirmed_by(piece):
+                self._pending = None
+                pending.accept()
             else:
                 self._give_back()
             return True
         n_white = len(piece) - len(piece.lstrip())
-        if n_white == len(piece) and len(doubt.text) + n_white <= MAX_WHITE_SPACE:
-            doubt.text += piece
+        if n_white == len(piece) and len(pending.text) + n_white <= MAX_WHITE_SPACE:
+            pending.text += piece
             return False
         self._give_back()
         return True
 
     def _give_back(self) -> None:
-        doubt, self._doubt = self._doubt, None
-        if doubt:
-            self._state(doubt.text)
+        """Reads what is pending as text."""
+        pending, self._pending = self._pending, None
+        if pending:
+            self._read(pending.text)
 
-    def _reasoning(self, piece: str | Tag) -> None:
+    def _read(self, piece: str | Tag) -> None:
+        match self._state:
+            case _Reasoning():
+                self._read_reasoning(piece)
+            case _Content():
+                self._read_content(piece)
+            case _Parameters(call):
+                self._read_parameters(call, piece)
+            case _Value() as value:
+                self._read_value(value, piece)
+
+    def _read_reasoning(self, piece: str | Tag) -> None:
         match piece:
             case str(text):
                 self._add_reasoning(text)
@@ -156,12 +199,12 @@ class Parser:
             case _:
                 self._add_reasoning(piece.text)
 
-    def _content(self, piece: str | Tag) -> None:
+    def _read_content(self, piece: str | Tag) -> None:
         match piece:
             case str(text):
                 self._add_content(text)
             case Tag(kind=markup.THINK) if not self._has_content and not self._n_calls:
-                self._state, self._at_start = self._reasoning, True
+                self._state, self._at_start = _Reasoning(), True
             case Tag(kind=markup.THINK_END) if not self._has_content:
                 self._end_reasoning()
             case Tag(kind=markup.TOOL_CALL) if self._tools:
@@ -174,48 +217,51 @@ class Parser:
             case _:
                 self._add_content(piece.text)
 
-    def _function(self, piece: str | Tag) -> None:
-        """Between the parameters of a call; text has no place here."""
+    def _read_parameters(self, call: _Call, piece: str | Tag) -> None:
+        """Text has no place here."""
         match piece:
-            case Tag(kind=markup.PARAMETER) if self._accepts_parameter(piece):
-                self._begin_value(piece)
+            case Tag(kind=markup.PARAMETER) if call.accepts(piece):
+                self._begin_value(call, piece)
             case Tag(kind=markup.FUNCTION_END):
-                self._end_call()
+                self._end_call(call)
             case Tag(kind=markup.TOOL_CALL_END | markup.TOOL_CALL):
-                self._end_call()
-                self._content(piece)
+                self._end_call(call)
+                self._read_content(piece)
             case Tag(kind=markup.FUNCTION) if self._accepts(piece):
-                self._end_call()
+                self._end_call(call)
                 self._begin_call(piece)
 
-    def _value(self, piece: str | Tag) -> None:
+    def _read_value(self, value: _Value, piece: str | Tag) -> None:
+        call = value.call
         match piece:
             case str(text):
-                self._add_value(text)
+                self._add_value(value, text)
             case Tag(kind=markup.PARAMETER_END):
-                self._doubt_value_end(piece, self._follows_value, self._end_value)
-            case Tag(kind=markup.PARAMETER) if self._is_next_parameter(piece):
-                self._end_value()
-                self._begin_value(piece)
-            case Tag(kind=markup.FUNCTION_END) if self._may_end_line():
-                self._doubt_value_end(piece, self._follows_call, self._end_value_and_call)
-            case Tag(kind=markup.TOOL_CALL_END) if self._may_end_line():
-                self._doubt_value_end(piece, lambda tag: tag.kind == markup.TOOL_CALL, self._end_value_and_call)
+                self._wait_for_next(piece, lambda tag: self._follows_value(call, tag), lambda: self._end_value(call))
+            case Tag(kind=markup.PARAMETER) if self._is_next_parameter(value, piece):
+                self._end_value(call)
+                self._begin_value(call, piece)
+            case Tag(kind=markup.FUNCTION_END) if self._may_end_line(value):
+                self._wait_for_next(piece, self._follows_call, lambda: self._end_value_and_call(call))
+            case Tag(kind=markup.TOOL_CALL_END) if self._may_end_line(value):
+                self._wait_for_next(piece, _begins_wrapper, lambda: self._end_value_and_call(call))
             case _:
-                self._add_value(piece.text)
+                self._add_value(value, piece.text)
 
     # reasoning and content
 
     def _end_reasoning(self) -> None:
-        self._state, self._held, self._at_start = self._content, "", True
+        self._state, self._newline, self._at_start = _Content(), "", True
         self._white.clear()
 
     def _expect_function(self, tag: Tag) -> None:
         """A wrapper ends the reasoning, and is one at all, only around a function's tag."""
-        self._doubt = _Doubt(tag.text, lambda tag: self._accepts(tag, is_wrapped=True), self._open_wrapper, False)
+        self._pending = _PendingTag(
+            tag.text, lambda tag: self._accepts(tag, is_wrapped=True), self._open_wrapper, counts_at_end=False
+        )
 
     def _open_wrapper(self) -> None:
-        self._state, self._is_wrapped = self._content, True
+        self._state, self._is_wrapped = _Content(), True
 
     def _add_reasoning(self, text: str) -> None:
         self._emit_text(ReasoningDelta, self._without_last_newline(text))
@@ -239,10 +285,10 @@ class Parser:
         return text.removeprefix("\n") if at_start else text
 
     def _without_last_newline(self, text: str) -> str:
-        """Returns what was held and the text, but for a newline at its end, which is held: a tag may follow."""
-        text = self._held + self._without_newline(text)
+        """Returns the text with the newline kept back before it, but keeps back one at its end: a tag may follow."""
+        text = self._newline + self._without_newline(text)
         kept = text.removesuffix("\n")
-        self._held = text[len(kept) :]
+        self._newline = text[len(kept) :]
         return kept
 
     # calls
@@ -256,64 +302,55 @@ class Parser:
         return tag.name in self._tools or (bool(self._tools) and is_exact and is_wrapped)
 
     def _begin_call(self, tag: Tag) -> None:
-        self._tool = self._tools.get(tag.name)
-        self._arguments = ArgumentWriter(self._tool.parameters if self._tool else {})
-        self._state, self._held, self._at_start = self._function, "", False
+        tool = self._tools.get(tag.name)
+        call = _Call(tool, ArgumentWriter(tool.parameters if tool else {}))
+        self._state, self._newline, self._at_start = _Parameters(call), "", False
         self._white.clear()
         self._emit(ToolCallBegin(self._n_calls, self._new_id(), tag.name))
         self._n_calls += 1
-        self._write(self._arguments.open())
+        self._write(call.arguments.open())
 
-    def _end_call(self) -> None:
-        self._write(self._arguments.close())
+    def _end_call(self, call: _Call) -> None:
+        self._write(call.arguments.close())
         self._emit(ToolCallEnd(self._n_calls - 1))
-        self._arguments, self._state, self._after_call = None, self._content, True
+        self._state, self._after_call = _Content(), True
 
-    def _accepts_parameter(self, tag: Tag) -> bool:
-        return tag.is_exact or tag.name in self._properties()
+    def _begin_value(self, call: _Call, tag: Tag) -> None:
+        call.arguments.begin(tag.name)
+        self._state, self._newline, self._at_start = _Value(call), "", True
 
-    def _properties(self) -> dict:
-        properties = self._tool.parameters.get("properties") if self._tool else None
-        return properties if isinstance(properties, dict) else {}
-
-    def _begin_value(self, tag: Tag) -> None:
-        self._arguments.begin(tag.name)
-        self._state, self._held, self._at_start, self._value_is_empty = self._value, "", True, True
-
-    def _add_value(self, text: str) -> None:
+    def _add_value(self, value: _Value, text: str) -> None:
         if kept := self._without_last_newline(text):
-            self._value_is_empty = False
-            self._write(self._arguments.add(kept))
+            value.is_empty = False
+            self._write(value.call.arguments.add(kept))
 
-    def _end_value(self) -> None:
-        """Ends a value, if one is open; the newline before its end belongs to the tag."""
-        self._write(self._arguments.end())
-        self._state, self._held, self._at_start = self._function, "", False
+    def _end_value(self, call: _Call) -> None:
+        """Ends a value; the newline before its end belongs to the tag."""
+        self._write(call.arguments.end())
+        self._state, self._newline, self._at_start = _Parameters(call), "", False
 
-    def _end_value_and_call(self) -> None:
-        self._end_value()
-        self._end_call()
+    def _end_value_and_call(self, call: _Call) -> None:
+        self._end_value(call)
+        self._end_call(call)
 
-    def _doubt_value_end(self, tag: Tag, is_borne_out: Callable[[Tag], bool], accept: Callable[[], None]) -> None:
-        self._doubt = _Doubt(tag.text, is_borne_out, accept, True)
+    def _wait_for_next(self, tag: Tag, is_confirmed_by: Callable[[Tag], bool], accept: Callable[[], None]) -> None:
+        self._pending = _PendingTag(tag.text, is_confirmed_by, accept, counts_at_end=True)
 
-    def _follows_value(self, tag: Tag) -> bool:
+    def _follows_value(self, call: _Call, tag: Tag) -> bool:
         if tag.kind == markup.PARAMETER:
-            return self._accepts_parameter(tag)
+            return call.accepts(tag)
         return tag.kind in (markup.FUNCTION_END, markup.TOOL_CALL_END, markup.TOOL_CALL) or self._accepts(tag)
 
     def _follows_call(self, tag: Tag) -> bool:
-        return (
-            tag.kind == markup.TOOL_CALL_END if self._is_wrapped else tag.kind == markup.TOOL_CALL or self._accepts(tag)
-        )
+        return tag.kind == markup.TOOL_CALL_END if self._is_wrapped else _begins_wrapper(tag) or self._accepts(tag)
 
-    def _may_end_line(self) -> bool:
+    def _may_end_line(self, value: _Value) -> bool:
         """Whether a tag here may stand for a missing `</parameter>`: a declared tool's, at a line's start."""
-        return self._tool is not None and (self._held == "\n" or self._value_is_empty)
+        return value.call.tool is not None and (self._newline == "\n" or value.is_empty)
 
-    def _is_next_parameter(self, tag: Tag) -> bool:
-        is_known = tag.name in self._properties() and self._arguments.is_new(tag.name)
-        return tag.is_exact and is_known and self._may_end_line()
+    def _is_next_parameter(self, value: _Value, tag: Tag) -> bool:
+        is_known = tag.name in value.call.properties and value.call.arguments.is_new(tag.name)
+        return tag.is_exact and is_known and self._may_end_line(value)
 
     # events
 
@@ -331,3 +368,7 @@ class Parser:
     def _taken(self) -> list[AnswerEvent]:
         events, self._events = self._events, []
         return merged(events)
+
+
+def _begins_wrapper(tag: Tag) -> bool:
+    return tag.kind == markup.TOOL_CALL

@@ -24,7 +24,7 @@ from functools import partial
 from step35.chat.answer import Answer
 from step35.chat.events import ContentDelta, merged
 from step35.chat.messages import Conversation
-from step35.chat.output_parser import Parser
+from step35.chat.output_parser import OutputParser
 from step35.chat.prompt_builder import LEAST_CHECKPOINT, LEAST_PIECE
 from step35.chat.reasoning_budget import budget_of, watch
 from step35.chat.sampled_turns import TurnMap, known_turn
@@ -281,7 +281,11 @@ class Scheduler:
         ask, model = job.ask, self.engine.model
         is_chat = isinstance(ask.prompt, Conversation)
         tools = ask.prompt.tools if is_chat and ask.tool_choice != "none" else ()
-        parser = Parser(tools, job.prompt.opens_reasoning, lambda: f"call_{uuid.uuid4().hex[:24]}") if is_chat else None
+        parser = (
+            OutputParser(tools, job.prompt.opens_reasoning, lambda: f"call_{uuid.uuid4().hex[:24]}")
+            if is_chat
+            else None
+        )
         job.answer = Answer(self._pieces[is_chat], parser, ask.stop, ask.parallel_tool_calls)
         sampling = ask.sampling if ask.has_seed else replace(ask.sampling, seed=random.getrandbits(64))
         grammar = None

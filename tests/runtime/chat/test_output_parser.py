@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from step35.chat.events import AnswerEvent, ContentDelta, ReasoningDelta, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from step35.chat.messages import Tool
-from step35.chat.output_parser import Parser
+from step35.chat.output_parser import OutputParser
 from step35.chat.tool_arguments import closed
 
 WRITE = Tool(
@@ -42,7 +42,7 @@ def parse(
 ) -> dict:
     """Everything that the parser says, joined."""
     ids = (f"call_{n}" for n in count())
-    parser = Parser(tools, in_reasoning, lambda: next(ids))
+    parser = OutputParser(tools, in_reasoning, lambda: next(ids))
     events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish(truncated)
     return joined(events)
 
@@ -216,7 +216,7 @@ def test_what_the_template_writes_is_read_back(parameters: dict[str, str], reaso
 
 
 def streamed(text: str) -> Iterator[tuple[str, list[AnswerEvent]]]:
-    parser = Parser(TOOLS, False, lambda: "call")
+    parser = OutputParser(TOOLS, False, lambda: "call")
     for letter in text:
         yield letter, parser.feed(letter)
 
