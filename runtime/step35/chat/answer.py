@@ -3,22 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from step35.chat.collected import Collected
 from step35.chat.events import (
     AnswerEvent,
     ContentDelta,
     Finished,
+    FinishReason,
     Logprobs,
-    ReasoningDelta,
     TokenText,
     TokenUsage,
-    ToolCallArguments,
     ToolCallBegin,
     ToolCallEnd,
 )
-from step35.chat.messages import Message, ToolCall
+from step35.chat.messages import Message
 from step35.chat.output_parser import OutputParser
-from step35.chat.tool_arguments import closed
-from step35.engine.detokenize import TextStream
+from step35.engine.detokenize import StopStrings, TextStream
 from step35.markup import TOOL_CALL_END
 from step35.sampling.token_chooser import TokenLogprobs
 
@@ -29,17 +28,10 @@ Piece = Callable[[int], bytes]
 
 
 @dataclass(slots=True)
-class Call:
-    id: str
-    name: str
-    arguments: str = ""
-
-
-@dataclass(slots=True)
 class Answer:
     """Turns tokens into events. Without a parser, all text is content.
 
-    Stop strings end the content only: what a model thinks or writes into a file is not held against it.
+    Stop strings end the content only: they may occur in the reasoning, or in a file that a call writes.
     """
 
     piece: Piece
@@ -48,23 +40,20 @@ class Answer:
     may_call_twice: bool = True
     n_tokens: int = 0
     n_reasoning: int = 0
-    content: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    stop_text: str | None = None
+    said: Collected = field(default_factory=Collected)
+    """Without log-probabilities: they are the events' alone."""
     _text: TextStream = field(init=False)
-    _stops: TextStream = field(init=False)
-    _fed: list[str] = field(default_factory=list)
+    _stops: StopStrings = field(init=False)
     _n_after_call: int | None = None
 
     def __post_init__(self) -> None:
         self._text = TextStream(self.piece)
-        self._stops = TextStream(str.encode, self.stop)
+        self._stops = StopStrings(self.stop)
 
     @property
     def is_stopped(self) -> bool:
         """Whether a stop string has ended the answer."""
-        return self._stops.stopped
+        return self._stops.found is not None
 
     @property
     def is_over(self) -> bool:
@@ -87,66 +76,50 @@ class Answer:
 
     def finish(self, reason: str, n_prompt: int, n_cached: int) -> list[AnswerEvent]:
         """Returns the last events; `reason` is stop or length."""
+        is_truncated = reason == "length"
         events = self._take(self._text.finish())
         if self.parser:
-            events += self._keep(self.parser.finish(truncated=reason == "length"))
-        rest = self._stops.finish()
-        events += self._content(rest)
-        if self.is_stopped:
-            reason = "stop"
-        elif reason == "stop" and self.calls:
-            reason = "tool_calls"
+            events += self._until_stop(self.parser.finish(is_truncated))
+        events += self._content(self._stops.finish())
         usage = TokenUsage(n_prompt, n_cached, self.n_tokens, self.n_reasoning)
-        return [*events, Finished(reason, usage, self.stop_text)]
+        return [*events, self._say(Finished(self._reason(is_truncated), usage, self._stops.found))]
 
     def message(self) -> Message:
-        """Returns the answer as a client has it; a call that was cut short is closed, as they get it."""
-        calls = tuple(ToolCall(call.id, call.name, closed(call.arguments)) for call in self.calls)
-        return Message("assistant", "".join(self.content), "".join(self.reasoning) or None, calls)
+        """Returns the answer as a client has it."""
+        return self.said.message()
+
+    def _reason(self, is_truncated: bool) -> FinishReason:
+        if self.is_stopped:
+            return "stop"
+        if is_truncated:
+            return "length"
+        return "tool_calls" if self.said.n_calls else "stop"
 
     def _take(self, text: str) -> list[AnswerEvent]:
         if not text:
             return []
-        return self._keep(self.parser.feed(text)) if self.parser else self._until_stop(text)
+        return self._until_stop(self.parser.feed(text) if self.parser else [ContentDelta(text)])
 
-    def _keep(self, events: Sequence[AnswerEvent]) -> list[AnswerEvent]:
-        kept: list[AnswerEvent] = []
-        for event in events:
-            kept += self._keep_one(event)
-        return kept
+    def _until_stop(self, events: Sequence[AnswerEvent]) -> list[AnswerEvent]:
+        """Returns events as far as a stop string lets them."""
+        return [said for event in events if not self.is_stopped for said in self._pass(event)]
 
-    def _keep_one(self, event: AnswerEvent) -> list[AnswerEvent]:
-        if self.is_stopped:
-            return []
+    def _pass(self, event: AnswerEvent) -> list[AnswerEvent]:
         match event:
             case ContentDelta(text):
-                return self._until_stop(text)
-            case ReasoningDelta(text):
-                self.reasoning.append(text)
-            case ToolCallBegin(_, id_, name):
-                self.calls.append(Call(id_, name))
-                return [*self._content(self._stops.finish()), event]  # half a stop string before it was none
+                return self._content(self._stops.add(text))
+            case ToolCallBegin():
+                return [*self._content(self._stops.finish()), self._say(event)]  # half a stop string before it was none
             case ToolCallEnd() if not self.may_call_twice:
                 self._n_after_call = 0
-            case ToolCallArguments(index, fragment):
-                self.calls[index].arguments += fragment
-        return [event]
-
-    def _until_stop(self, text: str) -> list[AnswerEvent]:
-        if not self.stop:
-            return self._content(text)
-        self._fed.append(text)
-        events = self._content(self._stops.add(text))
-        if self.is_stopped:
-            n_shown = sum(map(len, self.content))
-            self.stop_text = next(stop for stop in self.stop if stop and "".join(self._fed).startswith(stop, n_shown))
-        return events
+        return [self._say(event)]
 
     def _content(self, text: str) -> list[AnswerEvent]:
-        if not text:
-            return []
-        self.content.append(text)
-        return [ContentDelta(text)]
+        return [self._say(ContentDelta(text))] if text else []
+
+    def _say(self, event: AnswerEvent) -> AnswerEvent:
+        self.said.add(event)
+        return event
 
     def _logprobs(self, values: TokenLogprobs) -> Logprobs:
         return Logprobs(

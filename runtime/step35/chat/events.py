@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Literal, TypeVar
 
 _E = TypeVar("_E")
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class TokenUsage:
 class Finished:
     """The end of an answer. `stop_text` is the stop string that ended it, if one did."""
 
-    reason: Literal["stop", "length", "tool_calls"]
+    reason: FinishReason
     usage: TokenUsage
     stop_text: str | None = None
 

@@ -1,10 +1,10 @@
 """From a conversation to its tokens: assistant turns that are known keep the ids they were sampled with.
 
-The template renders the conversation twice: as it is, and with a place holder for each assistant
-message. What lies between the place holders is the same in both, so the text of each turn is what
-lies between those pieces in the first. A turn that is known takes its own ids instead of that text. A
-turn seen for the first time is known from then on: the template drops older reasoning, so the same
-turn would be rendered otherwise later, and the cache would break there.
+The template renders the conversation twice: as it is, and with a placeholder for each assistant
+message. The text between the placeholders is the same in both, so the text of each turn is what lies
+between those pieces in the first. A turn that is known takes its own ids instead of that text. A turn
+seen for the first time is known from then on: the template drops older reasoning, so it would render
+the same turn otherwise later, and the cache would break there.
 """
 
 import re
@@ -23,10 +23,10 @@ _CUT = re.compile(f"(?={re.escape(TURN_START)})")
 MAX_CHARS = 16_000_000
 """Of texts whose ids are kept."""
 LEAST_CHECKPOINT = 32
-"""A checkpoint of fewer tokens saves less than it costs."""
+"""Tokens: a checkpoint of fewer saves less than it costs."""
 LEAST_PIECE = 64
-"""Tokens between checkpoints: to read fewer in a decode of their own, every time, costs more than to read them again
-after an edit. llama.cpp's attention is also slower, by two on a CPU, for fewer rows than this."""
+"""Tokens between checkpoints: to decode fewer on their own, every time, costs more than to decode them again after an
+edit. On a CPU, llama.cpp's attention also takes twice as long for a row where there are fewer rows than this."""
 TAIL, LEAST_TEXT = 4, 256
 """Tokens at the end of a text without messages that may become others as it is typed on.
 
@@ -64,7 +64,7 @@ class Prompt:
 
     @property
     def checkpoint_positions(self) -> tuple[int, ...]:
-        """Where checkpoints are worth their while: after the system's message, and before the last."""
+        """Where checkpoints save work: after the system's message, and before the last message."""
         wanted = {*self.starts[1:2], self.last_start}
         return tuple(sorted(n for n in wanted if LEAST_CHECKPOINT <= n < len(self.tokens)))
 
@@ -73,23 +73,23 @@ class Prompt:
 
         The first message's stays: it serves other conversations.
         """
-        checkpoint_positions, last = [], n_cached
+        positions, last = [], n_cached
         for n in self.checkpoint_positions:
             if n - last >= LEAST_PIECE or (n > n_cached and n in self.starts[1:2]):
-                checkpoint_positions.append(n)
+                positions.append(n)
                 last = n
-        return tuple(checkpoint_positions)
+        return tuple(positions)
 
 
 class TokenCache:
-    """Tokenizes texts message by message and keeps the ids: a history comes back whole with every turn.
+    """Tokenizes texts message by message and keeps the ids: every turn brings the whole history again.
 
-    A message begins with a special token, and what is cut there has the same ids. Callable from any thread.
+    A message begins with a special token, so a text that is cut there has the same ids. Callable from any thread.
     """
 
     def __init__(self, tokenize: Tokenize, max_chars: int = MAX_CHARS) -> None:
         self._tokenize, self._max_chars = tokenize, max_chars
-        self._known: OrderedDict[str, array[int]] = OrderedDict()  # what was used last at the end
+        self._known: OrderedDict[str, array[int]] = OrderedDict()  # the last one used at the end
         self._n_chars = 0
         self._lock = Lock()
 
@@ -130,32 +130,34 @@ class PromptBuilder:
         """Returns a conversation's prompt; without `exact`, as the template alone would have it."""
         conversation = without_billing(conversation)
         text = render(conversation)
-        places = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
-        pieces = self._pieces(conversation, render, text, places) if exact and places else None
+        indices = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        pieces = self._pieces(conversation, render, text, indices) if exact and indices else None
         if pieces is None:
             return self._prompt(self.tokenize(text), text, (), 0)
-        return self._join(pieces, [conversation.messages[i] for i in places], text)
+        return self._join(pieces, [conversation.messages[i] for i in indices], text)
 
-    def _pieces(self, conversation: Conversation, render: Render, text: str, places: Sequence[int]) -> list[str] | None:
-        """Returns the texts around and of the assistant turns, in turn; None where they don't fit together."""
-        marked = render(self._with_place_holders(conversation, places))
-        around = self._around(marked, len(places))
+    def _pieces(
+        self, conversation: Conversation, render: Render, text: str, indices: Sequence[int]
+    ) -> list[str] | None:
+        """Returns the texts around the assistant turns and of them, alternating; None where they don't fit together."""
+        marked = render(self._with_placeholders(conversation, indices))
+        around = self._around(marked, len(indices))
         return _weave(text, around) if around else None
 
-    def _with_place_holders(self, conversation: Conversation, places: Sequence[int]) -> Conversation:
+    def _with_placeholders(self, conversation: Conversation, indices: Sequence[int]) -> Conversation:
         messages = list(conversation.messages)
-        for n, i in enumerate(places):
-            messages[i] = Message("assistant", self._place_holder(n))
+        for n, i in enumerate(indices):
+            messages[i] = Message("assistant", self._placeholder(n))
         return replace(conversation, messages=tuple(messages))
 
-    def _place_holder(self, n: int) -> str:
+    def _placeholder(self, n: int) -> str:
         return f"{self._secret}-{n}-"
 
     def _around(self, marked: str, n_turns: int) -> list[str] | None:
         """Returns the texts between the turns; a turn begins with its header and ends before the end token."""
         around = []
         for n in range(n_turns):
-            before, found, marked = marked.partition(self._place_holder(n))
+            before, found, marked = marked.partition(self._placeholder(n))
             header = before.rfind(ASSISTANT_START)
             if not found or header < 0 or not marked.startswith(TURN_END):
                 return None

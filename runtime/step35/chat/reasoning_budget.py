@@ -1,4 +1,4 @@
-"""How long the model may think: a budget for each user request, and when to close the reasoning. Pure.
+"""How long the model may reason: a budget for each user request, and when to close the reasoning. Pure.
 
 Past the soft share of what is left of the budget, the reasoning is closed at the next end of a line or a
 sentence; at the budget itself it is closed wherever it is. Without a budget nothing is ever forced.
@@ -9,6 +9,7 @@ token is looked at before it is taken: `self.` and `3.` end nothing.
 
 import re
 from dataclasses import dataclass
+from math import inf
 
 from step35.chat.messages import Conversation
 from step35.markup import THINK_END
@@ -30,16 +31,16 @@ def budget_of(effort: str | None, n_tokens: int | None) -> int | None:
 
 def reasoning_so_far(conversation: Conversation) -> tuple[str, ...]:
     """Returns the reasoning of this user request's earlier turns: after the last message of the user."""
-    turns = conversation.messages
-    after = next((i + 1 for i in range(len(turns) - 1, -1, -1) if turns[i].role == "user"), 0)
-    return tuple(turn.reasoning for turn in turns[after:] if turn.role == "assistant" and turn.reasoning)
+    messages = conversation.messages
+    after = next((i + 1 for i in range(len(messages) - 1, -1, -1) if messages[i].role == "user"), 0)
+    return tuple(m.reasoning for m in messages[after:] if m.role == "assistant" and m.reasoning)
 
 
 @dataclass(slots=True)
 class ReasoningWatch:
-    """Watches one turn's reasoning; `n_left` is what earlier turns of the request left of the budget."""
+    """Watches one turn's reasoning; `n_left` tokens of the budget are left by earlier turns, inf without a budget."""
 
-    n_left: int | None
+    n_left: float
     n_spent: int = 0
     _tail: str = ""
 
@@ -65,7 +66,7 @@ class ReasoningWatch:
 
     @property
     def _is_soft(self) -> bool:
-        return self.n_left is not None and self.n_spent >= SOFT_SHARE * self.n_left
+        return self.n_spent >= SOFT_SHARE * self.n_left
 
     def _is_boundary(self, following: str) -> bool:
         return self._tail.endswith(ENDS) or (following[:1].isspace() and _MAY_END.search(self._tail) is not None)
@@ -73,4 +74,4 @@ class ReasoningWatch:
 
 def watch(budget: int | None, n_spent_before: int) -> ReasoningWatch:
     """Returns the watch of a turn, given its user request's budget and the tokens that `reasoning_so_far` took."""
-    return ReasoningWatch(None if budget is None else max(budget - n_spent_before, 0))
+    return ReasoningWatch(inf if budget is None else max(budget - n_spent_before, 0))

@@ -60,33 +60,33 @@ class ArgumentWriter:
 
 
 class _Value:
-    """One value: held back while it may be something else than a string."""
+    """One value: kept back while it may be something else than a string."""
 
     def __init__(self, types: frozenset[str], lead: str) -> None:
         self._types, self._lead = types, lead
         self._words = {word: json_ for kind in types & _WORDS.keys() for word, json_ in _WORDS[kind].items()}
         self._needs_all = bool(types - _WORDS.keys() - {"string"}) or "string" not in types
-        self._held: list[str] = []
+        self._kept_back: list[str] = []
         self._is_open = False
 
     def add(self, text: str) -> str:
         if self._is_open:
             return _escaped(text)
-        self._held.append(text)
+        self._kept_back.append(text)
         return "" if self._needs_all or self._may_be_a_word() else self._open()
 
     def _may_be_a_word(self) -> bool:
-        so_far = "".join(self._held)
+        so_far = "".join(self._kept_back)
         return len(so_far) < _MAX_WORD and any(word.startswith(so_far.strip()) for word in self._words)
 
     def _open(self) -> str:
         self._is_open = True
-        return self._lead + '"' + _escaped("".join(self._held))
+        return self._lead + '"' + _escaped("".join(self._kept_back))
 
     def end(self) -> str:
         if self._is_open:
             return '"'
-        text = "".join(self._held)
+        text = "".join(self._kept_back)
         typed = self._typed(text.strip())
         return self._lead + typed if typed is not None else self._open() + '"'
 
@@ -127,10 +127,10 @@ def _property(schema: dict[str, Any], name: str) -> Any:
 
 def types_of(schema: Any, root: dict[str, Any], depth: int = 0) -> frozenset[str]:
     """Returns the JSON types that a schema allows, as far as it says; string if it doesn't."""
-    return _said(schema, root, depth) or frozenset({"string"})
+    return _declared_types(schema, root, depth) or frozenset({"string"})
 
 
-def _said(schema: Any, root: dict[str, Any], depth: int) -> frozenset[str]:
+def _declared_types(schema: Any, root: dict[str, Any], depth: int) -> frozenset[str]:
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return frozenset()
     kind = schema.get("type")
@@ -142,9 +142,9 @@ def _said(schema: Any, root: dict[str, Any], depth: int) -> frozenset[str]:
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         return frozenset(json_type(value) for value in values)
     if "$ref" in schema:
-        return _said(resolved(schema["$ref"], root), root, depth + 1)
+        return _declared_types(resolved(schema["$ref"], root), root, depth + 1)
     branches = [schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)]
-    return frozenset[str]().union(*(_said(branch, root, depth + 1) for some in branches for branch in some))
+    return frozenset[str]().union(*(_declared_types(branch, root, depth + 1) for some in branches for branch in some))
 
 
 def json_type(value: Any) -> str:
@@ -156,10 +156,10 @@ def resolved(ref: Any, root: dict[str, Any]) -> Any:
     """Returns what a local reference such as #/$defs/Point names, or None."""
     if not isinstance(ref, str) or not ref.startswith("#"):
         return None
-    place: Any = root
+    value: Any = root
     for key in ref.removeprefix("#").split("/")[1:]:
-        place = place.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
-    return place
+        value = value.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(value, dict) else None
+    return value
 
 
 def closed(arguments: str) -> str:

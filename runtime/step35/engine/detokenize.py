@@ -4,6 +4,36 @@ import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
+class StopStrings:
+    """Text up to the first stop string: nothing that may begin one is shown. `found` is the one that ended the text."""
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.found: str | None = None
+        self._stop = [text for text in stop if text]
+        self._kept_back = ""
+
+    def add(self, text: str) -> str:
+        """Returns the text that is safe to show with this one; nothing after a stop string."""
+        if self.found is not None:
+            return ""
+        if not self._stop:
+            return text
+        text = self._kept_back + text
+        ends = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stop if stop in text]
+        if ends:
+            _, start, self.found = min(ends)  # the one complete first: as if the text came by characters
+            self._kept_back = ""
+            return text[:start]
+        n_kept_back = max(_overlap(text, stop) for stop in self._stop)
+        self._kept_back = text[len(text) - n_kept_back :]
+        return text[: len(text) - n_kept_back]
+
+    def finish(self) -> str:
+        """Returns what was kept back: no stop string after all."""
+        text, self._kept_back = self._kept_back, ""
+        return text
+
+
 class TextStream:
     """Text that is safe to show: whole characters only, and nothing that may begin a stop string.
 
@@ -11,35 +41,21 @@ class TextStream:
     """
 
     def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
-        self.stopped = False
         self._piece = piece
-        self._stop = [text for text in stop if text]
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
+        self._stops = StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.found is not None
 
     def add(self, token: int) -> str:
         """Returns the text that a token makes safe to show."""
-        return self._release(self._decoder.decode(self._piece(token)))
+        return self._stops.add(self._decoder.decode(self._piece(token)))
 
     def finish(self) -> str:
-        """Returns what was held back; a character cut short becomes U+FFFD."""
-        text = self._release(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        return text
-
-    def _release(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        if not self._stop:
-            return text
-        text = self._held + text
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]  # the one complete first: as if the text came by characters
-        n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
+        """Returns what was kept back; a character cut short becomes U+FFFD."""
+        return self._stops.add(self._decoder.decode(b"", final=True)) + self._stops.finish()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -75,7 +76,7 @@ def call(name: str, **parameters: str) -> str:
     return f"<tool_call>\n<function={name}>\n{body}</function>\n</tool_call>"
 
 
-def calls(text: str, **options: object) -> list[tuple[str, dict]]:
+def calls(text: str, **options: Any) -> list[tuple[str, dict]]:
     return [(entry["name"], json.loads(entry["arguments"])) for entry in parse([text], **options)["calls"]]
 
 
@@ -149,6 +150,7 @@ def test_every_cut_into_two_says_the_same(name: str, truncated: bool) -> None:
     for end in range(len(text) + 1):
         whole = parse([text[:end]], truncated=truncated)
         assert parse(list(text[:end]), truncated=truncated) == whole
+    whole = parse([text], truncated=truncated)
     assert all(parse([text[:i], text[i:]], truncated=truncated) == whole for i in range(len(text)))
 
 

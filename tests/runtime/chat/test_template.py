@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ TEMPLATE = ChatTemplate(SOURCE, BOS, EOS)
 WEATHER = Tool("weather", "The weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
 
 
-def render(*messages: Message, tools: tuple[Tool, ...] = (), **options: object) -> str:
+def render(*messages: Message, tools: tuple[Tool, ...] = (), **options: Any) -> str:
     return TEMPLATE.render(Conversation(messages, tools), **options)
 
 
@@ -99,7 +100,7 @@ def test_it_writes_what_transformers_writes(turns: list[Message], with_tools: bo
         }
         for m in turns
     ]
-    schema = [
+    schema: list[Any] = [
         {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
         for t in tools
     ]

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from server_fakes import answer, serve
+from step35.chat.collected import Collected
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.server.api import chat_completions
-from step35.server.api.collected import Collected, collect
+from step35.server.api.collected import collect
 from step35.server.scheduler import Limits
 from step35.server.service import Service, Serving
 from tiny_model import tiny_gguf
