@@ -46,6 +46,7 @@ class FakeModel:
     n_vocab, n_embd, n_ctx_train = N_VOCAB, N_EMBD, 4096
     bos, eos, add_bos, turn_start, vocab_digest = 0, EOG, False, 1, "fake"
     draft_vocabulary = None
+    chat_template = None
 
     def __init__(self, script: Script, options: ModelOptions) -> None:
         self.script = script

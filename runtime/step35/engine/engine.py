@@ -222,6 +222,30 @@ class Engine:
         """Whether a token ends an answer."""
         return self.model.is_eog(token)
 
+    def token_text(self, token: int) -> str:
+        """Returns a token's text as the vocabulary spells it, control tokens included."""
+        return self.model.text(token)
+
+    @property
+    def bos(self) -> int:
+        """The token that begins a text."""
+        return self.model.bos
+
+    @property
+    def eos(self) -> int:
+        """The token that ends an answer."""
+        return self.model.eos
+
+    @property
+    def turn_start(self) -> int | None:
+        """The token that begins a message; None in a vocabulary without chat tokens."""
+        return self.model.turn_start
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's Jinja template for chat messages."""
+        return self.model.chat_template
+
     def open_grammar(self, gbnf: str) -> "Grammar":
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)

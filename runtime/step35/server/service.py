@@ -1,12 +1,10 @@
 """What the routes ask of the server: a request to a running job, texts to tokens and back, the state of all."""
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ from step35.chat.messages import Conversation
 from step35.chat.prompt_builder import Prompt, PromptBuilder, TokenCache
 from step35.chat.reasoning_budget import budget_of, reasoning_so_far
 from step35.chat.sampled_turns import TurnMap
+from step35.chat.session_key import session_key
 from step35.chat.template import ChatTemplate
 from step35.engine.engine import Engine
 from step35.planning.memory_usage import MemoryUsage, Pool
 from step35.sampling.sampler import Sampling
 from step35.server.api.sampling_presets import shipped_presets
-from step35.server.cache.session_disk import SessionDisk, model_digest
+from step35.server.cache.session_disk import SessionDisk
 from step35.server.cache.session_pool import SessionPool
 from step35.server.errors import TOO_LONG, api_error, bad_request
 from step35.server.generation_request import GenerationRequest
@@ -72,17 +71,11 @@ class Service:
             self.template = ChatTemplate(source, model.text(model.bos), model.text(model.eos))
         tokenize = TokenCache(lambda text: engine.tokenize(text, add_bos=False))
         self.builder = PromptBuilder(tokenize, self.turns, model.turn_start)
-        disk = self._open_disk(engine, source or "") if self.serving.session_dir else None
+        disk = self._open_disk(engine) if self.serving.session_dir else None
         return SessionPool(engine, self.text_of_tokens, disk, n_parallel=self.serving.limits.n_parallel)
 
-    def _open_disk(self, engine: Engine, template: str) -> SessionDisk:
-        key = {
-            "model": model_digest(engine.options.model),
-            "kv_type": engine.options.kv_type,
-            "llama-cpp-python": version("llama-cpp-python"),
-            "template": hashlib.blake2b(template.encode(), digest_size=8).hexdigest(),
-        }
-        disk = SessionDisk(self.serving.session_dir, key, self.serving.session_bytes)
+    def _open_disk(self, engine: Engine) -> SessionDisk:
+        disk = SessionDisk(self.serving.session_dir, session_key(engine), self.serving.session_bytes)
         for saved in disk.saved.values():
             for turn in saved.turns:
                 self.turns.add(turn)

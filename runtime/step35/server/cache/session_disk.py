@@ -1,6 +1,5 @@
 """Sessions on disk: written in the background, one at a time, found again after a restart, bounded in size."""
 
-import hashlib
 import logging
 import os
 import queue
@@ -10,31 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from step35.chat.sampled_turns import KnownTurn
+from step35.chat.session_file import DamagedSession, SavedSession, read_cells, read_session, write_session
 from step35.engine.session import Snapshot
-from step35.planning.model_header import shard_paths
-from step35.server.cache.session_file import DamagedSession, SavedSession, read_cells, read_session, write_session
 from step35.sizes import format_size
 
 SUFFIX = ".session"
-N_SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 log = logging.getLogger("step35.server")
-
-
-def model_digest(path: Path) -> str:
-    """Returns a digest of a model's files: their sizes, and pieces from the first byte to the last.
-
-    The whole of a hundred gigabytes would take minutes at every start.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for shard in shard_paths(path):
-        n_bytes = os.path.getsize(shard)
-        digest.update(str(n_bytes).encode())
-        with open(shard, "rb") as file:
-            for i in range(N_SAMPLES):
-                file.seek(max(n_bytes - SAMPLE_BYTES, 0) * i // (N_SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 class SessionDisk:

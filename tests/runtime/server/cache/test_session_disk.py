@@ -9,12 +9,12 @@ import pytest
 
 from fake_native import Script, loader
 from server_fakes import GREEDY
+from step35.chat import session_file
 from step35.chat.prompt_builder import Prompt
 from step35.engine.decode_loop import begin, generate
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.sampling.token_chooser import Chooser
-from step35.server.cache import session_file
 from step35.server.cache.session_disk import SessionDisk
 from step35.server.cache.session_pool import SETTLED_S, SessionPool, SessionSlot
 
