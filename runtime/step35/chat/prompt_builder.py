@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 
 from step35.chat.messages import Conversation, Message
-from step35.chat.sampled_turns import Digest, KnownTurn, TurnMap
+from step35.chat.sampled_turns import Digest, KnownTurn, TurnMap, known_turn
 from step35.markup import ASSISTANT_START, THINK, THINK_END, TURN_END, TURN_START
 
 _CUT = re.compile(f"(?={re.escape(TURN_START)})")
@@ -135,6 +135,13 @@ class PromptBuilder:
         if pieces is None:
             return self._prompt(self.tokenize(text), text, (), 0)
         return self._join(pieces, [conversation.messages[i] for i in indices], text)
+
+    def remember(self, prompt: Prompt, tokens: Sequence[int], message: Message) -> KnownTurn:
+        """Keeps an answer's own ids for when its message comes back; `tokens` are the prompt's and the answer's."""
+        start = prompt.answer_start
+        turn = known_turn(tokens[:start], tokens[start:], message)
+        self.turns.add(turn)
+        return turn
 
     def _pieces(
         self, conversation: Conversation, render: Render, text: str, indices: Sequence[int]
