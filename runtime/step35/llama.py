@@ -20,14 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from step35.chat.chat_prompts import chat_prompts
+from step35.chat.sampled_turns import TurnMap
+from step35.chat.stock_chat import stock_chat
 from step35.engine.decode_loop import Turn, begin, step
 from step35.engine.detokenize import TextStream
 from step35.engine.engine import Engine
 from step35.engine.session import Snapshot
 from step35.errors import SettingsError
 from step35.native.file_facts import read_facts
-from step35.native.library import Jinja2ChatFormatter, LlamaGrammar, LlamaState, StockLlama
-from step35.native.model import stripped
+from step35.native.library import LlamaGrammar, LlamaState, StockLlama
 from step35.options import EngineOptions
 from step35.planning.autoplan import AutoPlan, auto_options
 from step35.planning.hardware import before_loading
@@ -35,6 +37,8 @@ from step35.planning.llama_options import planned_options
 from step35.sampling.sampler import Sampling
 from step35.sampling.token_chooser import Chooser, TokenLogprobs
 
+CHAT_FORMAT = "chat_template.default"
+"""llama_cpp's name for a chat by the file's own template."""
 _KV_NAMES = {None: "f16", 0: "f32", 1: "f16", 2: "q4_0", 8: "q8_0", 30: "bf16"}
 _SERVED = {
     "n_gpu_layers", "use_mmap", "use_mlock", "seed", "n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch",
@@ -85,16 +89,11 @@ class Llama(StockLlama):
             print(f"step35: {line}", file=sys.stderr)
 
     def _read_template(self) -> None:
-        template = self.metadata.get("tokenizer.chat_template")
-        if template is None:
+        if self.engine.chat_template is None:
             return
-        model = self.engine.model
-        formatter = Jinja2ChatFormatter(
-            template=template, eos_token=model.text(model.eos), bos_token=model.text(model.bos)
-        )
-        self._chat_handlers["chat_template.default"] = formatter.to_chat_handler()
+        self._chat_handlers[CHAT_FORMAT] = stock_chat(self._session, chat_prompts(self.engine, TurnMap()))
         if self.chat_format is None and self.chat_handler is None:
-            self.chat_format = "chat_template.default"
+            self.chat_format = CHAT_FORMAT
 
     def close(self) -> None:
         """Frees the model and its contexts."""
@@ -296,9 +295,13 @@ class Llama(StockLlama):
         self._seed = seed if seed is not None else random.Random(self._seed).randint(0, 2**32)
         return self._seed % 2**64
 
-    def create_chat_completion(self, messages: list[dict], **options: Any) -> Any:
-        """As llama_cpp.Llama's; message contents are stripped, as llama.cpp does for this template."""
-        return super().create_chat_completion([stripped(message) for message in messages], **options)
+    def create_chat_completion(self, messages: list[dict], *functions_and_tools: Any, **options: Any) -> Any:
+        """As llama_cpp.Llama's; message contents are stripped, as llama.cpp does for this template.
+
+        An answer that comes back unchanged keeps the tokens that it was sampled with: they are not decoded again.
+        """
+        messages = [_stripped(message) for message in messages]
+        return super().create_chat_completion(messages, *functions_and_tools, **options)
 
     def __getstate__(self) -> dict:
         raise SettingsError("a Llama can't be pickled: make a new one from the same file")
@@ -308,6 +311,12 @@ _IGNORABLE = {
     "suffix": None, "typical_p": 1.0, "tfs_z": 1.0, "mirostat_mode": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1,
     "penalize_nl": True, "stopping_criteria": None,
 }  # fmt: skip
+
+
+def _stripped(message: dict) -> dict:
+    """Returns a chat message whose content has no white space around it."""
+    content = message.get("content")
+    return {**message, "content": content.strip()} if isinstance(content, str) else message
 
 
 def _refuse(given: dict[str, Any], neutral: dict[str, Any]) -> None:

@@ -103,6 +103,123 @@ def test_a_chat_streams_its_role_first(llm):
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
 
 
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+TOOL = {"type": "function", "function": {"name": "ls", "description": "Lists.", "parameters": {"type": "object"}}}
+CHATS = {
+    "a question": ([user(" Hello! \n")], {}),
+    "a system message": ([{"role": "system", "content": "Be brief."}, user("Hello!")], {}),
+    "a history": ([user("Hello!"), {"role": "assistant", "content": "Hm.\n</think>\nHi."}, user("What is 2 + 2?")], {}),
+    "parts": ([{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]}], {}),
+    "tools": ([user("List the files.")], {"tools": [TOOL]}),
+    "a forced call": (
+        [user("List the files.")],
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "ls"}}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    stock = llama_cpp.Llama(str(tiny_gguf()), n_ctx=1024, n_threads=1, verbose=False)
+    yield stock
+    stock.close()
+
+
+def without_ids(answer: object) -> object:
+    """An answer without what differs from call to call."""
+    if isinstance(answer, dict):
+        return {key: without_ids(value) for key, value in answer.items() if key not in ("id", "created")}
+    if isinstance(answer, list):
+        return [without_ids(value) for value in answer]
+    return answer
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_answers_as_the_stock_class_does(llm, stock, name, stream):
+    messages, options = CHATS[name]
+    answers = []
+    for model in (stock, llm):
+        sent = [{**m, "content": m["content"].strip()} if isinstance(m["content"], str) else m for m in messages]
+        answer = model.create_chat_completion(sent, max_tokens=40, temperature=0, stream=stream, **options)
+        answers.append(without_ids(list(answer) if stream else answer))
+    if stream:
+        answers = [deltas_joined(answer) for answer in answers]
+    assert answers[1] == answers[0]
+
+
+def test_a_chat_has_the_log_probabilities_of_its_tokens(llm):
+    answer = llm.create_chat_completion([user("Hello!")], max_tokens=40, temperature=0, logprobs=True, top_logprobs=2)
+    choice = answer["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in entries) == choice["message"]["content"]
+    assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
+
+
+def deltas_joined(chunks: list[dict]) -> dict:
+    """What a stream says in all: how its text is cut into chunks is each class's own."""
+    joined: dict = {"kinds": {chunk["object"] for chunk in chunks}, "model": {chunk["model"] for chunk in chunks}}
+    for choice in (chunk["choices"][0] for chunk in chunks):
+        for key, value in [*choice["delta"].items(), ("finish_reason", choice["finish_reason"])]:
+            if isinstance(value, str) and key != "role":
+                joined[key] = joined.get(key, "") + value
+            elif isinstance(value, list):
+                joined[key] = joined.get(key, "") + "".join(call["function"]["arguments"] for call in value)
+            elif value is not None:
+                joined[key] = value
+    return joined
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_token_of_an_answer_that_comes_back_is_reused(llm, monkeypatch, stream):
+    """The template drops the reasoning of older turns: each turn decoded the answer before it again."""
+    reused, messages, sync = [], [], llm._session.sync
+
+    def counted(prompt):
+        plan = sync(prompt)
+        reused.append(plan.n_keep)
+        return plan
+
+    monkeypatch.setattr(llm._session, "sync", counted)
+    llm.reset()
+    for question in ("Hello!", "What is 2 + 2?", "Thanks.", "Bye."):
+        n_decoded = llm._session.n_past
+        messages.append(user(question))
+        answer = llm.create_chat_completion(messages, max_tokens=60, temperature=0.8, seed=4, stream=stream)
+        if stream:
+            text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in answer)
+        else:
+            text = answer["choices"][0]["message"]["content"]
+        assert reused.pop() == n_decoded
+        messages.append({"role": "assistant", "content": text})
+
+
+def test_an_answer_that_a_stop_string_cut_is_rendered_as_the_caller_has_it(llm):
+    """Its ids say more than the caller has heard."""
+    messages = [user("Hello!")]
+    text = llm.create_chat_completion(messages, max_tokens=60, temperature=0)["choices"][0]["message"]["content"]
+    cut = llm.create_chat_completion(messages, max_tokens=60, temperature=0, stop=[text[-8:]])
+    content = cut["choices"][0]["message"]["content"]
+    assert content == text[:-8]
+    llm.create_chat_completion([*messages, {"role": "assistant", "content": content}, user("More")], max_tokens=1)
+    prompt = llm.detokenize(llm.eval_tokens, special=True).decode()
+    answer = content.rpartition("</think>\n")[2]
+    assert f"<|im_start|>assistant\n{answer.strip()}<|im_end|>\n<|im_start|>user\nMore" in prompt
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"role": "function", "name": "f", "content": "x"}, {"role": "user", "content": [{"type": "image_url"}]}],
+)
+def test_a_message_that_the_template_would_drop_is_refused(llm, message):
+    """It was left out of the prompt, and nobody heard of it."""
+    with pytest.raises(SettingsError, match="bad role|not served"):
+        llm.create_chat_completion([user("Hi"), message], max_tokens=1)
+
+
 def test_a_saved_state_goes_on_where_it_was(llm):
     tokens = llm.tokenize(PROMPT.encode())
     stream = llm.generate(tokens, temp=0)

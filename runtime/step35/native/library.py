@@ -7,6 +7,7 @@ of this folder make typed classes of it. Every failure leaves as one of our erro
 import ctypes
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from step35.errors import NativeError
@@ -16,13 +17,24 @@ PINNED_VERSION = "0.3.36"
 
 with chosen_libraries(PINNED_VERSION):
     import llama_cpp.llama_cpp as C
-    from llama_cpp import Llama as StockLlama  # noqa: F401
+    from llama_cpp import Llama as _Llama
     from llama_cpp import LlamaGrammar, LlamaState  # noqa: F401
     from llama_cpp import __version__ as binding_version
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # noqa: F401
+    from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
 
 log = logging.getLogger("step35.llama_cpp")
 log.addHandler(logging.NullHandler())  # without it, Python prints a library's warnings on stderr
+
+
+# llama_cpp's own classes
+
+StockLlama: Any = _Llama
+"""The base of step35.Llama. Not typed: what it declares as attributes and arrays are properties and errors there."""
+
+
+def chat_handler(formatter: Callable[..., ChatFormatterResponse]) -> Callable[..., Any]:
+    """Returns llama_cpp's answer to a chat: the formatter's prompt, completed by what is given as `llama`."""
+    return chat_formatter_to_chat_completion_handler(formatter)
 
 
 # llama.cpp's log

@@ -3,7 +3,7 @@
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 from step35.errors import ModelError, NativeError, SettingsError
@@ -12,7 +12,7 @@ from step35.native.context import Context, OnExperts
 from step35.native.devices import add_rpc_server
 from step35.native.file_facts import ARCHITECTURE, read_facts
 from step35.native.grammar import Grammar
-from step35.native.library import C, Jinja2ChatFormatter, bind, forget_errors, reason, start_backend
+from step35.native.library import C, bind, forget_errors, reason, start_backend
 from step35.native.long_runs import cut_long_runs
 from step35.options import ContextOptions, ModelOptions
 
@@ -210,21 +210,3 @@ def _overrides(pairs: Sequence[tuple[str, str]]) -> "ctypes.Array[_Override] | N
 
 def _shares(shares: Sequence[float]) -> "ctypes.Array[ctypes.c_float] | None":
     return (ctypes.c_float * C.llama_max_devices())(*shares) if shares else None
-
-
-def chat_renderer(model: Model) -> Callable[[list[dict]], str]:
-    """Returns a function that renders messages as the prompt text of the next answer.
-
-    Contents are stripped, as llama.cpp does for this template: left-over white space makes it loop.
-    """
-    template = model.chat_template
-    if template is None:
-        raise ModelError(f"no chat template: {model.facts.path} has no tokenizer.chat_template; convert it again")
-    formatter = Jinja2ChatFormatter(template=template, eos_token=model.text(model.eos), bos_token=model.text(model.bos))
-    return lambda messages: formatter(messages=[stripped(message) for message in messages]).prompt
-
-
-def stripped(message: dict) -> dict:
-    """Returns a chat message whose content has no white space around it."""
-    content = message.get("content")
-    return {**message, "content": content.strip()} if isinstance(content, str) else message
