@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -33,7 +34,7 @@ def test_it_is_a_llama_and_takes_the_same_arguments():
 
 
 def test_greedy_text_equals_the_stock_class(llm):
-    stock = llama_cpp.Llama(str(tiny_gguf()), n_ctx=1024, n_threads=1, verbose=False)
+    stock: Any = llama_cpp.Llama(str(tiny_gguf()), n_ctx=1024, n_threads=1, verbose=False)
     assert llm.tokenize(PROMPT.encode()) == stock.tokenize(PROMPT.encode())
     wanted = stock(PROMPT, max_tokens=24, temperature=0)
     got = llm(PROMPT, max_tokens=24, temperature=0)

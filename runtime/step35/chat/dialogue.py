@@ -90,11 +90,10 @@ class Dialogue:
     def load(self, path: Path) -> None:
         """Goes back to a saved conversation of the same model; what can't be read changes nothing."""
         saved = read_session(path)
-        self._check(saved)
-        snapshot = read_cells(saved)
         if saved.messages is None:
             raise ModelError(f"not a saved chat: {path} expected messages, got a session of step35 serve; serve it")
-        self.session.restore(snapshot)
+        self._check(saved)
+        self.session.restore(read_cells(saved))
         for turn in saved.turns:
             self._known.add(turn)
         self.messages, self._turns, self._last_start = saved.messages, saved.turns, saved.last_start

@@ -4,17 +4,16 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from step35.chat.chat_prompts import ChatPrompts, chat_prompts
 from step35.chat.errors import BadConversation
 from step35.chat.messages import Conversation
-from step35.chat.prompt_builder import Prompt, PromptBuilder, TokenCache
+from step35.chat.prompt_builder import Prompt
 from step35.chat.reasoning_budget import budget_of, reasoning_so_far
 from step35.chat.sampled_turns import TurnMap
 from step35.chat.session_key import session_key
-from step35.chat.template import ChatTemplate
 from step35.engine.engine import Engine
 from step35.planning.memory_usage import MemoryUsage, Pool
 from step35.sampling.sampler import Sampling
@@ -50,8 +49,7 @@ class Service:
         self.turns = TurnMap()
         self.scheduler = Scheduler(serving.limits, self.metrics, self.turns)
         self.created = int(time.time())
-        self.template: ChatTemplate | None = None
-        self.builder: PromptBuilder | None = None
+        self.prompts: ChatPrompts | None = None
         self._open_engine = open_engine
         self._starts: dict[str, asyncio.Future[Job]] = {}
 
@@ -65,12 +63,8 @@ class Service:
         """Opens the engine, the template and the sessions on disk."""
         engine = self._open_engine()
         shipped_presets()  # read now, so that the first client doesn't wait for it
-        model = engine.model
-        source = getattr(model, "chat_template", None)
-        if source is not None:
-            self.template = ChatTemplate(source, model.text(model.bos), model.text(model.eos))
-        tokenize = TokenCache(lambda text: engine.tokenize(text, add_bos=False))
-        self.builder = PromptBuilder(tokenize, self.turns, model.turn_start)
+        if engine.chat_template is not None:
+            self.prompts = chat_prompts(engine, self.turns)
         disk = self._open_disk(engine) if self.serving.session_dir else None
         return SessionPool(engine, self.text_of_tokens, disk, n_parallel=self.serving.limits.n_parallel)
 
@@ -140,7 +134,7 @@ class Service:
         """Returns a request's tokens."""
         try:
             if isinstance(ask.prompt, Conversation):
-                return self._chat_prompt(ask)
+                return self._chat_prompts().build(ask.prompt, ask.effort)
             tokens = self.engine.tokenize(ask.prompt) if isinstance(ask.prompt, str) else list(ask.prompt)
         except UnicodeEncodeError as error:
             raise bad_request(f"bad text: {error.reason} at character {error.start}") from None
@@ -148,14 +142,10 @@ class Service:
             raise api_error(error) from error
         return Prompt(tokens or [self.engine.model.bos])
 
-    def _chat_prompt(self, ask: GenerationRequest) -> Prompt:
-        if self.template is None:
+    def _chat_prompts(self) -> ChatPrompts:
+        if self.prompts is None:
             raise bad_request(BUILTIN_TEMPLATE_ERROR)
-        render = partial(self.template.render, effort=ask.effort)
-        prompt = self.builder.build(ask.prompt, render)
-        if len(prompt.tokens) < self.engine.n_ctx:
-            return prompt
-        return self.builder.build(ask.prompt, render, exact=False)  # the template alone drops older reasoning
+        return self.prompts
 
     # texts
 

@@ -84,6 +84,7 @@ def test_a_signal_ends_the_command_cleanly(number):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
     ) as process:
         try:
+            assert process.stdout is not None
             process.stdout.read(20)
             time.sleep(0.2)
             process.send_signal(number)
