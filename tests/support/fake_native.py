@@ -192,7 +192,7 @@ class FakeContext:
         assert not self.cells.get(target), "copied over cells in use"
         self.cells[target] = {p: cell for p, cell in self.cells[source].items() if p < n_keep}
 
-    def held_from(self, seq: int) -> int:
+    def window_start(self, seq: int) -> int:
         return min(self.cells.get(seq, {}), default=0)
 
     def state_bytes(self, seq: int) -> int:

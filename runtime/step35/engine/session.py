@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Self
 
-from step35.engine.budget import Hold
+from step35.engine.budget import Reservation
 from step35.engine.checkpoints import CheckpointStore
 from step35.engine.prefix import Cached, SyncPlan, plan_sync
 from step35.errors import ContextFull, DoesNotFit, NativeError, SettingsError
@@ -69,10 +69,10 @@ class Session:
         """Makes `prompt` the timeline and returns what of the cache it reuses; decodes nothing yet."""
         prompt = list(prompt)
         self._check_prompt(prompt)
-        held_from = self.engine.trunk.held_from(self.seq)
+        window_start = self.engine.trunk.window_start(self.seq)
         with self.engine.budget.lock:  # the watchdog may drop checkpoints
             plan = plan_sync(
-                Cached(self.tokens[: self.n_past], held_from, self._checkpoints), prompt, self.engine.window
+                Cached(self.tokens[: self.n_past], window_start, self._checkpoints), prompt, self.engine.window
             )
             self._keep(plan)
         self.tokens = prompt
@@ -80,8 +80,8 @@ class Session:
 
     def n_reusable(self, prompt: Sequence[int]) -> int:
         """Returns how many tokens of a prompt `sync` would keep, and changes nothing."""
-        held_from = self.engine.trunk.held_from(self.seq)
-        cached = Cached(self.tokens[: self.n_past], held_from, self.checkpoints)
+        window_start = self.engine.trunk.window_start(self.seq)
+        cached = Cached(self.tokens[: self.n_past], window_start, self.checkpoints)
         return plan_sync(cached, prompt, self.engine.window).n_keep
 
     def forget_drafts(self) -> None:
@@ -191,22 +191,22 @@ class Session:
 
         Its bytes count against the engine's budget while it exists; raises DoesNotFit if there is no room.
         """
-        hold = self._hold_snapshot()
+        reservation = self._reserve_snapshot()
         state = self.engine.trunk.save_state(self.seq) if self.n_past else b""
         snapshot = Snapshot(tuple(self.tokens), self.n_past, state, self._checkpoints.states())
-        weakref.finalize(snapshot, self.engine.budget.release, hold).atexit = False
+        weakref.finalize(snapshot, self.engine.budget.release, reservation).atexit = False
         return snapshot
 
-    def _hold_snapshot(self) -> Hold:
+    def _reserve_snapshot(self) -> Reservation:
         n_bytes = self.engine.trunk.state_bytes(self.seq) if self.n_past else 0
-        hold = self.engine.budget.hold(n_bytes)
-        if hold is None:
+        reservation = self.engine.budget.reserve(n_bytes)
+        if reservation is None:
             limit = format_size(self.engine.budget.limit or 0)
             raise DoesNotFit(
                 f"no room for a snapshot: {self.n_past} tokens expected at most {limit} for all that is kept, "
                 f"got {format_size(n_bytes)}; close a session, or load with a smaller context"
             )
-        return hold
+        return reservation
 
     def restore(self, snapshot: Snapshot) -> None:
         """Replaces the timeline by a snapshot's, taken from a session of the same model."""

@@ -259,7 +259,7 @@ class Context:
         """Lets `target` share the cells of `source` before position `n_keep`."""
         C.llama_memory_seq_cp(self._memory, source, target, 0, n_keep)
 
-    def held_from(self, seq: int) -> int:
+    def window_start(self, seq: int) -> int:
         """Returns the first position whose sliding-window cells still exist; 0 for an empty sequence."""
         return max(C.llama_memory_seq_pos_min(self._memory, seq), 0)
 

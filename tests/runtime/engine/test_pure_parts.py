@@ -19,18 +19,18 @@ tokens = st.lists(st.integers(0, 3), max_size=40)
 
 @relaxed
 @given(
-    cached=tokens, prompt=tokens.filter(len), held_from=st.integers(0, 40), window=st.integers(1, 16), data=st.data()
+    cached=tokens, prompt=tokens.filter(len), window_start=st.integers(0, 40), window=st.integers(1, 16), data=st.data()
 )
-def test_a_plan_never_keeps_a_timeline_whose_window_is_lost(cached, prompt, held_from, window, data):
-    held_from = min(held_from, len(cached))
+def test_a_plan_never_keeps_a_timeline_whose_window_is_lost(cached, prompt, window_start, window, data):
+    window_start = min(window_start, len(cached))
     checkpoints = data.draw(st.sets(st.integers(1, max(len(cached), 1))))
-    plan = plan_sync(Cached(cached, held_from, checkpoints), prompt, window)
+    plan = plan_sync(Cached(cached, window_start, checkpoints), prompt, window)
     assert cached[: plan.n_keep] == prompt[: plan.n_keep]
     assert plan.n_keep < len(prompt)
     if plan.restore:
         assert plan.n_keep in checkpoints
     elif 0 < plan.n_keep < len(cached):
-        assert held_from <= max(0, plan.n_keep - window + 1)
+        assert window_start <= max(0, plan.n_keep - window + 1)
 
 
 @relaxed
