@@ -4,16 +4,14 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from step35.engine.budget import Reservation
 from step35.engine.checkpoints import CheckpointStore
+from step35.engine.interface import EngineInterface
 from step35.engine.prefix import Cached, SyncPlan, plan_sync
 from step35.errors import ContextFull, DoesNotFit, NativeError, SettingsError
 from step35.sizes import format_size
-
-if TYPE_CHECKING:
-    from step35.engine.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +39,12 @@ class Snapshot:
 class Session:
     """A timeline: `tokens` are known, the first `n_past` of them are in the KV cache."""
 
-    def __init__(self, engine: "Engine", seq: int) -> None:
+    def __init__(self, engine: EngineInterface, seq: int) -> None:
         self.engine = engine
         self.seq = seq
         self.tokens: list[int] = []
         self.n_past = 0
-        self.memory = engine.drafter.new_memory()
+        self.draft_state = engine.drafter.new_state()
         self.shared: tuple[Span, ...] = ()
         self._checkpoints = CheckpointStore(engine.budget)
 
@@ -54,7 +52,7 @@ class Session:
         """Gives the sequence back; a closed session stays closed."""
         if self.seq >= 0:
             self._truncate(0)
-            self.engine.release(self)
+            self.engine.release(self.seq)
             self.seq = -1
 
     def __enter__(self) -> Self:
@@ -86,7 +84,7 @@ class Session:
 
     def forget_drafts(self) -> None:
         """Drops what drafting knows of the timeline: after a failed decode nobody knows how far the heads came."""
-        self.engine.drafter.truncate(self.seq, self.memory, 0)
+        self.engine.drafter.truncate(self.draft_state, 0)
 
     def rewind(self, n_tokens: int) -> SyncPlan:
         """Forgets the tokens from `n_tokens` on; what the ring lost is decoded again when needed."""
@@ -105,7 +103,7 @@ class Session:
 
     def _truncate(self, n_keep: int) -> None:
         self.engine.trunk.truncate(self.seq, n_keep)
-        self.engine.drafter.truncate(self.seq, self.memory, n_keep)
+        self.engine.drafter.truncate(self.draft_state, n_keep)
         self._checkpoints.cut(n_keep)
         self.shared = _cut(self.shared, n_keep)
         self.n_past = n_keep
@@ -118,7 +116,7 @@ class Session:
                 f"prompt too long: the context holds {self.engine.n_ctx} tokens, got {len(prompt)} and none left to "
                 "generate; load with a larger context or shorten the prompt"
             )
-        n_vocab = self.engine.model.n_vocab
+        n_vocab = self.engine.n_vocab
         if not 0 <= min(prompt) <= max(prompt) < n_vocab:
             raise SettingsError(f"bad token: expected ids 0 to {n_vocab - 1}, got {min(prompt)} to {max(prompt)}")
 

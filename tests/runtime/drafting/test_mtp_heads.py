@@ -1,5 +1,7 @@
 """The MTP driver against the torch reference: the drafts are those of the exact chain."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from checkpoints import BUNDLED
 from reference.checkpoint import load_checkpoint
 from reference.decode import draft
+from step35.drafting.draft_round import DraftRound
 from step35.engine.decode_loop import begin, step
 from step35.engine.engine import Engine
 from step35.native import context as context_module
@@ -38,9 +41,9 @@ def test_every_head_drafts_what_the_reference_drafts(reference):
     with Engine(options) as e, e.open_session() as session:
         run = e.drafter.heads.run
 
-        def spy(head, chains):
-            logits = run(head, chains)
-            seen.append((head, list(session.tokens), list(chains[0].drafts), logits[0]))
+        def spy(head: int, rounds: Sequence[DraftRound]) -> list[np.ndarray]:
+            logits = run(head, rounds)
+            seen.append((head, list(session.tokens), rounds[0].draft_tokens, logits[0]))
             return logits
 
         e.drafter.heads.run = spy
