@@ -15,16 +15,16 @@ class TextStream:
         self._piece = piece
         self._stop = [text for text in stop if text]
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
+        self._withheld = ""
 
     def add(self, token: int) -> str:
         """Returns the text that a token makes safe to show."""
         return self._release(self._decoder.decode(self._piece(token)))
 
     def finish(self) -> str:
-        """Returns what was held back; a character cut short becomes U+FFFD."""
-        text = self._release(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
+        """Returns what was withheld; a character cut short becomes U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True)) + self._withheld
+        self._withheld = ""
         return text
 
     def _release(self, text: str) -> str:
@@ -32,14 +32,14 @@ class TextStream:
             return ""
         if not self._stop:
             return text
-        text = self._held + text
+        text = self._withheld + text
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self._withheld = True, ""
             return text[: min(found)[1]]  # the one complete first: as if the text came by characters
-        n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
+        n_withheld = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._withheld = text[len(text) - n_withheld :]
+        return text[: len(text) - n_withheld]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -53,5 +53,5 @@ def stream_text(tokens: Iterable[int], piece: Callable[[int], bytes]) -> Iterato
     for token in tokens:
         if text := stream.add(token):
             yield text
-    if rest := stream.finish():
-        yield rest
+    if text := stream.finish():
+        yield text

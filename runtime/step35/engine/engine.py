@@ -14,10 +14,10 @@ from step35.native.interface import ContextInterface
 from step35.options import EngineOptions, ModelOptions
 from step35.planning.memory_pressure import Level, Reading
 from step35.planning.model_header import shard_paths
+from step35.sampling.token_chooser import TokenGrammar
 from step35.sizes import format_size
 
 if TYPE_CHECKING:
-    from step35.native.grammar import Grammar
     from step35.native.model import Model
     from step35.planning.admission import Guard, MemoryDemand
 
@@ -224,7 +224,7 @@ class Engine:
         """Whether a token ends an answer."""
         return self.model.is_eog(token)
 
-    def open_grammar(self, gbnf: str) -> "Grammar":
+    def open_grammar(self, gbnf: str) -> TokenGrammar:
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)
 

@@ -5,7 +5,7 @@ token at the edge of the truncation may fall out. Such a first difference is all
 - where a fresh plain decode shows the two tokens' (noised) scores, or the edge, within float noise;
 - where the fresh plain decode of this one session gives the drafted token: it is the plain run of twenty
   sequences that went astray;
-- where the reference shows a router torn between two experts just before, which is more than noise.
+- where the reference shows a router's two best scores nearly equal just before, which is more than noise.
 """
 
 from dataclasses import replace
@@ -30,10 +30,8 @@ from tiny_model import tiny_gguf
 
 N_PROMPTS, N_PREDICT = 20, 512
 FLOAT_NOISE = 2e-2  # llama.cpp's logits lie up to 0.011 from the reference's on these texts, in F32
-TORN, TORN_ROWS = (
-    5e-4,
-    4,
-)  # a router's choice this close has been seen to flip, and moved three rows' logits by 0.17 to 0.04
+ROUTER_TIE, ROUTER_TIE_ROWS = 5e-4, 4
+"""A router's choice this close has been seen to flip, and moved three rows' logits by 0.17 to 0.04."""
 GREEDY = Sampling(temperature=0)
 
 
@@ -84,7 +82,7 @@ def assert_same_text(texts: list[list[int]]) -> None:
 def is_tie(i: int, text: list[int], tokens: list[int]) -> bool:
     """Whether two tokens' scores, or the edge of the truncation, lie within float noise after a text."""
     sampling, (logits, chosen) = sampling_of(i), plain_choice(i, text)
-    if chosen == tokens[1] or is_router_torn(prompts()[i] + text):
+    if chosen == tokens[1] or is_router_tie(prompts()[i] + text):
         return True
     if sampling.temperature == 0:
         return abs(float(np.diff(logits[tokens])[0])) < FLOAT_NOISE
@@ -108,22 +106,22 @@ def reference() -> Step35:
     return load_checkpoint(BUNDLED)
 
 
-def is_router_torn(tokens: list[int]) -> bool:
+def is_router_tie(tokens: list[int]) -> bool:
     """Whether in the last rows the scores of the last expert chosen and the first left out nearly agree."""
     gaps: list[torch.Tensor] = []
 
     def measure(moe: MoE, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
-        scores = torch.sigmoid(inputs[0][0, -TORN_ROWS:] @ moe.gate.weight.T) + moe.router_bias
+        scores = torch.sigmoid(inputs[0][0, -ROUTER_TIE_ROWS:] @ moe.gate.weight.T) + moe.router_bias
         best = scores.topk(moe.top_k + 1).values
         gaps.append(best[:, -2] - best[:, -1])
 
     model = reference()
-    hooks = [layer.moe.register_forward_hook(measure) for layer in model.model.layers if layer.is_moe]
+    hooks = [moe.register_forward_hook(measure) for moe in model.modules() if isinstance(moe, MoE)]
     with torch.no_grad():
         model.trunk(torch.tensor([tokens]))
     for hook in hooks:
         hook.remove()
-    return bool(torch.cat(gaps).min() < TORN)
+    return bool(torch.cat(gaps).min() < ROUTER_TIE)
 
 
 def plain_choice(i: int, text: list[int]) -> tuple[np.ndarray, int]:
