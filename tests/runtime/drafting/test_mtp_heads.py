@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from checkpoints import BUNDLED
+from real_engine import open_engine
 from reference.checkpoint import load_checkpoint
 from reference.decode import draft
 from step35.drafting.draft_round import DraftRound
 from step35.engine.decode_loop import begin, step
-from step35.engine.engine import Engine
 from step35.native import context as context_module
 from step35.native import library
 from step35.native.model import Model
@@ -38,7 +38,7 @@ def test_every_head_drafts_what_the_reference_drafts(reference):
     """F32 weights and cache, twice the window: same argmax, or nearly equal scores; KL under 1e-4."""
     options = EngineOptions(tiny_gguf("F32"), draft="3", n_ctx=512, n_threads=1, kv_type="f32")
     seen = []
-    with Engine(options) as e, e.open_session() as session:
+    with open_engine(options) as e, e.open_session() as session:
         run = e.drafter.heads.run
 
         def spy(head: int, rounds: Sequence[DraftRound]) -> list[np.ndarray]:

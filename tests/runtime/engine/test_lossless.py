@@ -19,10 +19,10 @@ import torch
 from gguf import GGUFReader
 
 from checkpoints import BUNDLED
+from real_engine import open_engine
 from reference.checkpoint import load_checkpoint
 from reference.model import MoE, Step35
 from step35.engine.decode_loop import Turn, begin, step
-from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.sampling.sampler import Sampling, gumbel, truncate
 from step35.sampling.token_chooser import Chooser
@@ -49,7 +49,7 @@ def sampling_of(i: int) -> Sampling:
 def prompts() -> list[list[int]]:
     """Pieces of a source file that a pinned dependency ships, of unequal length."""
     source = Path(gguf.quants.__file__).read_text(encoding="utf-8")
-    with Engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
+    with open_engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
         tokens = engine.tokenize(source)
     return [tokens[700 * i : 700 * i + 20 + 9 * i] for i in range(N_PROMPTS)]
 
@@ -57,7 +57,7 @@ def prompts() -> list[list[int]]:
 def run(draft: str, model: Path | None = None) -> tuple[list[list[int]], list[Turn]]:
     """Generates from all prompts at once, one batch a step."""
     options = EngineOptions(model or tiny_gguf("F32"), None, draft, 16384, 256, N_PROMPTS, n_threads=1, kv_type="f32")
-    with Engine(options) as engine:
+    with open_engine(options) as engine:
         turns = [
             begin(engine.open_session(), prompt, Chooser(sampling_of(i)), N_PREDICT)
             for i, prompt in enumerate(prompts())
@@ -133,7 +133,7 @@ def plain_choice(i: int, text: list[int]) -> tuple[np.ndarray, int]:
         seen.append(logits.copy())
         return logits
 
-    with Engine(options) as engine, engine.open_session() as session:
+    with open_engine(options) as engine, engine.open_session() as session:
         turn = begin(session, prompts()[i] + text, Chooser(sampling_of(i), process=spy), 1)
         while turn.finish is None:
             step(engine, [turn])
@@ -172,7 +172,7 @@ def _wreck(path: Path) -> None:
 
 
 def test_the_same_seed_repeats_and_another_doesnt():
-    with Engine(EngineOptions(tiny_gguf(), draft="3", n_ctx=512, n_threads=1)) as engine:
+    with open_engine(EngineOptions(tiny_gguf(), draft="3", n_ctx=512, n_threads=1)) as engine:
         texts = []
         for seed in (5, 5, 6):
             with engine.open_session() as session:
