@@ -101,6 +101,8 @@ class Cell:
 class FakeContext:
     """Stands in for native.Context, for the trunk (head None) or a head."""
 
+    handle = None
+
     def __init__(self, script: Script, options: ContextOptions, head: int | None) -> None:
         self.script, self.head = script, head
         self.n_batch, self.n_ctx = options.n_batch, options.n_ctx

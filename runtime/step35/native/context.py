@@ -188,6 +188,16 @@ class Context:
     def n_ctx(self) -> int:
         return C.llama_n_ctx(self._ctx)
 
+    @property
+    def n_threads(self) -> int:
+        """Threads of a decode of one token."""
+        return C.llama_n_threads(self._ctx)
+
+    @property
+    def handle(self) -> object:
+        """The llama_context, for what is said to llama.cpp itself."""
+        return self._ctx
+
     # decoding
 
     def extract_hidden(self, on: bool) -> None:

@@ -14,6 +14,9 @@ class ContextInterface(Protocol):
     n_batch: int
     returns_all_rows: bool
 
+    @property
+    def handle(self) -> object: ...
+
     def close(self) -> None: ...
 
     def extract_hidden(self, on: bool) -> None: ...
