@@ -104,7 +104,7 @@ class Llama(StockLlama):
 
     @property
     def ctx(self) -> object:
-        return self.engine.trunk._ctx
+        return self.engine.trunk.handle
 
     @property
     def model(self) -> object:

@@ -102,6 +102,8 @@ class Cell:
 class FakeContext:
     """Stands in for native.Context, for the trunk (head None) or a head."""
 
+    handle = None
+
     def __init__(self, script: Script, options: ContextOptions, head: int | None) -> None:
         self.script, self.head = script, head
         self.n_batch, self.n_ctx = options.n_batch, options.n_ctx
@@ -151,7 +153,11 @@ class FakeContext:
         if cells:
             assert position == max(cells) + 1, f"position {position} after {max(cells)}"
         assert 0 <= token < N_VOCAB
-        row = self._trunk_row(cells, position, token) if self.head is None else self._head_row(r, i, position, token)
+        row = (
+            self._trunk_row(cells, position, token)
+            if self.head is None
+            else self._head_row(self.head, r, i, position, token)
+        )
         cells[position] = Cell(token, int(row[1][2]))
         for old in [p for p in cells if p <= position - self.script.n_swa - self.script.ring_slack]:
             del cells[old]
@@ -165,17 +171,18 @@ class FakeContext:
         best = EOG if position + 1 == self.script.ends_at else next_token(token, position)
         return _logits(best, digest(mark), self.script.flatness), [position, 0, mark, 1]
 
-    def _head_row(self, r: Rows, i: int, position: int, token: int) -> tuple[np.ndarray, list[float]]:
+    def _head_row(self, head: int, r: Rows, i: int, position: int, token: int) -> tuple[np.ndarray, list[float]]:
+        assert r.hidden is not None, f"head {head} row {position} came without hidden states"
         row, stage, mark, is_real = r.hidden[i]
         if not is_real:  # calibration feeds zeros
-            return np.zeros(N_VOCAB, np.float32), [position, self.head + 1, 0, 0]
-        assert (row, stage) == (position, self.head), f"head {self.head} row {position} got hidden {row} of {stage}"
-        target = position + 2 + self.head
+            return np.zeros(N_VOCAB, np.float32), [position, head + 1, 0, 0]
+        assert (row, stage) == (position, head), f"head {head} row {position} got hidden {row} of {stage}"
+        target = position + 2 + head
         best = next_token(token, target - 1)
-        if self.script.is_wrong(self.head, target):
+        if self.script.is_wrong(head, target):
             best = (best + 1) % EOG
         mark = digest(int(mark), token)
-        return _logits(best, digest(mark), self.script.flatness), [position, self.head + 1, mark, 1]
+        return _logits(best, digest(mark), self.script.flatness), [position, head + 1, mark, 1]
 
     def logits(self) -> np.ndarray:
         return self._logits
@@ -193,7 +200,7 @@ class FakeContext:
         assert not self.cells.get(target), "copied over cells in use"
         self.cells[target] = {p: cell for p, cell in self.cells[source].items() if p < n_keep}
 
-    def held_from(self, seq: int) -> int:
+    def window_start(self, seq: int) -> int:
         return min(self.cells.get(seq, {}), default=0)
 
     def state_bytes(self, seq: int) -> int:

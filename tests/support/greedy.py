@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from real_engine import open_engine
 from step35.engine.decode_loop import begin, generate
 from step35.engine.engine import Engine
 from step35.native.rows import Rows
@@ -27,13 +28,16 @@ def main(model: Path, drafts: list[str]) -> None:
 
 def tokens_of(model: Path, draft: str) -> list[int]:
     """Returns the greedy tokens."""
-    with Engine(EngineOptions(model, draft=draft, n_ctx=256, n_batch=64)) as engine, engine.open_session() as session:
+    with (
+        open_engine(EngineOptions(model, draft=draft, n_ctx=256, n_batch=64)) as engine,
+        engine.open_session() as session,
+    ):
         return list(generate(begin(session, engine.tokenize(PROMPT), Chooser(Sampling(0)), N_PREDICT)))
 
 
 def margin(model: Path, tokens: list[int]) -> float:
     """Returns the least lead that a chosen token had over the next best, in logits."""
-    with Engine(EngineOptions(model, draft="off", n_ctx=256, n_batch=64)) as engine:
+    with open_engine(EngineOptions(model, draft="off", n_ctx=256, n_batch=64)) as engine:
         steps = [engine.tokenize(PROMPT), *([token] for token in tokens[:-1])]
         return min(_lead(engine, sum(map(len, steps[:i])), step) for i, step in enumerate(steps))
 

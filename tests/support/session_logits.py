@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from real_engine import open_engine
 from step35.engine.decode_loop import begin, step
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
@@ -16,7 +17,7 @@ FLOAT_NOISE = 2e-2
 
 def engine(**options) -> Engine:
     defaults = {"draft": "off", "n_ctx": 2048, "n_batch": 32, "n_threads": 1, "kv_type": "f32"}
-    return Engine(EngineOptions(tiny_gguf("F32"), **defaults | options))
+    return open_engine(EngineOptions(tiny_gguf("F32"), **defaults | options))
 
 
 def text_tokens(e: Engine, n: int, seed: int = 0) -> list[int]:

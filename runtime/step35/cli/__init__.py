@@ -175,7 +175,7 @@ def summary(stats: "Stats") -> dict[str, object]:
         "n_decoded": stats.n_decoded,
         "prefill_tps": round(stats.prefill_tps, 2),
         "decode_tps": round(stats.decode_tps, 2),
-        "n_cycles": stats.n_cycles,
+        "n_cycles": stats.n_rounds,
         "n_drafted": stats.n_drafted,
         "n_accepted": stats.n_accepted,
         "drafted_per_head": stats.drafted_per_head,

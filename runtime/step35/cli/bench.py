@@ -65,7 +65,7 @@ def write_csv(out: TextIO, measurements: Sequence[Measurement]) -> None:
     """Writes a header and one line for each measurement."""
     writer = csv.DictWriter(out, [field.name for field in fields(Measurement)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(map(asdict, measurements))
+    writer.writerows(asdict(measurement) for measurement in measurements)
 
 
 def plot(path: Path, measurements: Sequence[Measurement], title: str = "") -> None:

@@ -1,53 +1,18 @@
-"""Drafting: proposes tokens for a cycle, and learns from what the trunk accepted.
+"""Drafting: proposes tokens for a round, and learns from what the trunk accepted.
 
 One Drafter serves all sequences of an engine. `propose` comes before the trunk's decode, `update`
 after it; between them lies the verification, which knows nothing about where a draft came from.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from step35.drafting.depth_controller import DepthController, Drafted
-from step35.drafting.mtp_heads import Chain, Heads, HeadState
-from step35.drafting.prompt_lookup import NgramIndex
-from step35.sampling.sampler import Sampling, choose_with_margin
+import numpy as np
 
-LONGEST_LOOKUP, FIRST_REACH = 7, 2
-
-
-@dataclass(slots=True)
-class DraftState:
-    """What drafting keeps about one timeline."""
-
-    tracks: list[HeadState]
-    index: NgramIndex = field(default_factory=NgramIndex)
-    reach: int = FIRST_REACH
-    """Tokens a look-up may draft: doubled when all were right, else as many as were. Texts differ much in it."""
-
-    def learn_reach(self, n_drafted: int, n_accepted: int) -> None:
-        self.reach = min(2 * self.reach, LONGEST_LOOKUP) if n_accepted == n_drafted else max(1, n_accepted)
-
-
-@dataclass(slots=True)
-class DraftRound:
-    """One sequence's draft in one cycle: from the request over the proposal to the outcome."""
-
-    seq: int
-    tokens: Sequence[int]
-    sampling: Sampling
-    memory: DraftState
-    n_max: int
-    drafts: list[Drafted] = field(default_factory=list)
-    source: str = "plain"
-    match_length: int = 0
-    chain: Chain | None = None
-    chance: float = 1.0
-    n_read: int | None = None
-    seconds: float = 0.0
-
-    @property
-    def draft_tokens(self) -> list[int]:
-        return [draft.token for draft in self.drafts]
+from step35.drafting.acceptance import Drafted
+from step35.drafting.depth_controller import DepthController
+from step35.drafting.draft_round import DraftRound, DraftState
+from step35.drafting.mtp_heads import Heads
+from step35.sampling.sampler import choose_with_margin
 
 
 class Drafter:
@@ -55,113 +20,123 @@ class Drafter:
 
     def __init__(self, mode: str, heads: Heads | None, clock: Callable[[], float]) -> None:
         self.mode = mode
-        self.heads = heads or None
-        self.controller = DepthController(len(heads) if heads else 0)
+        self.heads = heads or Heads((), 0, 0)
+        self.controller = DepthController(len(self.heads))
         self._clock = clock
         self._fixed_depth = int(mode) if mode.isdigit() else None
-        self.wants_hidden = self.heads is not None
-        self.is_off = mode not in ("auto", "ngram") and not self.wants_hidden
+        self.wants_hidden = len(self.heads) > 0
+        self._is_off = mode not in ("auto", "ngram") and not self.wants_hidden
 
-    def new_memory(self) -> DraftState:
-        return DraftState(self.heads.new_tracks() if self.heads else [])
+    # what is kept about a timeline
 
-    def truncate(self, seq: int, memory: DraftState, n_keep: int) -> None:
+    def new_state(self) -> DraftState:
+        """Returns the state of an empty timeline."""
+        return DraftState(self.heads.new_states())
+
+    def truncate(self, state: DraftState, n_keep: int) -> None:
         """Follows a rewind of the timeline."""
-        if self.heads:
-            self.heads.truncate(seq, memory.tracks, n_keep)
+        self.heads.truncate(state, n_keep)
+
+    def keep_hidden(self, state: DraftState, first: int, rows: np.ndarray) -> None:
+        """Keeps the trunk's pre-norm hidden states (n_rows, n_embd) from position `first` on, for the first head."""
+        state.heads[0].inputs.put(first, rows)
 
     # before the trunk's decode
 
-    def propose(self, cycles: Sequence[DraftRound]) -> None:
-        """Fills in the drafts of each cycle; no cycle means that a prompt is read: after it drafting has a new chance."""
-        if not cycles:
-            self.controller.wake()
+    def propose(self, rounds: Sequence[DraftRound]) -> None:
+        """Fills in the drafts of each round; no round means that a prompt is read, which ends a cooldown."""
+        if self._is_off:
             return
-        if self._fixed_depth is not None:
-            self._run_heads(cycles)
-        elif self.controller.begin_cycle(lambda: max(map(self._n_behind, cycles))):
-            started = self._clock()
-            self._consider(cycles)
-            seconds = self._clock() - started
-            for cycle in cycles:
-                cycle.seconds = seconds
-            self.controller.end_proposal(sum([len(cycle.drafts) for cycle in cycles]), seconds)
+        if not rounds:
+            self.controller.resume()
+        elif self._fixed_depth is not None:
+            self._run_heads(rounds)
+        elif self.controller.begin_round(lambda: max(map(self._n_behind, rounds))):
+            self._consider(rounds)
 
-    def _consider(self, cycles: Sequence[DraftRound]) -> None:
-        for cycle in cycles:
-            self._look_up(cycle)
-        if self.heads:
-            self._run_heads([c for c in cycles if c.source == "plain"])
+    def _consider(self, rounds: Sequence[DraftRound]) -> None:
+        started = self._clock()
+        for draft_round in rounds:
+            self._look_up(draft_round)
+        self._run_heads([r for r in rounds if r.source == "plain"])
+        seconds = self._clock() - started
+        for draft_round in rounds:
+            draft_round.propose_s = seconds
+        self.controller.end_proposal(sum([len(r.drafts) for r in rounds]), seconds)
 
-    def _n_behind(self, cycle: DraftRound) -> int:
+    def _n_behind(self, draft_round: DraftRound) -> int:
         """Returns how many rows the head that is farthest behind would have to catch up with."""
-        return max((self._n_missed(head, cycle) for head in range(len(self.heads or ()))), default=0)
+        return max((self.heads.n_behind(head, draft_round) for head in range(len(self.heads))), default=0)
 
-    def _n_missed(self, head: int, cycle: DraftRound) -> int:
-        return self.heads.n_behind(head, cycle.memory.tracks, len(cycle.tokens) - 1)
-
-    def _look_up(self, cycle: DraftRound) -> None:
-        n_max = min(cycle.memory.reach, cycle.n_max)
-        match = cycle.memory.index.find(cycle.tokens, n_max) if n_max > 0 else None
+    def _look_up(self, draft_round: DraftRound) -> None:
+        state = draft_round.state
+        n_max = min(state.reach, draft_round.n_max)
+        match = state.index.find(draft_round.tokens, n_max) if n_max > 0 else None
         if match is None:
             return
         n = self.controller.lookup_depth(match.length, len(match.tokens))
         if n:
-            cycle.drafts = [Drafted(token, 0.0) for token in match.tokens[:n]]
-            cycle.source, cycle.match_length = "ngram", match.length
+            draft_round.drafts = [Drafted(token, 0.0) for token in match.tokens[:n]]
+            draft_round.source, draft_round.match_length = "ngram", match.length
 
-    def _run_heads(self, cycles: Sequence[DraftRound]) -> None:
-        for head in range(len(self.heads or ())):
-            cycles = [c for c in cycles if len(c.drafts) == head < c.n_max and self._runs(head, c)]
+    def _run_heads(self, rounds: Sequence[DraftRound]) -> None:
+        for head in range(len(self.heads)):
+            rounds = [r for r in rounds if len(r.drafts) == head < r.n_max and self._is_to_run(head, r)]
             if head == 0:
-                cycles = [c for c in cycles if self._open_chain(c)]
-            if not cycles:
+                rounds = [r for r in rounds if self.heads.can_run(r)]
+            if not rounds:
                 return
-            self._run_head(head, cycles)
+            self._run_head(head, rounds)
 
-    def _open_chain(self, cycle: DraftRound) -> bool:
-        cycle.chain = Chain(cycle.seq, cycle.tokens, len(cycle.tokens) - 1, cycle.memory.tracks)
-        return self.heads.can_run(cycle.chain)
-
-    def _runs(self, head: int, cycle: DraftRound) -> bool:
+    def _is_to_run(self, head: int, draft_round: DraftRound) -> bool:
+        """Whether a head is worth its time; sets how many of the rows that it missed it reads."""
         if self._fixed_depth is not None:
             return head < self._fixed_depth
-        cycle.n_read = self.controller.rows_to_read(head, cycle.chance, self._n_missed(head, cycle))
-        return cycle.n_read is not None
+        n_behind = self.heads.n_behind(head, draft_round)
+        draft_round.n_read = self.controller.rows_to_read(head, draft_round.chain_rate, n_behind)
+        return draft_round.n_read is not None
 
-    def _run_head(self, head: int, cycles: Sequence[DraftRound]) -> None:
-        is_usual = len(cycles) == 1 and self.heads.is_caught_up(head, cycles[0].chain)
-        for cycle in cycles:
-            cycle.chain.n_read = cycle.n_read
+    def _run_head(self, head: int, rounds: Sequence[DraftRound]) -> None:
+        is_usual = len(rounds) == 1 and not self.heads.n_behind(head, rounds[0])
         started = self._clock()
-        logits = self.heads.run(head, [cycle.chain for cycle in cycles])
-        for cycle, row in zip(cycles, logits, strict=True):
-            self._add_draft(head, cycle, row)
+        logits = self.heads.run(head, rounds)
+        for draft_round, row in zip(rounds, logits, strict=True):
+            draft_round.has_run_heads = True
+            self._add_draft(head, draft_round, row)
         if is_usual:
             self.controller.costs.observe_draft(head, self._clock() - started)
 
-    def _add_draft(self, head: int, cycle: DraftRound, logits) -> None:
+    def _add_draft(self, head: int, draft_round: DraftRound, logits: np.ndarray) -> None:
         names = self.heads.vocabulary.tokens if self.heads.vocabulary else None
-        token, margin = choose_with_margin(logits, cycle.sampling, len(cycle.tokens) + head, names)
-        if self._fixed_depth is None and not self.controller.keeps(head, cycle.chance, margin):
+        token, margin = choose_with_margin(logits, draft_round.sampling, len(draft_round.tokens) + head, names)
+        if self._fixed_depth is None and not self.controller.keeps(head, draft_round.chain_rate, margin):
             return
-        cycle.source = "mtp"
-        cycle.drafts.append(Drafted(token, margin))
-        cycle.chain.drafts.append(token)
-        cycle.chance *= self.controller.chance(head, margin)
+        draft_round.source = "mtp"
+        draft_round.drafts.append(Drafted(token, margin))
+        draft_round.chain_rate *= self.controller.rate(head, margin)
 
     # after the trunk's decode
 
-    def update(self, cycle: DraftRound, n_accepted: int, n_tokens: int, verify_s: float, *, is_alone: bool) -> None:
-        """Learns from a cycle: `n_accepted` drafts agreed, `n_tokens` came of it."""
-        if cycle.chain is not None:
-            self.heads.update(cycle.chain, n_accepted)
-        if cycle.source == "mtp":
-            self.controller.learn_heads(cycle.drafts, n_accepted)
-        elif cycle.source == "ngram":
-            self.controller.learn_lookup(cycle.match_length, len(cycle.drafts), n_accepted)
-            cycle.memory.learn_reach(len(cycle.drafts), n_accepted)
+    def update(
+        self, draft_round: DraftRound, n_accepted: int, n_tokens: int, verify_s: float, *, is_alone: bool
+    ) -> None:
+        """Learns from a round: `n_accepted` drafts agreed, `n_tokens` came of it.
+
+        Seconds tell something only of a round that had the trunk's decode alone.
+        """
+        if self._is_off:
+            return
+        if draft_round.has_run_heads:
+            self.heads.update(draft_round, n_accepted)
+        self._learn_outcome(draft_round, n_accepted)
         if is_alone:
-            if not self.controller.is_resting:
-                self.controller.costs.observe_verify(len(cycle.drafts) + 1, verify_s)
-            self.controller.learn_cycle(n_tokens, cycle.seconds + verify_s)
+            if not self.controller.in_cooldown:
+                self.controller.costs.observe_verify(len(draft_round.drafts) + 1, verify_s)
+            self.controller.learn_round(n_tokens, draft_round.propose_s + verify_s)
+
+    def _learn_outcome(self, draft_round: DraftRound, n_accepted: int) -> None:
+        if draft_round.source == "mtp":
+            self.controller.learn_heads(draft_round.drafts, n_accepted)
+        elif draft_round.source == "ngram":
+            self.controller.learn_lookup(draft_round.match_length, len(draft_round.drafts), n_accepted)
+            draft_round.state.learn_reach(len(draft_round.drafts), n_accepted)

@@ -69,5 +69,5 @@ def stream_text(tokens: Iterable[int], piece: Callable[[int], bytes]) -> Iterato
     for token in tokens:
         if text := stream.add(token):
             yield text
-    if rest := stream.finish():
-        yield rest
+    if text := stream.finish():
+        yield text

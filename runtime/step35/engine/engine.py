@@ -4,28 +4,24 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
+from step35.drafting.calibration import CALIBRATED_WIDTHS, calibrate, choose_padding
 from step35.drafting.drafter import Drafter
 from step35.drafting.mtp_heads import REPLAYED_ROWS, Heads
 from step35.engine.budget import Budget
 from step35.engine.session import Session, n_cells
 from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
-from step35.native.rows import Rows
+from step35.native.interface import ContextInterface
 from step35.options import EngineOptions, ModelOptions
 from step35.planning.memory_pressure import Level, Reading
 from step35.planning.model_header import shard_paths
+from step35.sampling.token_chooser import TokenGrammar
 from step35.sizes import format_size
 
 if TYPE_CHECKING:
-    from step35.native.context import Context
-    from step35.native.grammar import Grammar
     from step35.native.model import Model
     from step35.planning.admission import Guard, MemoryDemand
 
 HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
-CALIBRATED_WIDTHS = (1, 2, 3, 4, 8)
-USUAL_ROWS = 2  # of a head's run: the new one, and one accepted or redone
 
 
 def _load(options: ModelOptions) -> "Model":
@@ -86,15 +82,16 @@ class Engine:
         self.model = self._load_trunk(load_model, wants_heads and options.mtp is None)
         self.n_ctx = _context_size(options, self.model)
         self.window = self.model.n_swa
-        self.trunk = self.model.open_trunk(options.context(n_outputs=_n_outputs(options)))
+        self.trunk: ContextInterface = self.model.open_trunk(options.context(n_outputs=_n_outputs(options)))
         self._closers.append(self.trunk.close)
         self.drafter = Drafter(options.draft, self._open_heads(load_model) if wants_heads else None, self.clock)
         self._free_sequences = list(range(options.n_sessions))[::-1]
-        self._sessions: list[Session] = []
-        if self.drafter.heads:
-            self._choose_padding(self.drafter.heads)
+        self._sessions: dict[int, Session] = {}
+        heads = self.drafter.heads
+        if heads:
+            choose_padding(heads, self.clock)
         if options.draft in ("auto", "ngram"):
-            self._calibrate()
+            calibrate(self.trunk, self.n_vocab, heads, self.drafter.controller.costs, self.clock)
 
     def _watch(self, guard: "Guard") -> None:
         self.need = guard.need
@@ -161,18 +158,18 @@ class Engine:
                 f"no free session: all {self.options.n_sessions} are open; close one or load with more sessions"
             )
         session = Session(self, self._free_sequences.pop())
-        self._sessions.append(session)
+        self._sessions[session.seq] = session
         return session
 
-    def release(self, session: Session) -> None:
+    def release(self, seq: int) -> None:
         """Takes a closed session's sequence back."""
-        self._sessions.remove(session)
-        self._free_sequences.append(session.seq)
+        del self._sessions[seq]
+        self._free_sequences.append(seq)
 
     @property
     def n_free_cells(self) -> int:
         """Tokens that still fit into the context that all sessions share."""
-        return self.n_ctx - n_cells(self._sessions)
+        return self.n_ctx - n_cells(self._sessions.values())
 
     def cancel(self) -> None:
         """Makes the running step, or the next one, raise Cancelled. Callable from any thread or handler."""
@@ -218,6 +215,11 @@ class Engine:
         """Returns a token's bytes; control tokens are empty unless `special`."""
         return self.model.piece(token, special=special)
 
+    @property
+    def turn_start(self) -> int | None:
+        """The token that begins a message; None in a vocabulary without chat tokens."""
+        return self.model.turn_start
+
     def is_end(self, token: int) -> bool:
         """Whether a token ends an answer."""
         return self.model.is_eog(token)
@@ -246,58 +248,9 @@ class Engine:
         """The file's Jinja template for chat messages."""
         return self.model.chat_template
 
-    def open_grammar(self, gbnf: str) -> "Grammar":
+    def open_grammar(self, gbnf: str) -> TokenGrammar:
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)
-
-    # calibration
-
-    def _calibrate(self) -> None:
-        """Measures a decode of each width and a run of each head; on a busy machine the fastest is the truest."""
-        costs = self.drafter.controller.costs
-        for width in CALIBRATED_WIDTHS:
-            tokens = [i * self.model.n_vocab // width for i in range(width)]  # unlike ones touch other experts
-            costs.observe_verify(width, self._time(self.trunk, Rows(0, 0, tokens, outputs=width)))
-        if self.drafter.heads:
-            self._calibrate_heads(self.drafter.heads)
-
-    def _calibrate_heads(self, heads: Heads) -> None:
-        costs, n_usual = self.drafter.controller.costs, max(USUAL_ROWS, heads.n_least)
-        for head, context in enumerate(heads.contexts):
-            costs.observe_draft(head, self._time(context, self._head_rows(heads, head, n_usual)))
-        first = heads.contexts[0]
-        many_s = self._time(first, self._head_rows(heads, 0, first.n_batch))
-        costs.row_s = max(0.0, many_s - costs.draft(0)) / (first.n_batch - n_usual)
-
-    def _choose_padding(self, heads: Heads) -> None:
-        """Pads a head's runs to one shape where that is faster than to build a graph for each number of rows.
-
-        It is where a row costs next to nothing. On a CPU it costs what a row of a prompt does.
-        """
-        context = heads.contexts[0]
-        padded_s = self._time(context, self._head_rows(heads, 0, REPLAYED_ROWS))
-        varied = [
-            [self._time_once(context, self._head_rows(heads, 0, n)) for n in range(1, REPLAYED_ROWS)] for _ in range(3)
-        ]
-        if sum(map(min, zip(*varied, strict=True))) < padded_s * (REPLAYED_ROWS - 1):
-            heads.n_least = 1
-
-    def _head_rows(self, heads: Heads, head: int, n: int) -> Rows:
-        n_outputs = heads.n_outputs(head, n, has_new=True)
-        return Rows(0, 0, [0] * n, n_outputs, np.zeros((n, self.model.n_embd), np.float32))
-
-    def _time(self, context: "Context", rows: Rows) -> float:
-        """Returns the seconds of a decode: the least of three, after one that builds the graph."""
-        self._time_once(context, rows)
-        return min(self._time_once(context, rows) for _ in range(3))
-
-    def _time_once(self, context: "Context", rows: Rows) -> float:
-        started = self.clock()
-        context.decode([rows])
-        context.logits()
-        seconds = self.clock() - started
-        context.truncate(rows.seq, 0)
-        return seconds
 
 
 def _n_outputs(options: EngineOptions) -> int:

@@ -21,7 +21,7 @@ class Cached:
     """A cached timeline: its tokens, the first position still in the ring, and the checkpoints."""
 
     tokens: Sequence[int]
-    held_from: int
+    window_start: int
     checkpoints: Iterable[int]
 
 
@@ -49,7 +49,7 @@ def plan_sync(cached: Cached, prompt: Sequence[int], window: int) -> SyncPlan:
     """
     n_common = common_prefix(cached.tokens, prompt)
     n_keep = min(n_common, len(prompt) - 1)
-    if n_keep == len(cached.tokens) or cached.held_from <= max(0, n_keep - window + 1):
+    if n_keep == len(cached.tokens) or cached.window_start <= max(0, n_keep - window + 1):
         return SyncPlan(n_keep, False, n_common)
     nearest = max((n for n in cached.checkpoints if n <= n_keep), default=0)
     return SyncPlan(nearest, nearest > 0, n_common)

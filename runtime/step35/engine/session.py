@@ -4,16 +4,14 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from step35.engine.budget import Hold
+from step35.engine.budget import Reservation
 from step35.engine.checkpoints import CheckpointStore
+from step35.engine.interface import EngineInterface
 from step35.engine.prefix import Cached, SyncPlan, plan_sync
 from step35.errors import ContextFull, DoesNotFit, NativeError, SettingsError
 from step35.sizes import format_size
-
-if TYPE_CHECKING:
-    from step35.engine.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +39,12 @@ class Snapshot:
 class Session:
     """A timeline: `tokens` are known, the first `n_past` of them are in the KV cache."""
 
-    def __init__(self, engine: "Engine", seq: int) -> None:
+    def __init__(self, engine: EngineInterface, seq: int) -> None:
         self.engine = engine
         self.seq = seq
         self.tokens: list[int] = []
         self.n_past = 0
-        self.memory = engine.drafter.new_memory()
+        self.draft_state = engine.drafter.new_state()
         self.shared: tuple[Span, ...] = ()
         self._checkpoints = CheckpointStore(engine.budget)
 
@@ -54,7 +52,7 @@ class Session:
         """Gives the sequence back; a closed session stays closed."""
         if self.seq >= 0:
             self._truncate(0)
-            self.engine.release(self)
+            self.engine.release(self.seq)
             self.seq = -1
 
     def __enter__(self) -> Self:
@@ -69,10 +67,10 @@ class Session:
         """Makes `prompt` the timeline and returns what of the cache it reuses; decodes nothing yet."""
         prompt = list(prompt)
         self._check_prompt(prompt)
-        held_from = self.engine.trunk.held_from(self.seq)
+        window_start = self.engine.trunk.window_start(self.seq)
         with self.engine.budget.lock:  # the watchdog may drop checkpoints
             plan = plan_sync(
-                Cached(self.tokens[: self.n_past], held_from, self._checkpoints), prompt, self.engine.window
+                Cached(self.tokens[: self.n_past], window_start, self._checkpoints), prompt, self.engine.window
             )
             self._keep(plan)
         self.tokens = prompt
@@ -80,13 +78,13 @@ class Session:
 
     def n_reusable(self, prompt: Sequence[int]) -> int:
         """Returns how many tokens of a prompt `sync` would keep, and changes nothing."""
-        held_from = self.engine.trunk.held_from(self.seq)
-        cached = Cached(self.tokens[: self.n_past], held_from, self.checkpoints)
+        window_start = self.engine.trunk.window_start(self.seq)
+        cached = Cached(self.tokens[: self.n_past], window_start, self.checkpoints)
         return plan_sync(cached, prompt, self.engine.window).n_keep
 
     def forget_drafts(self) -> None:
         """Drops what drafting knows of the timeline: after a failed decode nobody knows how far the heads came."""
-        self.engine.drafter.truncate(self.seq, self.memory, 0)
+        self.engine.drafter.truncate(self.draft_state, 0)
 
     def rewind(self, n_tokens: int) -> SyncPlan:
         """Forgets the tokens from `n_tokens` on; what the ring lost is decoded again when needed."""
@@ -105,7 +103,7 @@ class Session:
 
     def _truncate(self, n_keep: int) -> None:
         self.engine.trunk.truncate(self.seq, n_keep)
-        self.engine.drafter.truncate(self.seq, self.memory, n_keep)
+        self.engine.drafter.truncate(self.draft_state, n_keep)
         self._checkpoints.cut(n_keep)
         self.shared = _cut(self.shared, n_keep)
         self.n_past = n_keep
@@ -118,7 +116,7 @@ class Session:
                 f"prompt too long: the context holds {self.engine.n_ctx} tokens, got {len(prompt)} and none left to "
                 "generate; load with a larger context or shorten the prompt"
             )
-        n_vocab = self.engine.model.n_vocab
+        n_vocab = self.engine.n_vocab
         if not 0 <= min(prompt) <= max(prompt) < n_vocab:
             raise SettingsError(f"bad token: expected ids 0 to {n_vocab - 1}, got {min(prompt)} to {max(prompt)}")
 
@@ -191,22 +189,22 @@ class Session:
 
         Its bytes count against the engine's budget while it exists; raises DoesNotFit if there is no room.
         """
-        hold = self._hold_snapshot()
+        reservation = self._reserve_snapshot()
         state = self.engine.trunk.save_state(self.seq) if self.n_past else b""
         snapshot = Snapshot(tuple(self.tokens), self.n_past, state, self._checkpoints.states())
-        weakref.finalize(snapshot, self.engine.budget.release, hold).atexit = False
+        weakref.finalize(snapshot, self.engine.budget.release, reservation).atexit = False
         return snapshot
 
-    def _hold_snapshot(self) -> Hold:
+    def _reserve_snapshot(self) -> Reservation:
         n_bytes = self.engine.trunk.state_bytes(self.seq) if self.n_past else 0
-        hold = self.engine.budget.hold(n_bytes)
-        if hold is None:
+        reservation = self.engine.budget.reserve(n_bytes)
+        if reservation is None:
             limit = format_size(self.engine.budget.limit or 0)
             raise DoesNotFit(
                 f"no room for a snapshot: {self.n_past} tokens expected at most {limit} for all that is kept, "
                 f"got {format_size(n_bytes)}; close a session, or load with a smaller context"
             )
-        return hold
+        return reservation
 
     def restore(self, snapshot: Snapshot) -> None:
         """Replaces the timeline by a snapshot's, taken from a session of the same model."""

@@ -188,6 +188,16 @@ class Context:
     def n_ctx(self) -> int:
         return C.llama_n_ctx(self._ctx)
 
+    @property
+    def n_threads(self) -> int:
+        """Threads of a decode of one token."""
+        return C.llama_n_threads(self._ctx)
+
+    @property
+    def handle(self) -> object:
+        """The llama_context, for what is said to llama.cpp itself."""
+        return self._ctx
+
     # decoding
 
     def extract_hidden(self, on: bool) -> None:
@@ -259,7 +269,7 @@ class Context:
         """Lets `target` share the cells of `source` before position `n_keep`."""
         C.llama_memory_seq_cp(self._memory, source, target, 0, n_keep)
 
-    def held_from(self, seq: int) -> int:
+    def window_start(self, seq: int) -> int:
         """Returns the first position whose sliding-window cells still exist; 0 for an empty sequence."""
         return max(C.llama_memory_seq_pos_min(self._memory, seq), 0)
 

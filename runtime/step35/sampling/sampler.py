@@ -1,9 +1,9 @@
 """Choosing a token: truncation, temperature and noise keyed by (seed, position). Pure maths.
 
-The token at a position is argmax(log p + Gumbel noise) over the truncated target distribution. The
-noise depends only on the seed, the position and the token, so the text doesn't depend on how the
-position was reached: drafted or not, alone or in a batch. A draft that is chosen with the same noise
-agrees with the target far more often than a greedy one.
+The token at a position is argmax(log p + Gumbel noise) over the truncated target distribution, which is a draw from
+it (the Gumbel-max trick; Maddison et al. 2014, https://arxiv.org/abs/1411.0030). The noise depends only on the seed,
+the position and the token, so the text doesn't depend on how the position was reached: drafted or not, alone or in a
+batch. A draft that is chosen with the same noise agrees with the target far more often than a greedy one.
 
 Truncation follows llama.cpp's order: bias, penalties, top_k, top_p, min_p, then temperature.
 """
@@ -91,6 +91,7 @@ def adjust(logits: np.ndarray, sampling: Sampling, history: Sequence[int]) -> np
 
 
 def _penalize(logits: np.ndarray, sampling: Sampling, counts: Mapping[int, int]) -> None:
+    """Repeat penalty as in CTRL (https://arxiv.org/abs/1909.05858, section 4.1); the other two as in OpenAI's API."""
     ids = np.fromiter(counts, np.int64, len(counts))
     n = np.fromiter(counts.values(), np.float32, len(counts))
     values = logits[ids]
@@ -121,7 +122,10 @@ def _top_k(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def _nucleus(values: np.ndarray, top_p: float) -> np.ndarray:
-    """Returns the smallest set of most probable indices whose probability reaches `top_p`."""
+    """Returns the smallest set of most probable indices whose probability reaches `top_p`.
+
+    Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
+    """
     weights = np.exp(values - values.max())
     wanted = top_p * float(weights.sum(dtype=np.float64))
     likely = _enough(weights, wanted)

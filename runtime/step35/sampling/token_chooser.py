@@ -2,14 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from step35.sampling.sampler import Sampling, adjust, choose, log_probabilities
 
-if TYPE_CHECKING:
-    from step35.native.grammar import Grammar
+
+class TokenGrammar(Protocol):
+    """What a chooser needs of a grammar's state: which tokens may come next, as in native.grammar.Grammar."""
+
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
+        """Returns which of the token ids (bool, same length) may come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Moves on past a chosen token, which must be allowed."""
+        ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +39,16 @@ class Chooser:
         self,
         sampling: Sampling,
         *,
-        grammar: "Grammar | None" = None,
+        grammar: TokenGrammar | None = None,
         n_logprobs: int | None = None,
         process: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """`process` maps (token ids so far, logits) to logits; it sees every position once."""
         self.sampling = sampling
-        self._process = process
         self.logprobs: list[TokenLogprobs] = []
         self._grammar = grammar
         self._n_logprobs = n_logprobs
+        self._process = process
 
     def close(self) -> None:
         if self._grammar:
@@ -50,20 +61,20 @@ class Chooser:
             adjusted = self._process(np.asarray(history), adjusted.copy())
         token = choose(adjusted, self.sampling, len(history))
         if self._grammar:
-            token = self._obey(token, adjusted, len(history))
+            token = self._allowed(self._grammar, token, adjusted, len(history))
             self._grammar.accept(token)
         if self._n_logprobs is not None:
             self.logprobs.append(_logprobs(logits, token, self._n_logprobs))
         return token
 
-    def _obey(self, token: int, logits: np.ndarray, position: int) -> int:
-        """Returns the token if the grammar allows it, else the choice among those it allows.
+    def _allowed(self, grammar: TokenGrammar, token: int, logits: np.ndarray, position: int) -> int:
+        """Returns the token if the grammar allows it, else the choice among those that it allows.
 
-        Asking for one token is cheap; asking for the whole vocabulary is not, and seldom needed.
+        To ask for one token is cheap; to ask for the whole vocabulary is not, and seldom needed.
         """
-        if self._grammar.allowed(np.array([token]))[0]:
+        if grammar.allowed(np.array([token]))[0]:
             return token
-        allowed = self._grammar.allowed(np.arange(len(logits)))
+        allowed = grammar.allowed(np.arange(len(logits)))
         return choose(np.where(allowed, logits, -np.inf), self.sampling, position)
 
 

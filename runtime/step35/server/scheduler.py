@@ -381,7 +381,7 @@ class Scheduler:
     def _forget_drafts(self, turns: Sequence[Turn]) -> None:
         """After a failure, nobody knows how far the heads came."""
         for turn in turns:
-            self.engine.drafter.truncate(turn.session.seq, turn.session.memory, 0)
+            turn.session.forget_drafts()
 
     def _preempt(self, error: ContextFull) -> None:
         """Makes room in a context full of running turns: the youngest prompt waits again, else an answer ends."""

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fake_native import EOG, N_VOCAB, Script, exact_marks, loader, next_token
+from fake_native import EOG, N_VOCAB, FakeContext, Script, exact_marks, loader, next_token
 from step35.drafting.depth_controller import LEAST_READ
-from step35.drafting.drafter import DraftState
+from step35.drafting.draft_round import DraftState
 from step35.drafting.mtp_heads import REPLAYED_ROWS
 from step35.engine.decode_loop import begin, generate, step
 from step35.engine.engine import Engine
-from step35.errors import Cancelled, ContextFull
+from step35.engine.session import Session
+from step35.errors import Cancelled, ContextFull, SettingsError
 from step35.options import EngineOptions
 from step35.sampling.sampler import Sampling
 from step35.sampling.token_chooser import Chooser
@@ -31,14 +32,18 @@ class Ticks:
         return self.now
 
 
-def engine(script: Script, draft: str = "3", clock: Ticks | None = None, **options) -> Engine:
+def engine(
+    script: Script,
+    draft: str = "3",
+    clock: Ticks | None = None,
+    *,
+    n_ctx: int = 1024,
+    n_batch: int = 32,
+    n_sessions: int = 1,
+) -> Engine:
     """An engine past its calibration; on such a clock a run of a head takes the same time with any number of rows."""
-    defaults = {"n_ctx": 1024, "n_batch": 32, "n_sessions": 1}
-    e = Engine(
-        EngineOptions(Path("fake"), draft=draft, **defaults | options),
-        load_model=loader(script),
-        clock=clock or Ticks(),
-    )
+    options = EngineOptions(Path("fake"), draft=draft, n_ctx=n_ctx, n_batch=n_batch, n_sessions=n_sessions)
+    e = Engine(options, load_model=loader(script), clock=clock or Ticks())
     for context in script.contexts:
         context.decodes.clear()
     return e
@@ -60,12 +65,12 @@ def expected(prompt: list[int], n: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def check_heads(e: Engine, seq: int, tokens: list[int]) -> None:
+def check_heads(script: Script, session: Session) -> None:
     """Every row that a head's cache calls final equals the exact chain."""
-    (session,) = (s for s in e._sessions if s.seq == seq)
-    for head, (context, track) in enumerate(zip(e.drafter.heads.contexts, session.memory.tracks, strict=False)):
-        exact = exact_marks(tokens, head)
-        final = {p: c.digest for p, c in context.cells.get(seq, {}).items() if p < track.n_final}
+    contexts = [context for context in script.contexts if context.head is not None]
+    for head, (context, state) in enumerate(zip(contexts, session.draft_state.heads, strict=True)):
+        exact = exact_marks(session.tokens, head)
+        final = {p: c.digest for p, c in context.cells.get(session.seq, {}).items() if p < state.n_final}
         assert final == {p: exact[p] for p in final}
 
 
@@ -76,7 +81,7 @@ def test_text_is_the_trunks_own_however_it_is_drafted(draft):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_right_heads_are_always_accepted_and_a_cycle_runs_each_head_once(depth):
+def test_right_heads_are_always_accepted_and_a_round_runs_each_head_once(depth):
     script = Script()
     e = engine(script, str(depth))
     with e.open_session() as session:
@@ -102,7 +107,7 @@ def test_after_a_rejection_at_any_place_the_chain_is_exact_again(rejected, n_lea
         turn = begin(session, prompt_of(20), Chooser(GREEDY), 60)
         while turn.finish is None:
             step(e, [turn])
-            check_heads(e, session.seq, session.tokens)
+            check_heads(script, session)
         assert turn.generated == expected(prompt_of(20), 60)
         assert 0 < turn.stats.n_accepted < turn.stats.n_drafted
 
@@ -116,17 +121,17 @@ def test_where_rows_cost_nothing_a_head_decodes_a_constant_number_of_them():
 
 
 def test_where_rows_cost_time_a_head_decodes_no_more_than_it_must():
-    """On a CPU four rows take four times as long as one, and each cycle paid for four."""
+    """On a CPU four rows take four times as long as one, and each round paid for four."""
     clock = Ticks()
 
-    def spend(context):
+    def spend(context: FakeContext) -> None:
         clock.now += 1e-2 * context.n_rows
 
     script = Script(is_wrong=lambda head, position: True, on_decode=spend)
     assert run(engine(script, clock=clock), prompt_of(20), 100) == expected(prompt_of(20), 100)
-    for context in script.contexts[1:]:
+    for head, context in enumerate(script.contexts[1:]):
         # the new row, and those that read rejected drafts of the heads before
-        assert {len(rows[0].tokens) for rows in context.decodes[3:]} == {1 + context.head}
+        assert {len(rows[0].tokens) for rows in context.decodes[3:]} == {1 + head}
 
 
 @pytest.mark.parametrize(("returns_all_rows", "wanted"), [(False, {0: 36, 1: 36, 2: 1}), (True, {0: 1, 1: 1, 2: 1})])
@@ -141,17 +146,17 @@ def test_only_new_rows_have_logits_where_hidden_states_come_without_them(returns
     assert n_outputs == wanted
 
 
-def step_to_first_draft(e, session, prompt):
+def step_to_first_draft(e: Engine, session: Session, prompt: list[int]) -> None:
     turn = begin(session, prompt, Chooser(GREEDY), 9)
     while not turn.stats.n_drafted:
         step(e, [turn])
 
 
-def test_where_rows_are_dear_a_head_reads_the_end_of_the_prompt_only():
+def test_where_rows_are_expensive_a_head_reads_the_end_of_the_prompt_only():
     """A short answer never won back what reading the whole window had taken."""
     clock = Ticks()
 
-    def spend(context):
+    def spend(context: FakeContext) -> None:
         clock.now += 0.1 if context.head is None else 0.01 + 0.02 * context.n_rows
 
     script = Script(n_swa=36, on_decode=spend)
@@ -162,11 +167,11 @@ def test_where_rows_are_dear_a_head_reads_the_end_of_the_prompt_only():
     assert first.start + len(first.tokens) == 60
 
 
-def test_reading_a_prompt_is_no_reason_to_rest_from_drafting():
+def test_reading_a_prompt_is_no_reason_for_a_cooldown():
     """Nothing was drafted while a prompt was read, and so each answer began with eight plain steps."""
     clock = Ticks()
 
-    def spend(context):
+    def spend(context: FakeContext) -> None:
         clock.now += 1.0 if context.head is None else 1e-2
 
     e = engine(Script(on_decode=spend), "auto", clock)
@@ -218,7 +223,7 @@ def test_sequences_of_unequal_length_in_one_batch_dont_touch_each_other(lengths,
         chosen = data.draw(st.lists(st.sampled_from(range(len(live))), min_size=1, unique=True))
         step(e, [live[i] for i in chosen])
         for turn in turns:
-            check_heads(e, turn.session.seq, turn.session.tokens)
+            check_heads(script, turn.session)
     for turn, n in zip(turns, lengths, strict=True):
         assert turn.generated == expected(prompt_of(n), 30)
 
@@ -279,7 +284,7 @@ def test_a_head_cancelled_in_its_decode_drafts_on_correctly():
             step(e, [turn])
         while turn.finish is None:
             step(e, [turn])
-            check_heads(e, session.seq, session.tokens)
+            check_heads(script, session)
         assert turn.generated == expected(prompt_of(20), 50)
 
 
@@ -325,23 +330,21 @@ def test_a_rewind_reuses_what_the_ring_holds_and_drafts_exactly():
         assert turn.stats.n_reused == 45
         while turn.finish is None:
             step(e, [turn])
-            check_heads(e, session.seq, session.tokens)
+            check_heads(script, session)
         assert turn.generated == expected(prompt, 30)
         assert script.contexts[0].decodes[n_decodes][0].start == 45
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():
-    from step35.errors import SettingsError
-
     with engine(Script()).open_session() as session, pytest.raises(SettingsError, match="bad token"):
         session.sync([1, N_VOCAB])
 
 
 def test_look_ups_reach_farther_in_a_text_while_they_are_right():
     """In a text that only resembled itself, seven wrong tokens were verified at a time."""
-    memory = DraftState([])
-    reached = [memory.reach]
+    state = DraftState([])
+    reached = [state.reach]
     for n_accepted in (2, 4, 7, 7, 3, 3, 0, 1):
-        memory.learn_reach(memory.reach, n_accepted)
-        reached.append(memory.reach)
+        state.learn_reach(state.reach, n_accepted)
+        reached.append(state.reach)
     assert reached == [2, 4, 7, 7, 7, 3, 6, 1, 2]

@@ -1,18 +1,18 @@
 """The MTP driver against the torch reference: the drafts are those of the exact chain."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from checkpoints import BUNDLED
+from real_engine import open_engine
 from reference.checkpoint import load_checkpoint
 from reference.decode import draft
+from step35.drafting.draft_round import DraftRound
 from step35.engine.decode_loop import begin, step
-from step35.engine.engine import Engine
-from step35.native import context as context_module
-from step35.native import library
-from step35.native.model import Model
-from step35.options import ContextOptions, EngineOptions, ModelOptions
+from step35.options import EngineOptions
 from step35.sampling.sampler import Sampling
 from step35.sampling.token_chooser import Chooser
 from tiny_model import tiny_gguf
@@ -35,12 +35,12 @@ def test_every_head_drafts_what_the_reference_drafts(reference):
     """F32 weights and cache, twice the window: same argmax, or nearly equal scores; KL under 1e-4."""
     options = EngineOptions(tiny_gguf("F32"), draft="3", n_ctx=512, n_threads=1, kv_type="f32")
     seen = []
-    with Engine(options) as e, e.open_session() as session:
+    with open_engine(options) as e, e.open_session() as session:
         run = e.drafter.heads.run
 
-        def spy(head, chains):
-            logits = run(head, chains)
-            seen.append((head, list(session.tokens), list(chains[0].drafts), logits[0]))
+        def spy(head: int, rounds: Sequence[DraftRound]) -> list[np.ndarray]:
+            logits = run(head, rounds)
+            seen.append((head, list(session.tokens), rounds[0].draft_tokens, logits[0]))
             return logits
 
         e.drafter.heads.run = spy
@@ -62,16 +62,3 @@ def test_every_head_drafts_what_the_reference_drafts(reference):
 def divergence(wanted: np.ndarray, got: np.ndarray) -> float:
     p, q = (torch.tensor(x).double().log_softmax(-1) for x in (wanted, got))
     return float((p.exp() * (p - q)).sum())
-
-
-def test_a_context_takes_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp takes four: on two cores they waited for each other, and a script of a few lines ran at a fifteenth."""
-    monkeypatch.setattr(context_module, "usable_cores", lambda: 1)
-    model = Model(ModelOptions(tiny_gguf()))
-    by_default, as_asked = (
-        model.open_trunk(ContextOptions(64, 32)),
-        model.open_trunk(ContextOptions(64, 32, n_threads=3)),
-    )
-    assert [library.C.llama_n_threads(context._ctx) for context in (by_default, as_asked)] == [1, 3]
-    for part in (by_default, as_asked, model):
-        part.close()

@@ -5,7 +5,7 @@ token at the edge of the truncation may fall out. Such a first difference is all
 - where a fresh plain decode shows the two tokens' (noised) scores, or the edge, within float noise;
 - where the fresh plain decode of this one session gives the drafted token: it is the plain run of twenty
   sequences that went astray;
-- where the reference shows a router torn between two experts just before, which is more than noise.
+- where the reference shows a router's two best scores nearly equal just before, which is more than noise.
 """
 
 from dataclasses import replace
@@ -19,10 +19,10 @@ import torch
 from gguf import GGUFReader
 
 from checkpoints import BUNDLED
+from real_engine import open_engine
 from reference.checkpoint import load_checkpoint
 from reference.model import MoE, Step35
 from step35.engine.decode_loop import Turn, begin, step
-from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.sampling.sampler import Sampling, gumbel, truncate
 from step35.sampling.token_chooser import Chooser
@@ -30,10 +30,8 @@ from tiny_model import tiny_gguf
 
 N_PROMPTS, N_PREDICT = 20, 512
 FLOAT_NOISE = 2e-2  # llama.cpp's logits lie up to 0.011 from the reference's on these texts, in F32
-TORN, TORN_ROWS = (
-    5e-4,
-    4,
-)  # a router's choice this close has been seen to flip, and moved three rows' logits by 0.17 to 0.04
+ROUTER_TIE, ROUTER_TIE_ROWS = 5e-4, 4
+"""A router's choice this close has been seen to flip, and moved three rows' logits by 0.17 to 0.04."""
 GREEDY = Sampling(temperature=0)
 
 
@@ -51,7 +49,7 @@ def sampling_of(i: int) -> Sampling:
 def prompts() -> list[list[int]]:
     """Pieces of a source file that a pinned dependency ships, of unequal length."""
     source = Path(gguf.quants.__file__).read_text(encoding="utf-8")
-    with Engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
+    with open_engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
         tokens = engine.tokenize(source)
     return [tokens[700 * i : 700 * i + 20 + 9 * i] for i in range(N_PROMPTS)]
 
@@ -59,7 +57,7 @@ def prompts() -> list[list[int]]:
 def run(draft: str, model: Path | None = None) -> tuple[list[list[int]], list[Turn]]:
     """Generates from all prompts at once, one batch a step."""
     options = EngineOptions(model or tiny_gguf("F32"), None, draft, 16384, 256, N_PROMPTS, n_threads=1, kv_type="f32")
-    with Engine(options) as engine:
+    with open_engine(options) as engine:
         turns = [
             begin(engine.open_session(), prompt, Chooser(sampling_of(i)), N_PREDICT)
             for i, prompt in enumerate(prompts())
@@ -84,7 +82,7 @@ def assert_same_text(texts: list[list[int]]) -> None:
 def is_tie(i: int, text: list[int], tokens: list[int]) -> bool:
     """Whether two tokens' scores, or the edge of the truncation, lie within float noise after a text."""
     sampling, (logits, chosen) = sampling_of(i), plain_choice(i, text)
-    if chosen == tokens[1] or is_router_torn(prompts()[i] + text):
+    if chosen == tokens[1] or is_router_tie(prompts()[i] + text):
         return True
     if sampling.temperature == 0:
         return abs(float(np.diff(logits[tokens])[0])) < FLOAT_NOISE
@@ -108,22 +106,22 @@ def reference() -> Step35:
     return load_checkpoint(BUNDLED)
 
 
-def is_router_torn(tokens: list[int]) -> bool:
+def is_router_tie(tokens: list[int]) -> bool:
     """Whether in the last rows the scores of the last expert chosen and the first left out nearly agree."""
     gaps: list[torch.Tensor] = []
 
     def measure(moe: MoE, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
-        scores = torch.sigmoid(inputs[0][0, -TORN_ROWS:] @ moe.gate.weight.T) + moe.router_bias
+        scores = torch.sigmoid(inputs[0][0, -ROUTER_TIE_ROWS:] @ moe.gate.weight.T) + moe.router_bias
         best = scores.topk(moe.top_k + 1).values
         gaps.append(best[:, -2] - best[:, -1])
 
     model = reference()
-    hooks = [layer.moe.register_forward_hook(measure) for layer in model.model.layers if layer.is_moe]
+    hooks = [moe.register_forward_hook(measure) for moe in model.modules() if isinstance(moe, MoE)]
     with torch.no_grad():
         model.trunk(torch.tensor([tokens]))
     for hook in hooks:
         hook.remove()
-    return bool(torch.cat(gaps).min() < TORN)
+    return bool(torch.cat(gaps).min() < ROUTER_TIE)
 
 
 def plain_choice(i: int, text: list[int]) -> tuple[np.ndarray, int]:
@@ -135,7 +133,7 @@ def plain_choice(i: int, text: list[int]) -> tuple[np.ndarray, int]:
         seen.append(logits.copy())
         return logits
 
-    with Engine(options) as engine, engine.open_session() as session:
+    with open_engine(options) as engine, engine.open_session() as session:
         turn = begin(session, prompts()[i] + text, Chooser(sampling_of(i), process=spy), 1)
         while turn.finish is None:
             step(engine, [turn])
@@ -174,7 +172,7 @@ def _wreck(path: Path) -> None:
 
 
 def test_the_same_seed_repeats_and_another_doesnt():
-    with Engine(EngineOptions(tiny_gguf(), draft="3", n_ctx=512, n_threads=1)) as engine:
+    with open_engine(EngineOptions(tiny_gguf(), draft="3", n_ctx=512, n_threads=1)) as engine:
         texts = []
         for seed in (5, 5, 6):
             with engine.open_session() as session:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from real_engine import open_engine
 from session_logits import FLOAT_NOISE, GREEDY, engine, fresh_logits, logits_after, text_tokens
 from step35.engine.decode_loop import begin, generate, step
 from step35.engine.engine import Engine
@@ -152,7 +153,10 @@ def test_heads_from_a_side_file_draft_like_embedded_ones():
     prompt = list(range(400, 440))
     stats = []
     for model, mtp in ((tiny_gguf(), None), (tiny_gguf(mtp="drop"), tiny_gguf(mtp="only"))):
-        with Engine(EngineOptions(model, mtp, draft="3", n_ctx=512, n_threads=1)) as e, e.open_session() as session:
+        with (
+            open_engine(EngineOptions(model, mtp, draft="3", n_ctx=512, n_threads=1)) as e,
+            e.open_session() as session,
+        ):
             turn = begin(session, prompt, Chooser(GREEDY), 40)
             stats.append((list(generate(turn)), turn.stats.accepted_per_head))
     assert stats[0] == stats[1]

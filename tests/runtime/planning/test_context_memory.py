@@ -104,7 +104,7 @@ def test_a_real_load_takes_what_was_counted(type_name):
     header = read_header(tiny_gguf(type_name))
     run = Run(n_ctx=2048, n_batch=256, n_heads=3)
     with Engine(EngineOptions(header.path, n_ctx=2048, n_batch=256, load_mode="none")) as engine:
-        real = [sizes_of(context._ctx) for context in (engine.trunk, *engine.drafter.heads.contexts)]
+        real = [sizes_of(context.handle) for context in (engine.trunk, *engine.drafter.heads.contexts)]
     trunk, head = trunk_context(header.shape, run), head_context(header.shape, run)
     assert [sizes.context for sizes in real] == [trunk.kv, head.kv, head.kv, head.kv]
     assert [sizes.compute for sizes in real] == [trunk.compute, head.compute, head.compute, head.compute]
@@ -121,7 +121,7 @@ def test_a_real_load_with_a_side_file_takes_what_was_counted(trunk, kv_type, n_s
         model, heads, n_ctx=1024, n_batch=128, n_sessions=n_sessions, kv_type=kv_type, load_mode="none"
     )
     with Engine(options) as engine:
-        trunk_sizes, *head_sizes = [sizes_of(c._ctx) for c in (engine.trunk, *engine.drafter.heads.contexts)]
+        trunk_sizes, *head_sizes = [sizes_of(c.handle) for c in (engine.trunk, *engine.drafter.heads.contexts)]
         counted = engine.need.usage["CPU"]
         assert engine.notes == []
     header = read_model(model, heads)

@@ -111,15 +111,15 @@ def test_the_thread_watches_until_it_is_stopped():
 
 
 @given(st.none() | st.integers(0, 100), st.lists(st.tuples(st.integers(0, 60), st.booleans(), st.integers(0, 3))))
-def test_the_budget_is_never_exceeded_and_counts_what_is_held(limit, moves):
+def test_the_budget_is_never_exceeded_and_counts_what_is_reserved(limit, moves):
     budget, kept = Budget(limit), {}
     for n, (n_bytes, is_droppable, n_release) in enumerate(moves):
-        hold = budget.hold(n_bytes, partial(kept.pop, n) if is_droppable else None)
-        if hold is not None:
-            kept[n] = hold
+        reservation = budget.reserve(n_bytes, partial(kept.pop, n) if is_droppable else None)
+        if reservation is not None:
+            kept[n] = reservation
         for key in list(kept)[:n_release]:
             budget.release(kept.pop(key))
-        assert budget.used == sum(held.n_bytes for held in kept.values())
+        assert budget.used == sum(reservation.n_bytes for reservation in kept.values())
         assert limit is None or budget.used <= limit
 
 
@@ -127,19 +127,19 @@ def test_the_budget_is_never_exceeded_and_counts_what_is_held(limit, moves):
 def test_halving_drops_the_oldest_and_always_something(sizes):
     budget, kept = Budget(), list(range(len(sizes)))
     for i, n_bytes in enumerate(sizes):
-        budget.hold(n_bytes, lambda i=i: kept.remove(i))
+        budget.reserve(n_bytes, lambda i=i: kept.remove(i))
     assert budget.halve() > 0
     assert kept == list(range(len(sizes)))[len(sizes) - len(kept) :]
     assert budget.used <= sum(sizes) / 2
 
 
-def test_what_cannot_be_dropped_stays_and_what_does_not_fit_is_not_held():
+def test_what_cannot_be_dropped_stays_and_what_does_not_fit_is_refused():
     budget = Budget(100)
-    snapshot = budget.hold(80)
-    assert budget.hold(30) is None
+    snapshot = budget.reserve(80)
+    assert budget.reserve(30) is None
     assert budget.halve() == 0
     budget.release(snapshot)
-    assert budget.hold(30) is not None
+    assert budget.reserve(30) is not None
 
 
 # the engine

@@ -10,8 +10,6 @@ from step35.sampling.sampler import Sampling, adjust, choose, choose_with_margin
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
-PLAIN = {"top_p": 1.0}
-
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits - logits.max())
@@ -21,7 +19,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def test_200_000_draws_follow_the_target_distribution():
     """Chi-square with 15 degrees of freedom; 44.3 is the 1e-4 quantile."""
     logits = np.random.default_rng(0).normal(0, 1.5, 16).astype(np.float32)
-    sampling = Sampling(temperature=1.0, seed=7, **PLAIN)
+    sampling = Sampling(temperature=1.0, seed=7, top_p=1.0)
     counts = np.bincount([choose(logits, sampling, i) for i in range(200_000)], minlength=16)
     wanted = 200_000 * softmax(logits.astype(np.float64))
     assert ((counts - wanted) ** 2 / wanted).sum() < 44.3
@@ -59,7 +57,7 @@ def test_a_tokens_noise_doesnt_depend_on_the_other_candidates(seed, position, id
 
 def test_a_draft_with_the_same_noise_is_accepted_more_often_than_a_greedy_one():
     rng = np.random.default_rng(2)
-    sampling = Sampling(temperature=1.0, seed=1, **PLAIN)
+    sampling = Sampling(temperature=1.0, seed=1, top_p=1.0)
     same, greedy = 0, 0
     for position in range(2000):
         target = rng.normal(0, 2, 64).astype(np.float32)
@@ -132,7 +130,7 @@ def test_a_drafts_margin_is_the_lead_of_its_score(logits, temperature):
     token, margin = choose_with_margin(values, Sampling(0.0), 0)
     ordered = np.sort(values)
     assert (token, margin) == (int(values.argmax()), pytest.approx(float(ordered[-1] - ordered[-2]), abs=1e-5))
-    assert choose_with_margin(values, Sampling(temperature, **PLAIN), 5)[1] >= 0
+    assert choose_with_margin(values, Sampling(temperature, top_p=1.0), 5)[1] >= 0
 
 
 @pytest.mark.parametrize(
@@ -147,10 +145,10 @@ def test_an_impossible_value_is_refused_with_its_range(bad):
 @settings(relaxed, max_examples=50)
 @given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 2**20), spread=st.floats(0.01, 12))
 def test_over_a_large_vocabulary_the_winner_is_the_one_of_all_scores(seed, position, spread):
-    """The shortcut that leaves out tokens without a chance leaves out none that has one."""
+    """The shortcut that leaves out tokens that can't win leaves out none that can."""
     logits = np.random.default_rng(seed % 1000).normal(0, spread, 20_000).astype(np.float32)
     scores = logits + gumbel(seed, position, np.arange(len(logits)))
-    assert choose(logits, Sampling(1.0, seed=seed, **PLAIN), position) == scores.argmax()
+    assert choose(logits, Sampling(1.0, seed=seed, top_p=1.0), position) == scores.argmax()
 
 
 @relaxed

@@ -121,9 +121,7 @@ class SessionPool:
         )
 
     def _n_here(self, session: Session, prompt: Sequence[int]) -> int:
-        held_from = self.engine.trunk.held_from(session.seq)
-        cached = Cached(session.tokens[: session.n_past], held_from, session.checkpoints)
-        return plan_sync(cached, prompt, self.engine.window).n_keep
+        return session.n_reusable(prompt)
 
     def _fork(self, held: SessionSlot, choice: Choice) -> None:
         try:

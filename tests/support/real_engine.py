@@ -1,0 +1,13 @@
+"""Engines over real files for tests that aren't about memory: nothing is refused or ended because the box is busy."""
+
+import time
+from collections.abc import Callable
+
+from step35.engine.engine import Engine
+from step35.native.model import Model
+from step35.options import EngineOptions
+
+
+def open_engine(options: EngineOptions, clock: Callable[[], float] = time.perf_counter) -> Engine:
+    """Returns an engine without a memory check and without a watchdog."""
+    return Engine(options, load_model=Model, clock=clock)
