@@ -215,11 +215,6 @@ class Engine:
         """Returns a token's bytes; control tokens are empty unless `special`."""
         return self.model.piece(token, special=special)
 
-    @property
-    def turn_start(self) -> int | None:
-        """The token that begins a message; None in a vocabulary without chat tokens."""
-        return self.model.turn_start
-
     def is_end(self, token: int) -> bool:
         """Whether a token ends an answer."""
         return self.model.is_eog(token)
