@@ -34,7 +34,7 @@ SERVER_OPTIONS = (
     click.option("--name", help="The model's name in the APIs; default the file's."),
     click.option("--parallel", type=click.IntRange(1, 62), default=4, show_default=True, help="Answers at a time."),
     click.option(
-        "--sessions", "n_sessions", type=click.IntRange(1, 64), help="SessionPool in memory; default parallel + 2."
+        "--sessions", "n_sessions", type=click.IntRange(1, 64), help="Conversations in memory; default parallel + 2."
     ),
     click.option(
         "--queue",

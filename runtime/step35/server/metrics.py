@@ -47,7 +47,7 @@ class Metrics:
         self.cells = Gauge("step35_context_cells", "Tokens that the KV cache holds.", registry=self.registry)
         self.memory = Gauge("step35_memory_bytes", "Resident memory of the process.", registry=self.registry)
         self.decode_tps = Gauge(
-            "step35_decode_tokens_per_second", "Throughput of the answers in the last seconds.", registry=self.registry
+            "step35_decode_tokens_per_second", "Speed of the answers in the last seconds.", registry=self.registry
         )
 
     def count_heads(self, drafted: list[int], accepted: list[int]) -> None:

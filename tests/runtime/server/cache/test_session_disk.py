@@ -1,4 +1,4 @@
-"""SessionPool and their files: what is written when, what comes back, and what a full disk leaves behind."""
+"""The session pool and its files: what is written when, what comes back, and what a full disk leaves behind."""
 
 import logging
 import threading
@@ -23,7 +23,7 @@ LONG = [1, *range(2, 60), *range(2, 60)]
 
 
 class Desk:
-    """SessionPool over a fake engine, with a clock to be set."""
+    """A session pool over a fake engine, with a clock to be set."""
 
     def __init__(self, folder: Path, max_bytes: int = 1 << 30) -> None:
         options = EngineOptions(Path("fake"), draft="off", n_ctx=400, n_batch=16, n_sessions=2)
