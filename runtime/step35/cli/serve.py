@@ -153,11 +153,10 @@ def _say_ready(service: "Service", address) -> None:
     options = engine.options
     for note in engine.notes:
         click.echo(f"step35: {note}", err=True)
-    n_heads = len(engine.drafter.heads or ())
     answers = f"{serving.limits.n_parallel} answers at a time"
     lines = [
         f"ready: {serving.name}, context of {engine.n_ctx} tokens for {options.n_sessions} conversations, {answers}",
-        f"drafting {options.draft}, {n_heads} MTP heads; sessions on disk: {serving.session_dir or 'no'}",
+        f"drafting {options.draft}, {engine.n_draft_heads} MTP heads; sessions on disk: {serving.session_dir or 'no'}",
         f"OpenAI: {address}/v1   Anthropic: {address}   page: {address}/",
     ]
     for line in lines:

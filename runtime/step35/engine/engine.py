@@ -246,6 +246,11 @@ class Engine:
         """The file's Jinja template for chat messages."""
         return self.model.chat_template
 
+    @property
+    def n_draft_heads(self) -> int:
+        """MTP heads that draft."""
+        return len(self.drafter.heads or ())
+
     def open_grammar(self, gbnf: str) -> "Grammar":
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)

@@ -158,8 +158,7 @@ class Scheduler:
             return
         self.engine = self.conversations.engine
         self.engine.on_pressure.append(self._on_pressure)
-        piece = self.engine.model.piece
-        self._pieces = [partial(piece, special=special) for special in (False, True)]
+        self._pieces = [partial(self.engine.piece, special=special) for special in (False, True)]
         self.metrics.cells.set(self.engine.n_ctx)
         self.metrics.cells_used.set_function(lambda: self.engine.n_ctx - self.engine.n_free_cells)
         if self.state == "loading":
@@ -278,7 +277,7 @@ class Scheduler:
         return True
 
     def _guide(self, job: Job) -> ConstrainedChooser:
-        ask, model = job.ask, self.engine.model
+        ask = job.ask
         is_chat = isinstance(ask.prompt, Conversation)
         tools = ask.prompt.tools if is_chat and ask.tool_choice != "none" else ()
         parser = (
@@ -292,25 +291,27 @@ class Scheduler:
         if job.grammar is not None:
             think_end, forbidden = self._special_ids()
             arm = think_end if job.prompt.opens_reasoning else None
-            grammar = LazyGrammar(model.open_grammar(job.grammar), arm, forbidden)
+            grammar = LazyGrammar(self.engine.open_grammar(job.grammar), arm, forbidden)
         end = None
         if job.prompt.opens_reasoning:
             tokenize = partial(self.engine.tokenize, add_bos=False)
             end = ReasoningEnd(
                 watch(budget_of(ask.effort, ask.reasoning_budget), job.n_reasoned), self._pieces[True], tokenize
             )
-        return ConstrainedChooser(sampling, model.eos, grammar=grammar, n_logprobs=ask.n_logprobs, reasoning_end=end)
+        return ConstrainedChooser(
+            sampling, self.engine.eos, grammar=grammar, n_logprobs=ask.n_logprobs, reasoning_end=end
+        )
 
     def _special_ids(self) -> tuple[int | None, frozenset[int]]:
         """Returns the token that ends the reasoning, and those that may not come before it under a grammar."""
         if self._ids[0] is None:
-            model = self.engine.model
+            engine = self.engine
             single = {
                 text: ids[0]
                 for text in (THINK_END, TOOL_CALL)
-                if len(ids := model.tokenize(text.encode(), add_bos=False, parse_special=True)) == 1
+                if len(ids := engine.tokenize(text, add_bos=False)) == 1
             }
-            ends = {token for token in range(model.n_vocab) if model.is_eog(token)}
+            ends = {token for token in range(engine.n_vocab) if engine.is_end(token)}
             self._ids = (single.get(THINK_END), frozenset(ends | {single.get(TOOL_CALL, -1)} - {-1}))
         return self._ids
 
@@ -369,19 +370,14 @@ class Scheduler:
         except Cancelled:
             return False
         except ContextFull as error:
-            self._forget_drafts(turns)
+            _forget_drafts(turns)
             self._preempt(error)
         except Step35Error as error:
             log.error("decode failed: %s", error)
-            self._forget_drafts(turns)
+            _forget_drafts(turns)
             for job in [job for job in self.running if job.turn in turns]:
                 self._break(job, str(error))
         return False
-
-    def _forget_drafts(self, turns: Sequence[Turn]) -> None:
-        """After a failure, nobody knows how far the heads came."""
-        for turn in turns:
-            self.engine.drafter.truncate(turn.session.seq, turn.session.memory, 0)
 
     def _preempt(self, error: ContextFull) -> None:
         """Makes room in a context full of running turns: the youngest prompt waits again, else an answer ends."""
@@ -486,6 +482,12 @@ class Scheduler:
         with self._lock:
             self._n_submitted -= 1
         job.feed.publish(events)
+
+
+def _forget_drafts(turns: Sequence[Turn]) -> None:
+    """After a failure, nobody knows how far the heads came."""
+    for turn in turns:
+        turn.session.forget_drafts()
 
 
 def _padded(counts: list[int], stats) -> list[int]:

@@ -101,7 +101,7 @@ class Service:
         return job
 
     def _prepare(self, ask: GenerationRequest, request_id: str, feed: EventLog) -> Job:
-        n_vocab = self.engine.model.n_vocab
+        n_vocab = self.engine.n_vocab
         unknown = [token for token in ask.sampling.logit_bias if not 0 <= token < n_vocab]
         if unknown:
             raise bad_request(f"bad logit_bias: expected token ids 0 to {n_vocab - 1}, got {unknown[0]}", "logit_bias")
@@ -140,7 +140,7 @@ class Service:
             raise bad_request(f"bad text: {error.reason} at character {error.start}") from None
         except BadConversation as error:
             raise api_error(error) from error
-        return Prompt(tokens or [self.engine.model.bos])
+        return Prompt(tokens or [self.engine.bos])
 
     def _chat_prompts(self) -> ChatPrompts:
         if self.prompts is None:
@@ -151,8 +151,8 @@ class Service:
 
     def text_of_tokens(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, control tokens included."""
-        model = self.scheduler.engine.model
-        return b"".join(model.piece(token, special=True) for token in tokens).decode(errors="replace")
+        piece = self.engine.piece
+        return b"".join(piece(token, special=True) for token in tokens).decode(errors="replace")
 
     # the state of all
 

@@ -286,8 +286,10 @@ def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterabl
         blocks.append({"type": "thinking", "thinking": answer.reasoning, "signature": SIGNATURE})
     if answer.content:
         blocks.append({"type": "text", "text": answer.content})
-    for call in answer.calls:
-        blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)})
+    blocks += [
+        {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
+        for call in answer.calls
+    ]
     reason = _stop_reason(answer.reason, answer.stop_text)
     return _message(ask, request_id, blocks, reason, answer.stop_text, answer.usage)
 

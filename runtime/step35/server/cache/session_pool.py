@@ -112,18 +112,13 @@ class SessionPool:
             index,
             session.n_past if not held.turn else len(session.tokens),
             n_common,
-            0 if held.is_taken else self._n_here(session, prompt),
+            0 if held.is_taken else session.n_reusable(prompt),
             max(ends, default=0),
             max(coming, default=0),
             held.last_start,
             held.is_taken,
             held.last_used,
         )
-
-    def _n_here(self, session: Session, prompt: Sequence[int]) -> int:
-        held_from = self.engine.trunk.held_from(session.seq)
-        cached = Cached(session.tokens[: session.n_past], held_from, session.checkpoints)
-        return plan_sync(cached, prompt, self.engine.window).n_keep
 
     def _fork(self, held: SessionSlot, choice: Choice) -> None:
         try:

@@ -314,7 +314,7 @@ class _Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request)
-        tokens, n_vocab = body.get("tokens"), self._service.engine.model.n_vocab
+        tokens, n_vocab = body.get("tokens"), self._service.engine.n_vocab
         is_ids = isinstance(tokens, list) and all(type(token) is int and 0 <= token < n_vocab for token in tokens)
         if not is_ids:
             raise bad_request(f"bad tokens: expected a list of ids 0 to {n_vocab - 1}", "tokens")
