@@ -256,7 +256,7 @@ class Scheduler:
         try:
             job.guide = self._guide(job)
             job.turn = begin(
-                held.session, job.prompt.tokens, job.guide, job.ask.n_predict, job.prompt.checkpoint_positions
+                held.session, job.prompt.tokens, job.guide, job.ask.n_predict, job.prompt.checkpoints_after
             )
         except Step35Error as error:
             held.is_taken = False
@@ -264,7 +264,6 @@ class Scheduler:
             return True
         if held.session.n_past >= LEAST_CHECKPOINT:
             held.session.checkpoint()  # an edit of the last message comes back here
-        job.turn.checkpoint_positions = job.prompt.checkpoints_after(held.session.n_past)
         held.turn, job.held, job.started = job.turn, held, self._clock()
         job.n_seen, job.n_cached = len(job.prompt.tokens), job.turn.stats.n_reused
         self.running.append(job)

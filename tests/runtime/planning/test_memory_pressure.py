@@ -150,7 +150,8 @@ def fake_engine(**options) -> Engine:
 
 
 def run(session, prompt, n_predict=4, checkpoint_positions=()):
-    return list(generate(begin(session, prompt, Chooser(GREEDY), n_predict, checkpoint_positions)))
+    checkpoints_after = (lambda n_cached: checkpoint_positions) if checkpoint_positions else None
+    return list(generate(begin(session, prompt, Chooser(GREEDY), n_predict, checkpoints_after)))
 
 
 def test_checkpoints_of_all_sessions_share_one_budget():
@@ -278,7 +279,7 @@ except DoesNotFit as error:
 del other
 with Engine(options) as engine, engine.open_session() as session:
     tokens = [i % 200 for i in range(600)]
-    list(generate(begin(session, tokens, Chooser(Sampling(0)), 4, (100, 200, 300, 400))))
+    list(generate(begin(session, tokens, Chooser(Sampling(0)), 4, lambda n_cached: (100, 200, 300, 400))))
     events.append(("kept", len(session.checkpoints)))
     reserve = limit // 10
     for level, share in ((Level.SHRINK, 0.4), (Level.REJECT, 0.2), (Level.STOP, 0.1)):

@@ -49,7 +49,7 @@ def fake_engine(**options) -> Engine:
 
 
 def run(session, prompt, n=4):
-    return list(generate(begin(session, prompt, Chooser(GREEDY), n, checkpoint_positions=(len(prompt) - 1,))))
+    return list(generate(begin(session, prompt, Chooser(GREEDY), n, lambda n_cached: (len(prompt) - 1,))))
 
 
 def test_shared_cells_count_once():
@@ -90,5 +90,5 @@ def test_a_fork_needs_a_checkpoint_or_the_end():
 
 def test_a_full_store_keeps_the_first_checkpoint_and_the_latest():
     with fake_engine(n_checkpoints=3) as e, e.open_session() as a:
-        list(generate(begin(a, list(range(2, 42)), Chooser(GREEDY), 1, checkpoint_positions=(5, 10, 15, 20, 25))))
+        list(generate(begin(a, list(range(2, 42)), Chooser(GREEDY), 1, lambda n_cached: (5, 10, 15, 20, 25))))
         assert a.checkpoints == (5, 20, 25)
