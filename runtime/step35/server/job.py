@@ -113,7 +113,7 @@ class EventLog:
             self._wake()
 
         timer = self._mail.loop.call_later(every_s, tick)
-        return timer.cancel
+        return lambda: timer.cancel()  # of the latest
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []

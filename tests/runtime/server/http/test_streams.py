@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import aclosing
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,31 @@ def test_a_closed_loop_means_that_everybody_has_left():
         feed.publish([ContentDelta("a")])
         mail.send()
         assert feed.is_left
+
+
+def test_a_stream_that_has_ended_leaves_no_timer():
+    """A stream of more than a second ticked on for ever, and kept all of its events in memory."""
+
+    async def play() -> int:
+        loop = asyncio.get_running_loop()
+        feed, seen = Counting(EventBridge(loop)), 0
+        async with aclosing(feed.follow(0.001)) as followed:
+            async for _ in followed:
+                seen += 1
+                if seen == 3:
+                    feed.take([Finished("stop", TokenUsage())])
+        n_ticks = len(ticks)
+        await asyncio.sleep(0.02)
+        return len(ticks) - n_ticks
+
+    ticks: list[int] = []
+
+    class Counting(EventLog):
+        def _wake(self) -> None:
+            ticks.append(1)
+            super()._wake()
+
+    assert asyncio.run(play()) == 0
 
 
 class Stream:
