@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -14,7 +15,7 @@ from step35.sampling.sampler import Sampling
 from step35.server.events import Event
 from step35.server.generation_request import GenerationRequest
 from step35.server.job import Job
-from step35.server.scheduler import Limits
+from step35.server.policy import Limits
 from step35.server.service import Service, Serving
 
 GREEDY = Sampling(temperature=0)
@@ -41,12 +42,19 @@ class Gate:
         self._is_open.set()
 
 
-def fake_service(script: Script | None = None, *, n_parallel: int = 3, n_waiting: int = 8, **options: Any) -> Service:
+def fake_service(
+    script: Script | None = None,
+    *,
+    n_parallel: int = 3,
+    n_waiting: int = 8,
+    clock: Callable[[], float] = time.monotonic,
+    **options: Any,
+) -> Service:
     """Returns a service that has not been started; `options` are EngineOptions'."""
     defaults = {"draft": "2", "n_ctx": 400, "n_batch": 16, "n_sessions": 5}
     engine_options = EngineOptions(Path("fake"), **defaults | options)
     serving = Serving("fake", Limits(n_parallel, n_waiting))
-    return Service(serving, lambda: Engine(engine_options, load_model=loader(script or Script())))
+    return Service(serving, lambda: Engine(engine_options, load_model=loader(script or Script())), clock)
 
 
 def ask(prompt: list[int], n_predict: int = 8, **fields: Any) -> GenerationRequest:
@@ -72,7 +80,7 @@ def serve(service: Service, talk: Callable[[Service], Coroutine]) -> Any:
 
 
 async def events_of(job: Job) -> list[Event]:
-    async with aclosing(job.feed.follow(1.0)) as followed:
+    async with aclosing(job.events.follow(1.0)) as followed:
         return [event async for new in followed for event in new]
 
 

@@ -115,7 +115,7 @@ def _serve(
     """
     from step35.server.http.app import Access
     from step35.server.http.serve import Address, listen, run
-    from step35.server.scheduler import Limits
+    from step35.server.policy import Limits
     from step35.server.service import Service, Serving
 
     address = Address(host, port)

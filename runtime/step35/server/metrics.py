@@ -11,6 +11,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.throughput = Throughput()
         self.requests = Counter(
             "step35_requests", "Requests by path and status.", ["path", "status"], registry=self.registry
         )

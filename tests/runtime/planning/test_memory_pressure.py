@@ -217,7 +217,7 @@ def test_work_is_taken_again_when_the_memory_is_back():
 def test_a_server_ends_when_the_memory_runs_out():
     async def talk(service):
         job, _ = await service.submit(ask([1, 2, 3], 300), "r", None)
-        service.scheduler.engine.on_memory_level(Level.STOP, Reading(2**30))
+        service.engine.on_memory_level(Level.STOP, Reading(2**30))
         events = await events_of(job)
         with pytest.raises(ApiError) as refused:
             await answer(service, ask([1]))

@@ -1,6 +1,7 @@
 """The scheduler on a fake llama.cpp: who runs when, what a leaving client stops, and what a broken sequence loses."""
 
 import asyncio
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -10,9 +11,12 @@ from fake_native import FakeContext, Script, next_token
 from server_fakes import Gate, answer, ask, events_of, fake_service, serve
 from step35.chat.events import ContentDelta, Finished
 from step35.chat.prompt_builder import LEAST_CHECKPOINT
+from step35.server import run_start
 from step35.server.constrained_chooser import LazyGrammar, is_endless
 from step35.server.errors import ApiError
+from step35.server.event_log import EventBridge
 from step35.server.events import Failed, Progress
+from step35.server.service import Service
 
 
 def greedy(prompt: list[int], n: int) -> str:
@@ -79,10 +83,15 @@ def test_a_few_common_tokens_are_no_checkpoint():
         for length in (8, 40):
             for prompt in prompts(5, length):
                 await answer(service, ask([7, 8, *prompt[1:]], 3))
-        checkpoints = [n for held in service.scheduler.conversations.held for n in held.session.checkpoints]
+        checkpoints = [n for held in service.model.pool.held for n in held.session.checkpoints]
         assert all(n >= LEAST_CHECKPOINT for n in checkpoints)
 
     serve(fake_service(), talk)
+
+
+def clock_of_decodes(script: Script, decode_s: float) -> Callable[[], float]:
+    """A clock that only decodes move."""
+    return lambda: decode_s * sum(len(context.decodes) for context in script.contexts)
 
 
 def read_beside_an_answer(n_prompt: int, decode_s: float) -> FakeContext:
@@ -91,14 +100,13 @@ def read_beside_an_answer(n_prompt: int, decode_s: float) -> FakeContext:
     script = Script(on_decode=gate)
 
     async def talk(service):
-        service.scheduler._clock = lambda: decode_s * sum(len(context.decodes) for context in script.contexts)
         running, _ = await service.submit(ask(prompts(1)[0], 200), "answer", None)
         await gate.held()
         job, _ = await service.submit(ask(prompts(2, n_prompt)[1], 2), "prompt", None)
         gate.open()
         await asyncio.gather(events_of(job), events_of(running))
 
-    serve(fake_service(script, n_ctx=1000, draft="off"), talk)
+    serve(fake_service(script, n_ctx=1000, draft="off", clock=clock_of_decodes(script, decode_s)), talk)
     [trunk] = [context for context in script.contexts if context.head is None]
     return trunk
 
@@ -120,7 +128,7 @@ def test_the_log_counts_an_answers_own_tokens():
         first, second = prompts(2, 20)
         job, _ = await answer(service, ask(first, 5))
         await answer(service, ask(second, 9))
-        assert job.n_generated == 5
+        assert job.status.run.n_generated == 5
 
     serve(fake_service(n_sessions=1, n_parallel=1), talk)
 
@@ -139,18 +147,21 @@ def test_a_prompt_leaves_no_rest_of_a_few_rows(n_prompt: int, pieces: list[int])
 
 
 @pytest.mark.parametrize(("decode_s", "n_apart"), [(0.0005, 4), (0.003, 1)])
-def test_tokens_of_quick_decodes_go_out_together(decode_s: float, n_apart: int):
+def test_tokens_of_quick_decodes_go_out_together(decode_s: float, n_apart: int, monkeypatch: pytest.MonkeyPatch):
     """To wake the event loop for every token took as long as to decode one of a small model."""
-    script = Script()
+    script, sent = Script(), []
+    send = EventBridge.send
 
-    async def talk(service):
-        scheduler, sent = service.scheduler, []
-        scheduler._clock = lambda: decode_s * sum(len(context.decodes) for context in script.contexts)
-        scheduler.mail.send = lambda send=scheduler.mail.send: (sent.append(1), send())
+    def count(bridge: EventBridge) -> None:
+        sent.append(1)
+        send(bridge)
+
+    async def talk(service: Service) -> int:
+        monkeypatch.setattr(EventBridge, "send", count)
         await answer(service, ask(prompts(1)[0], 80))
         return len(sent)
 
-    n_sent = serve(fake_service(script, draft="off"), talk)
+    n_sent = serve(fake_service(script, draft="off", clock=clock_of_decodes(script, decode_s)), talk)
     assert 80 / n_apart <= n_sent <= 80 / n_apart + 8, "the prompt, the first token and the end wait for nothing"
 
 
@@ -194,10 +205,10 @@ def test_a_client_that_leaves_stops_the_work_and_the_cells_stay():
         prompt = prompts(1, 200)[0]
         job, _ = await service.submit(ask(prompt, 150), "r", None)
         await gate.held()
-        job.feed.leave()
+        job.events.leave()
         gate.open()
         await events_of(job)
-        assert job.finish == "cancelled" and job.turn.n_generated == 0
+        assert job.status.end == "cancelled" and job.status.run.turn.n_generated == 0
         _, events = await answer(service, ask(prompt, 4))
         assert 64 <= events[-1].usage.n_cached < 200
         assert text_of(events) == greedy(prompt, 4)
@@ -242,10 +253,27 @@ def test_a_row_that_is_no_number_ends_that_answer_alone():
         (_, fine), (_, broken) = await asyncio.gather(answer(service, ask(good, 20)), answer(service, ask(bad, 20)))
         assert text_of(fine) == greedy(good, 20)
         assert isinstance(broken[-1], Failed) and "isn't a number" in broken[-1].error.message
-        held = [h for h in service.scheduler.conversations.held if h.session.tokens[:4] == bad[:4]]
+        held = [h for h in service.model.pool.held if h.session.tokens[:4] == bad[:4]]
         assert not held, "its cells are gone"
 
     serve(fake_service(Script(on_decode=watch), draft="off"), talk)
+
+
+def test_a_request_that_breaks_at_its_start_leaves_its_session_to_others(monkeypatch: pytest.MonkeyPatch):
+    """Its session counted as running for ever: after as many such requests as sessions nobody was served any more."""
+
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    async def talk(service: Service):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_start, "begin", broken)
+            _, events = await answer(service, ask(prompts(1)[0]))
+            assert isinstance(events[-1], Failed) and "can't begin: ValueError" in events[-1].error.message
+        _, events = await asyncio.wait_for(answer(service, ask(prompts(1)[0], 8)), 60)
+        assert text_of(events) == greedy(prompts(1)[0], 8)
+
+    serve(fake_service(n_sessions=1, n_parallel=1), talk)
 
 
 def test_a_context_full_of_answers_ends_the_youngest_and_a_waiting_prompt_gets_its_turn():

@@ -222,6 +222,11 @@ class SessionPool:
 
     # disk
 
+    @property
+    def has_unsaved(self) -> bool:
+        """Whether a session is still to be written."""
+        return self.disk is not None and any(held.is_unsaved for held in self.held)
+
     def save_one(self) -> bool:
         """Hands one unsaved idle session to the disk, if it takes one; returns whether it did."""
         unsaved = [held for held in self.held if held.is_unsaved and not held.is_taken and self._is_worth_saving(held)]

@@ -30,7 +30,7 @@ from step35.server.http.streams import (
     MAX_BODY,
     EventStream,
     Record,
-    collect,
+    all_events,
     error_response,
     failure,
     parse_json,
@@ -222,15 +222,15 @@ class _Routes:
         job, joined = await self._service.submit(ask, record.id, self._join_key(request, data, ask))
 
         def on_end(is_left: bool) -> None:
-            job.feed.leave()
+            job.events.leave()
             self._note(record, job, joined, is_left)
 
         created = int(time.time())
         if ask.stream:
-            return EventStream(job, api.Writer(ask, record.id, created), on_end)
+            return EventStream(job.events, api.Writer(ask, record.id, created), on_end)
         events, is_left = None, True
         try:
-            events, is_left = await unless_left(collect(job), request.receive)
+            events, is_left = await unless_left(all_events(job.events), request.receive)
         finally:
             on_end(is_left)
         if is_left:
@@ -250,17 +250,18 @@ class _Routes:
         return hashlib.sha256(request.url.path.encode() + b"\0" + data).hexdigest()
 
     def _note(self, record: Record, job: Job, joined: bool, is_left: bool) -> None:
-        facts: dict[str, Any] = {"finish": job.finish or ("left" if is_left else "running")}
-        if job.turn is not None:
-            facts |= {"n_prompt": job.turn.n_prompt, "n_cached": job.n_cached, "n_generated": job.n_generated}
+        status, run = job.status, job.status.run
+        facts: dict[str, Any] = {"finish": status.end or ("left" if is_left else "running")}
+        if run is not None:
+            facts |= {"n_prompt": run.turn.n_prompt, "n_cached": run.n_cached, "n_generated": run.n_generated}
             facts |= {"n_turns": len(job.prompt.turns), "n_turns_known": job.prompt.n_known}
-        if job.started is not None:
-            facts["wait_ms"] = round((job.started - job.arrived) * 1000)
-        if job.first_token is not None:
-            facts["first_token_ms"] = round((job.first_token - job.arrived) * 1000)
+        if status.started_s is not None:
+            facts["wait_ms"] = round((status.started_s - status.arrived_s) * 1000)
+        if run is not None and run.first_token_s is not None:
+            facts["first_token_ms"] = round((run.first_token_s - status.arrived_s) * 1000)
         record.facts |= facts | ({"left": True} if is_left else {}) | ({"joined": job.id} if joined else {})
-        if job.answer is not None:
-            self._trace(record, "answer.txt", repr(job.answer.message()).encode(errors="replace"))
+        if run is not None:
+            self._trace(record, "answer.txt", repr(run.answer.message()).encode(errors="replace"))
 
     def _trace(self, record: Record, name: str, data: bytes) -> None:
         if self._access.trace:

@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from step35.chat.events import merged
 from step35.server.errors import INVALID, ApiError, bad_request, too_large
+from step35.server.event_log import EventLog
 from step35.server.events import Event, Failed, Progress, Sse
-from step35.server.job import Job
 
 MAX_BODY = 64 << 20
 PING_S = 5.0
@@ -108,10 +108,10 @@ async def unless_left(work: Awaitable[Any], receive: Receive) -> tuple[Any, bool
         await asyncio.gather(task, left, return_exceptions=True)
 
 
-async def collect(job: Job) -> list[Event]:
-    """Returns all events of a job."""
+async def all_events(log: EventLog) -> list[Event]:
+    """Returns all events of an answer, once it has ended."""
     events: list[Event] = []
-    async with aclosing(job.feed.follow(POLL_S)) as followed:
+    async with aclosing(log.follow(POLL_S)) as followed:
         async for new in followed:
             events += new
     return events
@@ -130,11 +130,11 @@ def encode(events: Sequence[Sse]) -> bytes:
 class EventStream(Response):
     """A job's answer as server-sent events: headers at once, a sign of life every few seconds."""
 
-    def __init__(self, job: Job, writer: Any, on_end: Callable[[bool], None]) -> None:
+    def __init__(self, log: EventLog, writer: Any, on_end: Callable[[bool], None]) -> None:
         """`on_end` hears at the end whether the client had gone before it."""
         super().__init__(headers=SSE_HEADERS)
         del self.headers["content-length"]
-        self._job, self._writer, self._on_end = job, writer, on_end
+        self._log, self._writer, self._on_end = log, writer, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_left = True
@@ -148,14 +148,14 @@ class EventStream(Response):
         async def out(events: Sequence[Sse], *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": encode(events), "more_body": more})
 
-        writer, feed = self._writer, self._job.feed
+        writer, log = self._writer, self._log
         await out(writer.open())
         last_sent = time.monotonic()
-        async with aclosing(feed.follow(POLL_S)) as followed:
+        async with aclosing(log.follow(POLL_S)) as followed:
             async for new in followed:
                 written = [sse for event in merged(new) for sse in writer.event(event)]
                 if not written and time.monotonic() - last_sent >= PING_S:
-                    written = writer.ping(feed.last(Progress))
+                    written = writer.ping(log.last(Progress))
                 if written:
                     await out(written)
                     last_sent = time.monotonic()

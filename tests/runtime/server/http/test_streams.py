@@ -3,7 +3,7 @@
 import asyncio
 import json
 from contextlib import aclosing
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,11 +11,11 @@ import pytest
 from server_fakes import ask
 from step35.chat.events import ContentDelta, Finished, ReasoningDelta, TokenUsage, ToolCallArguments, ToolCallBegin
 from step35.server.api import chat_completions, completions, messages, responses
+from step35.server.event_log import EventBridge, EventLog
 from step35.server.events import Event, Progress
 from step35.server.generation_request import GenerationRequest
 from step35.server.http import streams
 from step35.server.http.streams import EventStream
-from step35.server.job import EventBridge, EventLog
 
 LONGEST_WAIT_S = 60
 PREFILL: list[Event] = [Progress(0, 9000), Progress(512, 9000)]
@@ -84,7 +84,7 @@ def test_a_stream_that_has_ended_leaves_no_timer():
             async for _ in followed:
                 seen += 1
                 if seen == 3:
-                    feed.take([Finished("stop", TokenUsage())])
+                    feed.extend([Finished("stop", TokenUsage())])
         n_ticks = len(ticks)
         await asyncio.sleep(0.02)
         return len(ticks) - n_ticks
@@ -92,9 +92,9 @@ def test_a_stream_that_has_ended_leaves_no_timer():
     ticks: list[int] = []
 
     class Counting(EventLog):
-        def _wake(self) -> None:
+        def _notify(self) -> None:
             ticks.append(1)
-            super()._wake()
+            super()._notify()
 
     assert asyncio.run(play()) == 0
 
@@ -105,7 +105,7 @@ class Stream:
     def __init__(self, api: ModuleType, request: GenerationRequest) -> None:
         self.feed = EventLog(EventBridge(asyncio.get_running_loop()))
         self.sent: asyncio.Queue[list[dict[str, Any] | str]] = asyncio.Queue()
-        self._stream = EventStream(SimpleNamespace(feed=self.feed), api.Writer(request, "req", 1700000000), print)
+        self._stream = EventStream(self.feed, api.Writer(request, "req", 1700000000), print)
 
     async def run(self) -> None:
         await self._stream({"type": "http"}, self._never, self._take)
@@ -142,11 +142,11 @@ def test_a_silent_stage_has_its_signs_of_life(api: ModuleType, stage: str, monke
     async def play() -> list[Any]:
         stream = Stream(api, ask([1], stream=True))
         running = asyncio.ensure_future(stream.run())
-        stream.feed.take(STAGES[stage])
+        stream.feed.extend(STAGES[stage])
         seen: list[Any] = []
         while not (seen[2:] and all(is_ping(api, event) for event in seen[-2:])):
             seen += await stream.next()
-        stream.feed.take([Finished("stop", TokenUsage(9000, 0, 1))])
+        stream.feed.extend([Finished("stop", TokenUsage(9000, 0, 1))])
         await asyncio.wait_for(running, LONGEST_WAIT_S)
         return seen
 
@@ -159,8 +159,8 @@ def test_a_silent_stage_has_its_signs_of_life(api: ModuleType, stage: str, monke
 def test_text_that_is_ready_together_is_one_piece(api: ModuleType):
     async def play() -> list[Any]:
         stream = Stream(api, ask([1], stream=True))
-        stream.feed.take([ContentDelta("Hel")])
-        stream.feed.take([ContentDelta("lo."), Finished("stop", TokenUsage(3, 0, 2))])
+        stream.feed.extend([ContentDelta("Hel")])
+        stream.feed.extend([ContentDelta("lo."), Finished("stop", TokenUsage(3, 0, 2))])
         await asyncio.wait_for(stream.run(), LONGEST_WAIT_S)
         return [event for _ in range(stream.sent.qsize()) for event in stream.sent.get_nowait()]
 
