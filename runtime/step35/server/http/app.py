@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from step35.server.api import chat_completions, completions, messages, responses
+from step35.server.api.protocol import ApiModule
 from step35.server.errors import BROKEN, FORBIDDEN, INVALID, NOT_FOUND, UNAUTHORIZED, ApiError, bad_request
 from step35.server.generation_request import GenerationRequest
 from step35.server.http.openapi import description
@@ -40,7 +40,7 @@ from step35.server.http.streams import (
 from step35.server.job import Job
 from step35.server.service import Service
 
-APIS: dict[str, ModuleType] = {
+APIS: dict[str, ApiModule] = {
     "/v1/chat/completions": chat_completions,
     "/v1/completions": completions,
     "/v1/responses": responses,

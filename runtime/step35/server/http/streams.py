@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from step35.chat.events import merged
+from step35.server.api.protocol import StreamWriter
 from step35.server.errors import INVALID, ApiError, bad_request, too_large
 from step35.server.event_log import EventLog
 from step35.server.events import Event, Failed, Progress, Sse
@@ -130,7 +131,7 @@ def encode(events: Sequence[Sse]) -> bytes:
 class EventStream(Response):
     """A job's answer as server-sent events: headers at once, a sign of life every few seconds."""
 
-    def __init__(self, log: EventLog, writer: Any, on_end: Callable[[bool], None]) -> None:
+    def __init__(self, log: EventLog, writer: StreamWriter, on_end: Callable[[bool], None]) -> None:
         """`on_end` hears at the end whether the client had gone before it."""
         super().__init__(headers=SSE_HEADERS)
         del self.headers["content-length"]

@@ -272,7 +272,7 @@ json_values = st.recursive(
 
 
 @settings(max_examples=50)
-@given(st.dictionaries(st.sampled_from(sorted(responses.Request.model_fields)), json_values, max_size=4))
+@given(st.dictionaries(st.sampled_from(sorted(responses.ResponsesRequest.model_fields)), json_values, max_size=4))
 def test_any_body_is_understood_or_refused(fields: dict[str, Any]) -> None:
     try:
         got = ask(**fields)
