@@ -135,7 +135,7 @@ class EngineLoop:
         try:
             run = self._starter.start(job, slot)
         except Step35Error as error:
-            slot.is_taken = False
+            slot.is_running = False
             self._output.fail(job, api_error(error))
             return True
         except Exception:

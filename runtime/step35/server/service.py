@@ -212,7 +212,7 @@ class Service:
                 "n_sessions": options.n_sessions,
             },
             "notes": list(engine.notes),
-            "sessions": [_session_status(slot) for slot in pool.held],
+            "sessions": [_session_status(slot) for slot in pool.slots],
             "requests": [_run_status(run) for run in list(scheduler.jobs.running)],
             "n_waiting": len(scheduler.jobs.waiting),
             "decode_tps": round(scheduler.decode_tps, 2),
@@ -258,9 +258,9 @@ def _session_status(slot: SessionSlot) -> dict[str, Any]:
         "n_tokens": slot.session.n_past,
         "n_shared": slot.session.n_shared,
         "checkpoints": list(slot.session.checkpoints),
-        "is_running": slot.is_taken,
+        "is_running": slot.is_running,
         "is_saved": not slot.is_unsaved,
-        "idle_s": round(time.monotonic() - slot.last_used, 1) if slot.last_used else None,
+        "idle_s": round(time.monotonic() - slot.last_used_s, 1) if slot.last_used_s else None,
     }
 
 

@@ -126,8 +126,8 @@ def cold_tokens(prompts: list[list[int]]) -> list[list[int]]:
     async def run(service: Service) -> list[list[int]]:
         answers = []
         for prompt in prompts:
-            for held in service.model.pool.held:
-                held.begin_anew(keeps_cells=False)
+            for slot in service.model.pool.slots:
+                slot.reset(keeps_cells=False)
             turn = await ask_model(service, tuple(prompt))
             assert turn.n_cached == 0
             answers.append(turn.tokens)
@@ -157,7 +157,7 @@ def test_a_new_conversation_shares_the_systems_text_and_tools():
         other = [Message("system", SYSTEM), Message("user", "Something else entirely.")]
         turn = await ask_model(service, Conversation(tuple(other), TOOLS))
         assert turn.n_cached >= 0.9 * len(turn.prompt.tokens)
-        assert sum(held.session.n_shared > 0 for held in service.model.pool.held) == 2
+        assert sum(slot.session.n_shared > 0 for slot in service.model.pool.slots) == 2
         small = await ask_model(service, Conversation((Message("user", "A title, please."),)))
         again = await ask_model(service, Conversation(tuple(other), TOOLS))
         assert small.n_cached < 20

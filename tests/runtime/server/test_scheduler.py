@@ -83,7 +83,7 @@ def test_a_few_common_tokens_are_no_checkpoint():
         for length in (8, 40):
             for prompt in prompts(5, length):
                 await answer(service, ask([7, 8, *prompt[1:]], 3))
-        checkpoints = [n for held in service.model.pool.held for n in held.session.checkpoints]
+        checkpoints = [n for slot in service.model.pool.slots for n in slot.session.checkpoints]
         assert all(n >= LEAST_CHECKPOINT for n in checkpoints)
 
     serve(fake_service(), talk)
@@ -253,8 +253,7 @@ def test_a_row_that_is_no_number_ends_that_answer_alone():
         (_, fine), (_, broken) = await asyncio.gather(answer(service, ask(good, 20)), answer(service, ask(bad, 20)))
         assert text_of(fine) == greedy(good, 20)
         assert isinstance(broken[-1], Failed) and "isn't a number" in broken[-1].error.message
-        held = [h for h in service.model.pool.held if h.session.tokens[:4] == bad[:4]]
-        assert not held, "its cells are gone"
+        assert not any(slot.session.tokens[:4] == bad[:4] for slot in service.model.pool.slots), "its cells are gone"
 
     serve(fake_service(Script(on_decode=watch), draft="off"), talk)
 

@@ -265,7 +265,9 @@ json_values = st.recursive(
 
 @settings(max_examples=50)
 @given(
-    st.dictionaries(st.sampled_from(sorted(chat_completions.ChatCompletionsRequest.model_fields)), json_values, max_size=4),
+    st.dictionaries(
+        st.sampled_from(sorted(chat_completions.ChatCompletionsRequest.model_fields)), json_values, max_size=4
+    ),
     st.booleans(),
 )
 def test_any_body_is_understood_or_refused(fields: dict[str, Any], keep_messages: bool) -> None:
