@@ -65,7 +65,7 @@ class EventLog:
         self._n_clients = 0
         self.is_ended = False
         self.is_left = False
-        """Whether clients were there and all have gone: nobody wants the rest."""
+        """Whether clients were there and all have gone: nobody reads what follows."""
 
     def enter(self) -> None:
         """Counts a client in; it may begin to follow later."""

@@ -78,7 +78,7 @@ class Metrics:
 class Throughput:
     """Tokens a second over the last SPEED_WINDOW_S; counted by whole seconds, so that a token costs next to nothing.
 
-    One thread adds, any may ask.
+    One thread adds, any may read.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Throughput:
 
 
 def resident_bytes() -> int:
-    """Returns this process's resident memory; 0 where /proc doesn't tell."""
+    """Returns this process's resident memory; 0 where there is no /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * 4096

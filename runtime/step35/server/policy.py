@@ -44,7 +44,7 @@ class PrefillPolicy:
         return not (has_answers and self.debt_s > BURST_S)
 
     def chunk(self, n_rows: int, has_answers: bool) -> int:
-        """Returns how many rows of prompts a step reads of `n_rows`: all that fit, but no rest of a few.
+        """Returns how many rows of prompts a step reads of `n_rows`: all that fit, but no remainder of a few.
 
         On a CPU llama.cpp's attention takes rows by 64, and several times as long a row where there are fewer.
         """

@@ -60,7 +60,7 @@ class Scheduler:
     # called from other threads
 
     def start(self, open_pool: Callable[[], SessionPool], on_change: Callable[[State], object]) -> None:
-        """Opens the engine and runs until drained, in a thread of its own; `on_change` hears each state.
+        """Opens the engine and runs until drained, in a thread of its own; `on_change` is called with each state.
 
         To be called in the event loop that the jobs' clients are in.
         """
@@ -86,7 +86,7 @@ class Scheduler:
             raise self.not_ready()
 
     def not_ready(self) -> ApiError:
-        """Returns what a client is told that comes too early or too late."""
+        """Returns the error for a client that comes too early or too late."""
         return ApiError(503, UNAVAILABLE, f"not ready: the server is {self.state}; try again later")
 
     def drain(self, limit_s: float) -> None:
@@ -106,7 +106,7 @@ class Scheduler:
     def _run(self, open_pool: Callable[[], SessionPool]) -> None:
         try:
             pool = open_pool()
-        except Exception as error:  # noqa: BLE001  (whoever runs the server tells it)
+        except Exception as error:  # noqa: BLE001  (whoever runs the server reports it)
             self.failure = error
             self._become("failed")
             return

@@ -1,4 +1,4 @@
-"""What the routes ask of the server: a request to a running job, texts to tokens and back, the state of all."""
+"""What the routes need of the server: a request to a running job, texts to tokens and back, the state of all."""
 
 import asyncio
 import time
@@ -231,7 +231,7 @@ def _is_over(start: "asyncio.Future[Job]") -> bool:
 
 
 def _memory_status(engine: Engine) -> dict[str, Any]:
-    """Returns what each memory was counted to hold, by purpose; no pools where the box doesn't tell its memory."""
+    """Returns what each memory was counted to hold, by purpose; no pools where the memory is unknown."""
     need, budget = engine.need, engine.budget
     return {
         "resident_bytes": resident_bytes(),

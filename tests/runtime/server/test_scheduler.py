@@ -350,7 +350,7 @@ class OnlyTwos:
 
 
 def test_a_grammar_waits_for_the_reasonings_end_and_never_gets_stuck():
-    grammar = LazyGrammar(OnlyTwos(), arm_token=9, forbidden=[63])
+    grammar = LazyGrammar(OnlyTwos(), trigger_token=9, forbidden=[63])
     every = np.arange(64)
     assert grammar.allowed(every).sum() == 63 and not grammar.allowed(np.array([63]))[0], "no end before the answer"
     grammar.accept(5)

@@ -152,7 +152,7 @@ def _tool(body: ToolBody, i: int) -> Tool:
 
 
 def _messages(message: MessageBody, where: str) -> list[Message]:
-    """Returns what a message holds: results of tools are messages of their own, before the user's text."""
+    """Returns a message's parts: results of tools are messages of their own, before the user's text."""
     if isinstance(message.content, str):
         return [Message(message.role, message.content)]
     if message.role == "assistant":
@@ -215,7 +215,7 @@ def _output(output: OutputBody | None) -> JsonOutput | None:
 
 
 def _effort(thinking: ThinkingBody | None, output: OutputBody | None) -> str | None:
-    """Returns the effort; a client that says nothing about thinking gets the model's own way, which thinks."""
+    """Returns the effort; without a word about thinking the model reasons, as it does by itself."""
     if thinking and thinking.type == "disabled":
         return "none"
     return request_fields.effort_of(output.effort if output else None, "output_config.effort")

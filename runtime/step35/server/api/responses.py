@@ -32,7 +32,7 @@ __all__ = ["REQUEST_BODY", "Writer", "error_body", "read", "whole"]
 
 
 class ItemBody(Body):
-    """One item of the input; what it holds depends on its type."""
+    """One item of the input; which fields it has depends on its type."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
