@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from narrowed import present
 from server_fakes import GREEDY, events_of, serve
 from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.chat.prompt_builder import Prompt
@@ -71,8 +72,7 @@ async def ask_model(service: Service, prompt, name: str = "r") -> Played:
     job = replace(await asyncio.to_thread(service.prepare, request, name), grammar=TURN)
     service.scheduler.submit(job)
     events = await events_of(job)
-    run = job.status.run
-    assert run is not None
+    run = present(job.status.run)
     return Played(job, run, events, run.turn.session.tokens[len(job.prompt.tokens) : run.n_seen])
 
 
@@ -90,7 +90,7 @@ def respelt(message: Message) -> Message:
     for call in message.tool_calls:
         items = reversed(json.loads(call.arguments).items())
         calls.append(replace(call, arguments=json.dumps(dict(items), indent=1, ensure_ascii=True)))
-    return replace(message, tool_calls=tuple(calls), reasoning=message.reasoning.strip() + "\n")
+    return replace(message, tool_calls=tuple(calls), reasoning=present(message.reasoning).strip() + "\n")
 
 
 def sent_back(events: list, variant) -> Message:
