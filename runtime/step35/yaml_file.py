@@ -39,10 +39,12 @@ class Section:
         except (ValueError, TypeError) as error:
             raise self.error(self._path(key), want, repr(value), node) from error
 
-    def section(self, key: str, default: Any = _NEEDED) -> "Section | None":
+    def section(self, key: str) -> "Section":
         """Returns the mapping under a key."""
-        node = self._node_of(key, default)
-        return None if node is None else Section(self._file, node, self._loader, self._path(key))
+        node = self._node_of(key, None)
+        if node is None:
+            raise self._missing(key)
+        return Section(self._file, node, self._loader, self._path(key))
 
     def sections(self, key: str) -> list["Section"]:
         """Returns the mappings of a list; none if the key is absent."""

@@ -84,3 +84,32 @@ def test_a_missing_symbol_is_named():
 
     with pytest.raises(NativeError, match=r"libllama lacks llama_nonesuch .*llama-cpp-python==0\.3\.36"):
         library.bind("llama_nonesuch", "_Z14llama_nonesuchv", [], None)
+
+
+INSIDE_AN_ENGINE = {"trunk", "drafter", "model"}
+
+
+def reached_inside(path: Path) -> list[str]:
+    """Where a file reaches through an engine: its own options' `model` is a path, a request's a name."""
+    reached = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in INSIDE_AN_ENGINE
+    ]
+    return [
+        f"{path.name}:{node.lineno} {ast.unparse(node)}"
+        for node in reached
+        if node.attr != "model" or ast.unparse(node.value).split(".")[-1].strip("_") == "engine"
+    ]
+
+
+@pytest.mark.parametrize("folder", ["server", "chat"])
+def test_what_stands_above_the_engine_uses_its_methods(folder: str) -> None:
+    """An engine's contexts, heads and vocabulary are its own: a request never touches them."""
+    assert [place for path in sorted((PACKAGE / folder).rglob("*.py")) for place in reached_inside(path)] == []
+
+
+def test_a_reach_into_an_engine_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text("self._engine.model\nengine.options.model\nx = session.engine.trunk\nrequest.model\n")
+    assert reached_inside(path) == ["a.py:1 self._engine.model", "a.py:3 session.engine.trunk"]

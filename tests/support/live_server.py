@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from narrowed import present
+
 READY_WITHIN_S = 120
 
 
@@ -22,6 +24,7 @@ class LiveServer:
     def __init__(self, model: Path, *options: str) -> None:
         command = [sys.executable, "-m", "step35.cli", "serve", str(model), "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self._stderr = present(self.process.stderr)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -30,7 +33,7 @@ class LiveServer:
         )[0]
 
     def _read(self) -> None:
-        for line in self.process.stderr:
+        for line in self._stderr:
             self.lines.append(line.rstrip())
 
     def wait(self, found: Callable[[], Any]) -> Any:
@@ -84,7 +87,7 @@ class LiveServer:
     def _end(self, wait_s: float) -> int:
         code = self.process.wait(wait_s)
         self._reader.join(5)
-        self.process.stderr.close()
+        self._stderr.close()
         return code
 
     def __enter__(self) -> Self:

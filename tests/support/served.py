@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from types import ModuleType
 
 import anthropic
 import httpx2
 import openai
 
+from narrowed import of
 from step35.chat.events import (
     ContentDelta,
     Finished,
@@ -17,6 +17,8 @@ from step35.chat.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
+from step35.chat.messages import Conversation
+from step35.server.api.protocol import ApiModule
 from step35.server.errors import ApiError
 from step35.server.events import Event, Failed, Progress, Sse
 from step35.server.generation_request import GenerationRequest
@@ -47,11 +49,11 @@ TOOL_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "re
 
 
 class Served:
-    """An API of the server whose model always says the same; `asks` are what it understood."""
+    """An API of the server whose model always says the same; `requests` are what it understood."""
 
-    def __init__(self, api: ModuleType, events: Sequence[Event]) -> None:
+    def __init__(self, api: ApiModule, events: Sequence[Event]) -> None:
         self.api, self.events = api, events
-        self.asks: list[GenerationRequest] = []
+        self.requests: list[GenerationRequest] = []
 
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url="http://step35/v1", api_key="none", http_client=self._client(), max_retries=0)
@@ -64,20 +66,25 @@ class Served:
 
     def _answer(self, request: httpx2.Request) -> httpx2.Response:
         try:
-            ask = self.api.read(json.loads(request.content))
-            self.asks.append(ask)
-            if ask.stream:
+            asked = self.api.read(json.loads(request.content))
+            self.requests.append(asked)
+            if asked.stream:
                 return httpx2.Response(
-                    200, text=stream(self.api, ask, self.events), headers={"content-type": "text/event-stream"}
+                    200, text=stream(self.api, asked, self.events), headers={"content-type": "text/event-stream"}
                 )
-            return httpx2.Response(200, json=self.api.whole(ask, "req", 1700000000, self.events))
+            return httpx2.Response(200, json=self.api.whole(asked, "req", 1700000000, self.events))
         except ApiError as error:
             return httpx2.Response(error.status, json=self.api.error_body(error, "req"))
 
 
-def written(api: ModuleType, ask: GenerationRequest, events: Sequence[Event]) -> list[Sse]:
+def conversation(request: GenerationRequest) -> Conversation:
+    """The conversation of a request that is one."""
+    return of(Conversation, request.prompt)
+
+
+def written(api: ApiModule, asked: GenerationRequest, events: Sequence[Event]) -> list[Sse]:
     """All server-sent events of an answer, with a ping after each."""
-    writer = api.Writer(ask, "req", 1700000000)
+    writer = api.Writer(asked, "req", 1700000000)
     out = [*writer.open(), *writer.ping(None)]
     for event in events:
         out += writer.event(event)
@@ -86,7 +93,7 @@ def written(api: ModuleType, ask: GenerationRequest, events: Sequence[Event]) ->
     return out + writer.close()
 
 
-def stream(api: ModuleType, ask: GenerationRequest, events: Sequence[Event]) -> str:
+def stream(api: ApiModule, asked: GenerationRequest, events: Sequence[Event]) -> str:
     return "".join(
-        (f"event: {sse.event}\n" if sse.event else "") + f"data: {sse.data}\n\n" for sse in written(api, ask, events)
+        (f"event: {sse.event}\n" if sse.event else "") + f"data: {sse.data}\n\n" for sse in written(api, asked, events)
     )

@@ -12,7 +12,7 @@ from step35.errors import Step35Error
 KEY_NAME = "STEP35_API_KEY"
 PATIENCE_MS = 3_600_000
 """How long a client waits for the next event; a ping comes every few seconds."""
-QUESTION = "What is the temperature outside? GenerationRequest the thermometer."
+QUESTION = "What is the temperature outside? Ask the thermometer."
 TOOL = "read_thermometer"
 SCHEMA = {
     "type": "object",

@@ -29,9 +29,7 @@ POLL_S = 0.5
 @click.option("--url", default="http://127.0.0.1:8035", show_default=True, help="Where step35 serve listens.")
 @click.option("--api-key", envvar=KEY_NAME, help=f"The server's key; also {KEY_NAME}.")
 @click.option("--print", "prints", is_flag=True, help="Print the settings and write nothing.")
-@click.option(
-    "--check/--no-check", default=True, show_default=True, help="GenerationRequest for a tool call and answer it."
-)
+@click.option("--check/--no-check", default=True, show_default=True, help="Ask for a tool call and answer it.")
 def launch(client: str, url: str, api_key: str | None, prints: bool, check: bool) -> None:
     """Points CLIENT at a running server.
 

@@ -4,7 +4,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from step35.cli.plan import Size, options_of
 
 if TYPE_CHECKING:
     from step35.options import EngineOptions
+    from step35.server.http.serve import Address
     from step35.server.service import Service
 
 EXAMPLES = """
@@ -22,7 +23,7 @@ Examples:
   step35 serve model.gguf --host 0.0.0.0 --api-key "$KEY"
 """
 N_SPARE = 2
-"""Sessions beyond the parallel ones: one for short side requests, one for a conversation that rests."""
+"""Sessions beyond the parallel ones: one for short side requests, one for a conversation that is idle."""
 
 SERVER_OPTIONS = (
     click.option("--host", default="127.0.0.1", show_default=True, help="Address; any but loopback needs --api-key."),
@@ -34,7 +35,7 @@ SERVER_OPTIONS = (
     click.option("--name", help="The model's name in the APIs; default the file's."),
     click.option("--parallel", type=click.IntRange(1, 62), default=4, show_default=True, help="Answers at a time."),
     click.option(
-        "--sessions", "n_sessions", type=click.IntRange(1, 64), help="SessionPool in memory; default parallel + 2."
+        "--sessions", "n_sessions", type=click.IntRange(1, 64), help="Conversations in memory; default parallel + 2."
     ),
     click.option(
         "--queue",
@@ -53,10 +54,11 @@ SERVER_OPTIONS = (
         "--session-size", type=Size(), default="20GiB", show_default=True, help="What they may take together."
     ),
     click.option(
-        "--trace",
+        "--record",
         type=click.Path(path_type=Path, file_okay=False),
         help="Write requests and answers here, texts and all.",
     ),
+    click.option("--trace", type=click.Path(path_type=Path, file_okay=False), hidden=True),
     click.option(
         "--drain",
         "drain_s",
@@ -81,7 +83,7 @@ class GroupedCommand(click.Command):
 
 _SERVER_NAMES = {
     "host", "port", "api_key", "cors", "name", "parallel", "n_sessions", "n_waiting", "session_dir", "session_size",
-    "trace", "drain_s",
+    "record", "drain_s",
 }  # fmt: skip
 
 
@@ -94,19 +96,20 @@ def make_serve(model_options: tuple) -> click.Command:
 
 
 def _serve(
-    host,
-    port,
-    api_key,
-    cors,
-    name,
-    parallel,
-    n_sessions,
-    n_waiting,
-    session_dir,
-    session_size,
-    trace,
-    drain_s,
-    **engine_options,
+    host: str,
+    port: int,
+    api_key: str | None,
+    cors: str | None,
+    name: str | None,
+    parallel: int,
+    n_sessions: int | None,
+    n_waiting: int,
+    session_dir: Path | None,
+    session_size: int,
+    record: Path | None,
+    trace: Path | None,
+    drain_s: float,
+    **engine_options: Any,
 ) -> None:
     """Serves MODEL to agents and chat programs over HTTP.
 
@@ -115,14 +118,17 @@ def _serve(
     """
     from step35.server.http.app import Access
     from step35.server.http.serve import Address, listen, run
-    from step35.server.scheduler import Limits
+    from step35.server.policy import Limits
     from step35.server.service import Service, Serving
 
     address = Address(host, port)
     if not address.is_loopback and not api_key:
         raise click.UsageError(f"--host {host} lets others in: give --api-key, too")
     _log_to_stderr()
-    for folder in filter(None, (session_dir, trace)):
+    if trace is not None:
+        click.echo("step35: --trace is now called --record", err=True)
+        record = record or trace
+    for folder in filter(None, (session_dir, record)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener = listen(address)
     address = replace(address, port=listener.getsockname()[1])
@@ -132,7 +138,7 @@ def _serve(
     )
     service = Service(serving, lambda: _open(options))
     click.echo(f"step35: {address} (loading {options.model.name})", err=True)
-    run(service, Access(api_key, cors, trace=trace), listener, lambda: _say_ready(service, address), drain_s)
+    run(service, Access(api_key, cors, record_dir=record), listener, lambda: _say_ready(service, address), drain_s)
 
 
 def _options(parallel: int, n_sessions: int | None, engine_options: dict) -> "EngineOptions":
@@ -148,16 +154,15 @@ def _open(options: "EngineOptions"):
     return Engine(options)
 
 
-def _say_ready(service: "Service", address) -> None:
+def _say_ready(service: "Service", address: "Address") -> None:
     engine, serving = service.engine, service.serving
     options = engine.options
     for note in engine.notes:
         click.echo(f"step35: {note}", err=True)
-    n_heads = len(engine.drafter.heads or ())
     answers = f"{serving.limits.n_parallel} answers at a time"
     lines = [
         f"ready: {serving.name}, context of {engine.n_ctx} tokens for {options.n_sessions} conversations, {answers}",
-        f"drafting {options.draft}, {n_heads} MTP heads; sessions on disk: {serving.session_dir or 'no'}",
+        f"drafting {options.draft}, {engine.n_draft_heads} MTP heads; sessions on disk: {serving.session_dir or 'no'}",
         f"OpenAI: {address}/v1   Anthropic: {address}   page: {address}/",
     ]
     for line in lines:

@@ -5,7 +5,7 @@ the last known token on. The tokens chosen from them are kept as long as they eq
 first that doesn't replaces its draft and ends the step. So the text is the same whatever was drafted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,18 +24,21 @@ def begin(
     prompt: Sequence[int],
     chooser: Chooser,
     n_predict: int = -1,
-    checkpoint_positions: Sequence[int] = (),
+    checkpoints_after: Callable[[int], tuple[int, ...]] | None = None,
 ) -> Turn:
     """Syncs a session to a prompt and returns the turn that will extend it.
 
-    `n_predict` -1 fills the context. Without `checkpoint_positions`, one checkpoint is kept before the prompt's last
-    message, where the next turn is most likely to part from this one.
+    `n_predict` -1 fills the context. `checkpoints_after` says at which prompt lengths checkpoints are kept, given how
+    many tokens are cached. By default that is before the prompt's last message, where the next turn most likely parts.
     """
     session.engine.check_pressure(Level.SHRINK)
     plan = session.sync(prompt)
     room = session.engine.n_ctx - len(prompt)
-    turn = Turn(session, chooser, min(n_predict, room) if n_predict >= 0 else room, len(prompt))
-    turn.checkpoint_positions = tuple(checkpoint_positions) or _last_message(prompt, session.engine.turn_start)
+    if checkpoints_after is None:
+        positions = _last_message(prompt, session.engine.turn_start)
+    else:
+        positions = checkpoints_after(plan.n_keep)
+    turn = Turn(session, chooser, min(n_predict, room) if n_predict >= 0 else room, len(prompt), positions)
     turn.stats = Stats(n_prompt=len(prompt), n_reused=plan.n_keep)
     if turn.n_predict == 0:
         turn.finish = "length"

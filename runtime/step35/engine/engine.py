@@ -243,6 +243,11 @@ class Engine:
         """The file's Jinja template for chat messages."""
         return self.model.chat_template
 
+    @property
+    def n_draft_heads(self) -> int:
+        """MTP heads that draft."""
+        return len(self.drafter.heads)
+
     def open_grammar(self, gbnf: str) -> TokenGrammar:
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)

@@ -15,20 +15,20 @@ from step35.sampling.token_chooser import Chooser, TokenLogprobs
 if TYPE_CHECKING:
     from step35.native.grammar import Grammar
 
-LONGEST_PERIOD = 128
-MOST_REPEATED = 1024
+MAX_PERIOD = 128
+MAX_REPEATED = 1024
 """Tokens that repeat with one period before an answer counts as endless."""
 
 
 class LazyGrammar:
-    """A grammar that is in force after `arm_token`; before, it forbids only what would end the answer there."""
+    """A grammar that is in force after its trigger token; before, only the `forbidden` tokens may not come."""
 
-    def __init__(self, grammar: "Grammar", arm_token: int | None, forbidden: Iterable[int]) -> None:
-        """With `arm_token` None the grammar is in force from the start."""
+    def __init__(self, grammar: "Grammar", trigger_token: int | None, forbidden: Iterable[int]) -> None:
+        """With `trigger_token` None the grammar is in force from the start."""
         self._grammar = grammar
-        self._arm_token = arm_token
+        self._trigger_token = trigger_token
         self._forbidden = np.array(sorted(forbidden), np.int64)
-        self._is_armed = arm_token is None
+        self._is_triggered = trigger_token is None
         self.is_stuck = False
 
     def close(self) -> None:
@@ -36,7 +36,7 @@ class LazyGrammar:
 
     def allowed(self, ids: np.ndarray) -> np.ndarray:
         """Returns which of the token ids may come next; where nothing may, the answer can only end."""
-        if not self._is_armed or self.is_stuck:
+        if not self._is_triggered or self.is_stuck:
             return np.isin(ids, self._forbidden) == self.is_stuck
         allowed = self._grammar.allowed(ids)
         if len(ids) > 1 and not allowed.any():
@@ -47,47 +47,47 @@ class LazyGrammar:
     def accept(self, token: int) -> None:
         if self.is_stuck:
             return
-        if self._is_armed:
+        if self._is_triggered:
             self._grammar.accept(token)
-        elif token == self._arm_token:
-            self._is_armed = True
+        elif token == self._trigger_token:
+            self._is_triggered = True
 
 
 class ReasoningEnd:
-    """Says which ids end the reasoning when its budget is spent; asked before and after each token."""
+    """Tells which ids end the reasoning when its budget is spent; asked before and after each token."""
 
     def __init__(
         self, watch: ReasoningWatch, piece: Callable[[int], bytes], tokenize: Callable[[str], list[int]]
     ) -> None:
         self._watch, self._piece, self._tokenize = watch, piece, tokenize
-        self._is_over = self._has_spoken = False
+        self._is_over = self._has_answer = False
 
     def at_start(self) -> list[int]:
         """Returns the ids that must come first: a budget may be spent already."""
         return self._end(self._watch.due())
 
     def before(self, choose: Callable[[], int]) -> list[int]:
-        """Returns the ids that must come instead of the next token; `choose` tells it, and is seldom asked."""
+        """Returns the ids that must come instead of the next token, which `choose` returns; it is seldom called."""
         if self._is_over or not self._watch.depends_on_next:
             return []
         return self._end(self._watch.due(self._piece(choose()).decode(errors="replace")))
 
     def after(self, token: int) -> list[int]:
         """Returns the ids that must follow a token."""
-        if self._is_over and self._has_spoken:
+        if self._is_over and self._has_answer:
             return []
         text = self._piece(token).decode(errors="replace")
         if self._is_over:
             self._follow(text)
             return []
         if THINK_END in text or TOOL_CALL in text:
-            self._is_over, self._has_spoken = True, TOOL_CALL in text
+            self._is_over, self._has_answer = True, TOOL_CALL in text
             return []
         return self._end(self._watch.add(text))
 
     def _follow(self, text: str) -> None:
-        """After the end: a model may begin to think again before it has said anything, and that counts, too."""
-        self._has_spoken = bool(text.replace(THINK_END, "").replace(THINK, "").strip())
+        """After the end: a model may begin to reason again before its answer, and that counts, too."""
+        self._has_answer = bool(text.replace(THINK_END, "").replace(THINK, "").strip())
         self._is_over = THINK not in text
 
     def _end(self, text: str | None) -> list[int]:
@@ -140,8 +140,8 @@ class ConstrainedChooser(Chooser):
 
 
 def is_endless(tokens: Sequence[int]) -> bool:
-    """Whether the last MOST_REPEATED tokens are one short piece over and over."""
-    if len(tokens) < MOST_REPEATED:
+    """Whether the last MAX_REPEATED tokens are one short piece over and over."""
+    if len(tokens) < MAX_REPEATED:
         return False
-    tail = np.asarray(tokens[-MOST_REPEATED:])
-    return any(np.array_equal(tail[period:], tail[:-period]) for period in range(1, LONGEST_PERIOD + 1))
+    tail = np.asarray(tokens[-MAX_REPEATED:])
+    return any(np.array_equal(tail[period:], tail[:-period]) for period in range(1, MAX_PERIOD + 1))

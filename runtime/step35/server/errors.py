@@ -36,7 +36,7 @@ def too_large(message: str, param: str | None = None) -> ApiError:
 
 
 def api_error(error: Step35Error) -> ApiError:
-    """Returns what a client hears when its request can't begin."""
+    """Returns what a client is told when its request can't begin."""
     match error:
         case ApiError():
             return error

@@ -11,6 +11,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.throughput = Throughput()
         self.requests = Counter(
             "step35_requests", "Requests by path and status.", ["path", "status"], registry=self.registry
         )
@@ -47,7 +48,7 @@ class Metrics:
         self.cells = Gauge("step35_context_cells", "Tokens that the KV cache holds.", registry=self.registry)
         self.memory = Gauge("step35_memory_bytes", "Resident memory of the process.", registry=self.registry)
         self.decode_tps = Gauge(
-            "step35_decode_tokens_per_second", "Throughput of the answers in the last seconds.", registry=self.registry
+            "step35_decode_tokens_per_second", "Speed of the answers in the last seconds.", registry=self.registry
         )
 
     def count_heads(self, drafted: list[int], accepted: list[int]) -> None:
@@ -77,7 +78,7 @@ class Metrics:
 class Throughput:
     """Tokens a second over the last SPEED_WINDOW_S; counted by whole seconds, so that a token costs next to nothing.
 
-    One thread adds, any may ask.
+    One thread adds, any may read.
     """
 
     def __init__(self) -> None:
@@ -95,7 +96,7 @@ class Throughput:
 
 
 def resident_bytes() -> int:
-    """Returns this process's resident memory; 0 where /proc doesn't tell."""
+    """Returns this process's resident memory; 0 where there is no /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * 4096

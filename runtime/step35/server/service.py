@@ -1,4 +1,4 @@
-"""What the routes ask of the server: a request to a running job, texts to tokens and back, the state of all."""
+"""What the routes need of the server: a request to a running job, texts to tokens and back, the state of all."""
 
 import asyncio
 import time
@@ -19,15 +19,17 @@ from step35.planning.memory_usage import MemoryUsage, Pool
 from step35.sampling.sampler import Sampling
 from step35.server.api.sampling_presets import shipped_presets
 from step35.server.cache.session_disk import SessionDisk
-from step35.server.cache.session_pool import SessionPool
+from step35.server.cache.session_pool import SessionPool, SessionSlot
 from step35.server.errors import TOO_LONG, api_error, bad_request
+from step35.server.event_log import EventLog
 from step35.server.generation_request import GenerationRequest
 from step35.server.grammar.tool_grammar import grammar_of
-from step35.server.job import EventLog, Job
+from step35.server.job import Job, Run
 from step35.server.metrics import Metrics, resident_bytes
-from step35.server.scheduler import Limits, Scheduler
+from step35.server.policy import Limits
+from step35.server.scheduler import Scheduler
 
-BUILTIN_TEMPLATE_ERROR = "no chat template: the model file has none; convert it again, or use /v1/completions"
+NO_TEMPLATE = "no chat template: the model file has none; convert it again, or use /v1/completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +42,31 @@ class Serving:
     session_bytes: int = 20 << 30
 
 
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """What there is once the model is loaded."""
+
+    engine: Engine
+    pool: SessionPool
+    prompts: ChatPrompts | None
+    """None if the file has no chat template."""
+
+
 class Service:
     """One engine behind any number of requests. All but `open` runs in the event loop or a thread of its pool."""
 
-    def __init__(self, serving: Serving, open_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, serving: Serving, open_engine: Callable[[], Engine], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock` is the scheduler's."""
         self.serving = serving
         self.metrics = Metrics()
         self.turns = TurnMap()
-        self.scheduler = Scheduler(serving.limits, self.metrics, self.turns)
+        self.scheduler = Scheduler(serving.limits, self.metrics, self.turns, clock)
         self.created = int(time.time())
-        self.prompts: ChatPrompts | None = None
         self._open_engine = open_engine
+        self._open_model: OpenModel | None = None
         self._starts: dict[str, asyncio.Future[Job]] = {}
-
-    @property
-    def engine(self) -> Engine:
-        return self.scheduler.engine
 
     # opening, in the engine's thread
 
@@ -63,96 +74,119 @@ class Service:
         """Opens the engine, the template and the sessions on disk."""
         engine = self._open_engine()
         shipped_presets()  # read now, so that the first client doesn't wait for it
-        if engine.chat_template is not None:
-            self.prompts = chat_prompts(engine, self.turns)
-        disk = self._open_disk(engine) if self.serving.session_dir else None
-        return SessionPool(engine, self.text_of_tokens, disk, n_parallel=self.serving.limits.n_parallel)
+        prompts = None if engine.chat_template is None else chat_prompts(engine, self.turns)
+        disk = self._open_disk(self.serving.session_dir, engine) if self.serving.session_dir else None
+        pool = SessionPool(engine, self.text_of_tokens, disk, n_parallel=self.serving.limits.n_parallel)
+        self._open_model = OpenModel(engine, pool, prompts)
+        return pool
 
-    def _open_disk(self, engine: Engine) -> SessionDisk:
-        disk = SessionDisk(self.serving.session_dir, session_key(engine), self.serving.session_bytes)
+    def _open_disk(self, folder: Path, engine: Engine) -> SessionDisk:
+        disk = SessionDisk(folder, session_key(engine), self.serving.session_bytes)
         for saved in disk.saved.values():
             for turn in saved.turns:
                 self.turns.add(turn)
         return disk
 
+    @property
+    def model(self) -> OpenModel:
+        """What was opened; raises ApiError until then."""
+        if self._open_model is None:
+            raise self.scheduler.not_ready()
+        return self._open_model
+
+    @property
+    def engine(self) -> Engine:
+        """The open engine; raises ApiError until there is one."""
+        return self.model.engine
+
     # requests
 
-    async def submit(self, ask: GenerationRequest, request_id: str, join_key: str | None) -> tuple[Job, bool]:
+    async def submit(self, request: GenerationRequest, request_id: str, join_key: str | None) -> tuple[Job, bool]:
         """Returns the job that answers a request, and whether it ran already for an earlier try of the same.
 
-        The client is counted in; it must leave the job's feed at its end.
+        The client is counted in; it must leave the job's events at its end.
         """
         self.scheduler.check_ready()
         start = self._starts.get(join_key) if join_key else None
         joined = start is not None and not _is_over(start)
-        if not joined:
-            start = asyncio.ensure_future(self._start(ask, request_id))
+        if start is None or not joined:
+            start = asyncio.ensure_future(self._start(request, request_id))
             if join_key:
                 others = {key: other for key, other in self._starts.items() if not _is_over(other)}
                 self._starts = others | {join_key: start}
         job = await asyncio.shield(start)
-        job.feed.enter()
+        job.events.enter()
         self.metrics.joined.inc(joined)
         return job, joined
 
-    async def _start(self, ask: GenerationRequest, request_id: str) -> Job:
-        job = await asyncio.to_thread(self._prepare, ask, request_id, EventLog(self.scheduler.mail))
+    async def _start(self, request: GenerationRequest, request_id: str) -> Job:
+        job = await asyncio.to_thread(self.prepare, request, request_id)
         self.scheduler.submit(job)
         return job
 
-    def _prepare(self, ask: GenerationRequest, request_id: str, feed: EventLog) -> Job:
-        n_vocab = self.engine.model.n_vocab
-        unknown = [token for token in ask.sampling.logit_bias if not 0 <= token < n_vocab]
+    def prepare(self, request: GenerationRequest, request_id: str) -> Job:
+        """Returns a request as a job for the scheduler; raises ApiError if it can't be served."""
+        engine = self.engine
+        unknown = [token for token in request.sampling.logit_bias if not 0 <= token < engine.n_vocab]
         if unknown:
-            raise bad_request(f"bad logit_bias: expected token ids 0 to {n_vocab - 1}, got {unknown[0]}", "logit_bias")
-        prompt = self.prompt(ask)
-        if len(prompt.tokens) >= self.engine.n_ctx:
+            known = f"token ids 0 to {engine.n_vocab - 1}"
+            raise bad_request(f"bad logit_bias: expected {known}, got {unknown[0]}", "logit_bias")
+        prompt = self.prompt(request)
+        if len(prompt.tokens) >= engine.n_ctx:
             # agents know these first words, and shorten their history
             raise bad_request(
-                f"prompt is too long: {len(prompt.tokens)} tokens > {self.engine.n_ctx} maximum; shorten it, or serve "
+                f"prompt is too long: {len(prompt.tokens)} tokens > {engine.n_ctx} maximum; shorten it, or serve "
                 "with a larger --ctx",
                 code=TOO_LONG,
             )
-        text = ask.prompt if isinstance(ask.prompt, str) else self.text_of_tokens(prompt.tokens) if ask.echo else ""
-        echo = text if ask.echo else ""
-        return Job(request_id, ask, prompt, feed, grammar_of(ask), self._n_reasoned(ask, prompt), echo)
+        events = EventLog(self.scheduler.bridge)
+        n_reasoned, echo = self._n_reasoned(request, prompt), self._echo(request, prompt)
+        return Job(request_id, request, prompt, events, grammar_of(request), n_reasoned, echo)
 
-    def _n_reasoned(self, ask: GenerationRequest, prompt: Prompt) -> int:
+    def _echo(self, request: GenerationRequest, prompt: Prompt) -> str:
+        if not request.echo:
+            return ""
+        return request.prompt if isinstance(request.prompt, str) else self.text_of_tokens(prompt.tokens)
+
+    def _n_reasoned(self, request: GenerationRequest, prompt: Prompt) -> int:
         """Returns the tokens of reasoning that this user request took so far, those a client left out included."""
-        if not isinstance(ask.prompt, Conversation) or budget_of(ask.effort, ask.reasoning_budget) is None:
+        conversation, budget = request.prompt, budget_of(request.effort, request.reasoning_budget)
+        if not isinstance(conversation, Conversation) or budget is None:
             return 0
         ours = iter(prompt.turns)
-        messages = [next(ours).message if m.role == "assistant" and prompt.turns else m for m in ask.prompt.messages]
-        texts = reasoning_so_far(replace(ask.prompt, messages=tuple(messages)))
+        messages = [next(ours).message if m.role == "assistant" and prompt.turns else m for m in conversation.messages]
+        texts = reasoning_so_far(replace(conversation, messages=tuple(messages)))
         return sum(len(self.engine.tokenize(text, add_bos=False)) for text in texts)
 
     def count(self, conversation: Conversation) -> int:
         """Returns how many tokens a conversation's prompt has."""
         return len(self.prompt(GenerationRequest(conversation, Sampling())).tokens)
 
-    def prompt(self, ask: GenerationRequest) -> Prompt:
+    def prompt(self, request: GenerationRequest) -> Prompt:
         """Returns a request's tokens."""
+        prompt = request.prompt
         try:
-            if isinstance(ask.prompt, Conversation):
-                return self._chat_prompts().build(ask.prompt, ask.effort)
-            tokens = self.engine.tokenize(ask.prompt) if isinstance(ask.prompt, str) else list(ask.prompt)
+            if isinstance(prompt, Conversation):
+                return self._chat_prompts().build(prompt, request.effort)
+            tokens = self.engine.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         except UnicodeEncodeError as error:
             raise bad_request(f"bad text: {error.reason} at character {error.start}") from None
         except BadConversation as error:
             raise api_error(error) from error
-        return Prompt(tokens or [self.engine.model.bos])
+        return Prompt(tokens or [self.engine.bos])
 
     def _chat_prompts(self) -> ChatPrompts:
-        if self.prompts is None:
-            raise bad_request(BUILTIN_TEMPLATE_ERROR)
-        return self.prompts
+        prompts = self.model.prompts
+        if prompts is None:
+            raise bad_request(NO_TEMPLATE)
+        return prompts
 
     # texts
 
     def text_of_tokens(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, control tokens included."""
-        model = self.scheduler.engine.model
-        return b"".join(model.piece(token, special=True) for token in tokens).decode(errors="replace")
+        piece = self.engine.piece
+        return b"".join(piece(token, special=True) for token in tokens).decode(errors="replace")
 
     # the state of all
 
@@ -164,9 +198,9 @@ class Service:
             "model": self.serving.name,
             "memory": {"resident_bytes": resident_bytes()},
         }
-        if scheduler.state not in ("ready", "draining"):
+        if scheduler.state not in ("ready", "draining") or self._open_model is None:
             return status
-        engine, conversations = scheduler.engine, scheduler.conversations
+        engine, pool = self._open_model.engine, self._open_model.pool
         options = engine.options
         return status | {
             "memory": _memory_status(engine),
@@ -178,9 +212,9 @@ class Service:
                 "n_sessions": options.n_sessions,
             },
             "notes": list(engine.notes),
-            "sessions": [_session_status(held) for held in conversations.held],
-            "requests": [_job_status(job) for job in list(scheduler.running)],
-            "n_waiting": len(scheduler.waiting),
+            "sessions": [_session_status(slot) for slot in pool.slots],
+            "requests": [_run_status(run) for run in list(scheduler.jobs.running)],
+            "n_waiting": len(scheduler.jobs.waiting),
             "decode_tps": round(scheduler.decode_tps, 2),
             "acceptance": self.metrics.acceptance(),
             "n_turns_known": len(self.turns),
@@ -193,11 +227,11 @@ def _is_over(start: "asyncio.Future[Job]") -> bool:
         return False
     if start.cancelled() or start.exception():
         return True
-    return start.result().feed.is_ended or start.result().feed.is_left
+    return start.result().events.is_ended or start.result().events.is_left
 
 
 def _memory_status(engine: Engine) -> dict[str, Any]:
-    """Returns what each memory was counted to hold, by purpose; no pools where the box doesn't tell its memory."""
+    """Returns what each memory was counted to hold, by purpose; no pools where the memory is unknown."""
     need, budget = engine.need, engine.budget
     return {
         "resident_bytes": resident_bytes(),
@@ -218,27 +252,25 @@ def _parts(usage: MemoryUsage, pool: Pool) -> list[dict[str, Any]]:
     return [{"what": what, "bytes": n_bytes} for what, n_bytes in sizes.items()]
 
 
-def _session_status(held) -> dict[str, Any]:
+def _session_status(slot: SessionSlot) -> dict[str, Any]:
     return {
-        "id": held.name[:8],
-        "n_tokens": held.session.n_past,
-        "n_shared": held.session.n_shared,
-        "checkpoints": list(held.session.checkpoints),
-        "is_running": held.is_taken,
-        "is_saved": not held.is_unsaved,
-        "idle_s": round(time.monotonic() - held.last_used, 1) if held.last_used else None,
+        "id": slot.name[:8],
+        "n_tokens": slot.session.n_past,
+        "n_shared": slot.session.n_shared,
+        "checkpoints": list(slot.session.checkpoints),
+        "is_running": slot.is_running,
+        "is_saved": not slot.is_unsaved,
+        "idle_s": round(time.monotonic() - slot.last_used_s, 1) if slot.last_used_s else None,
     }
 
 
-def _job_status(job: Job) -> dict[str, Any]:
-    turn = job.turn
-    if turn is None:
-        return {"id": job.id, "phase": "waiting"}
+def _run_status(run: Run) -> dict[str, Any]:
+    turn = run.turn
     return {
-        "id": job.id,
-        "phase": "prefill" if job.is_prefilling else "answer",
+        "id": run.job.id,
+        "phase": "prefill" if run.is_prefilling else "answer",
         "n_prompt": turn.n_prompt,
         "n_done": min(turn.session.n_past, turn.n_prompt),
-        "n_cached": job.n_cached,
+        "n_cached": run.n_cached,
         "n_generated": turn.n_generated,
     }

@@ -164,7 +164,7 @@ def test_it_waits_for_a_server_that_is_still_loading(tmp_path: Path) -> None:
             self.end_headers()
             self.wfile.write(json.dumps({"data": [next(entries)]}).encode())
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Loading) as http:

@@ -150,7 +150,8 @@ def fake_engine(**options) -> Engine:
 
 
 def run(session, prompt, n_predict=4, checkpoint_positions=()):
-    return list(generate(begin(session, prompt, Chooser(GREEDY), n_predict, checkpoint_positions)))
+    checkpoints_after = (lambda n_cached: checkpoint_positions) if checkpoint_positions else None
+    return list(generate(begin(session, prompt, Chooser(GREEDY), n_predict, checkpoints_after)))
 
 
 def test_checkpoints_of_all_sessions_share_one_budget():
@@ -216,7 +217,7 @@ def test_work_is_taken_again_when_the_memory_is_back():
 def test_a_server_ends_when_the_memory_runs_out():
     async def talk(service):
         job, _ = await service.submit(ask([1, 2, 3], 300), "r", None)
-        service.scheduler.engine.on_memory_level(Level.STOP, Reading(2**30))
+        service.engine.on_memory_level(Level.STOP, Reading(2**30))
         events = await events_of(job)
         with pytest.raises(ApiError) as refused:
             await answer(service, ask([1]))
@@ -278,7 +279,7 @@ except DoesNotFit as error:
 del other
 with Engine(options) as engine, engine.open_session() as session:
     tokens = [i % 200 for i in range(600)]
-    list(generate(begin(session, tokens, Chooser(Sampling(0)), 4, (100, 200, 300, 400))))
+    list(generate(begin(session, tokens, Chooser(Sampling(0)), 4, lambda n_cached: (100, 200, 300, 400))))
     events.append(("kept", len(session.checkpoints)))
     reserve = limit // 10
     for level, share in ((Level.SHRINK, 0.4), (Level.REJECT, 0.2), (Level.STOP, 0.1)):

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from narrowed import present
 from server_fakes import GREEDY, events_of, serve
 from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.chat.prompt_builder import Prompt
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
+from step35.server import run_start
 from step35.server.api.collected import collect
 from step35.server.generation_request import GenerationRequest
-from step35.server.job import EventLog, Job
-from step35.server.scheduler import Limits
+from step35.server.job import Job, Run
+from step35.server.policy import Limits
+from step35.server.run_start import GrammarTokens
 from step35.server.service import Service, Serving
 from tiny_model import tiny_gguf
 
@@ -34,11 +37,18 @@ end ::= "</function>\n</tool_call>"
 SYSTEM = "You are an agent. " + " ".join(f"Rule {i}: keep the file number {i} as it is, and say so." for i in range(60))
 
 
+@pytest.fixture(autouse=True)
+def grammar_from_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token is waited for, and none is forbidden before it."""
+    monkeypatch.setattr(run_start, "grammar_tokens", lambda engine: GrammarTokens(None, frozenset()))
+
+
 @dataclass(frozen=True, slots=True)
 class Played:
     """A turn that was played: its job, and the tokens that were sampled."""
 
     job: Job
+    run: Run
     events: list
     tokens: list[int]
 
@@ -48,25 +58,22 @@ class Played:
 
     @property
     def n_cached(self) -> int:
-        return self.job.n_cached
+        return self.run.n_cached
 
 
 def tiny_service(session_dir: Path | None = None, **options) -> Service:
     defaults = {"draft": "off", "n_ctx": 12288, "n_batch": 128, "n_sessions": 3, "n_threads": 1, "kv_type": "f32"}
     engine_options = EngineOptions(tiny_gguf("F32"), **defaults | options)
-    service = Service(Serving("tiny", Limits(2, 8), session_dir), lambda: Engine(engine_options))
-    service.scheduler._special_ids = lambda: (None, frozenset())  # the grammar holds from the first token
-    return service
+    return Service(Serving("tiny", Limits(2, 8), session_dir), lambda: Engine(engine_options))
 
 
 async def ask_model(service: Service, prompt, name: str = "r") -> Played:
     request = GenerationRequest(prompt, GREEDY, 120)
-    feed = EventLog(service.scheduler.mail)
-    job = await asyncio.to_thread(service._prepare, request, name, feed)
-    job.grammar = TURN
+    job = replace(await asyncio.to_thread(service.prepare, request, name), grammar=TURN)
     service.scheduler.submit(job)
     events = await events_of(job)
-    return Played(job, events, job.turn.session.tokens[len(job.prompt.tokens) : job.n_seen])
+    run = present(job.status.run)
+    return Played(job, run, events, run.turn.session.tokens[len(job.prompt.tokens) : run.n_seen])
 
 
 def kept(message: Message) -> Message:
@@ -83,7 +90,7 @@ def respelt(message: Message) -> Message:
     for call in message.tool_calls:
         items = reversed(json.loads(call.arguments).items())
         calls.append(replace(call, arguments=json.dumps(dict(items), indent=1, ensure_ascii=True)))
-    return replace(message, tool_calls=tuple(calls), reasoning=message.reasoning.strip() + "\n")
+    return replace(message, tool_calls=tuple(calls), reasoning=present(message.reasoning).strip() + "\n")
 
 
 def sent_back(events: list, variant) -> Message:
@@ -119,8 +126,8 @@ def cold_tokens(prompts: list[list[int]]) -> list[list[int]]:
     async def run(service: Service) -> list[list[int]]:
         answers = []
         for prompt in prompts:
-            for held in service.scheduler.conversations.held:
-                held.begin_anew(keeps_cells=False)
+            for slot in service.model.pool.slots:
+                slot.reset(keeps_cells=False)
             turn = await ask_model(service, tuple(prompt))
             assert turn.n_cached == 0
             answers.append(turn.tokens)
@@ -150,7 +157,7 @@ def test_a_new_conversation_shares_the_systems_text_and_tools():
         other = [Message("system", SYSTEM), Message("user", "Something else entirely.")]
         turn = await ask_model(service, Conversation(tuple(other), TOOLS))
         assert turn.n_cached >= 0.9 * len(turn.prompt.tokens)
-        assert sum(held.session.n_shared > 0 for held in service.scheduler.conversations.held) == 2
+        assert sum(slot.session.n_shared > 0 for slot in service.model.pool.slots) == 2
         small = await ask_model(service, Conversation((Message("user", "A title, please."),)))
         again = await ask_model(service, Conversation(tuple(other), TOOLS))
         assert small.n_cached < 20

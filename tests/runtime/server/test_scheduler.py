@@ -1,18 +1,24 @@
 """The scheduler on a fake llama.cpp: who runs when, what a leaving client stops, and what a broken sequence loses."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from fake_native import FakeContext, Script, next_token
+from narrowed import of, present
 from server_fakes import Gate, answer, ask, events_of, fake_service, serve
 from step35.chat.events import ContentDelta, Finished
 from step35.chat.prompt_builder import LEAST_CHECKPOINT
+from step35.server import run_start
 from step35.server.constrained_chooser import LazyGrammar, is_endless
 from step35.server.errors import ApiError
-from step35.server.events import Failed, Progress
+from step35.server.event_log import EventBridge
+from step35.server.events import Event, Failed, Progress
+from step35.server.service import Service
 
 
 def greedy(prompt: list[int], n: int) -> str:
@@ -23,8 +29,12 @@ def greedy(prompt: list[int], n: int) -> str:
     return "".join(f"{token} " for token in tokens[len(prompt) :])
 
 
-def text_of(events) -> str:
+def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, ContentDelta))
+
+
+def end_of(events: list[Event]) -> Finished:
+    return of(Finished, events[-1])
 
 
 def prompts(n: int, length: int = 20) -> list[list[int]]:
@@ -32,24 +42,24 @@ def prompts(n: int, length: int = 20) -> list[list[int]]:
 
 
 def test_many_answers_at_once_are_each_what_they_are_alone():
-    async def talk(service):
+    async def talk(service: Service) -> None:
         results = await asyncio.gather(*(answer(service, ask(p, 12), f"r{i}") for i, p in enumerate(prompts(9))))
         for prompt, (_, events) in zip(prompts(9), results, strict=True):
             assert text_of(events) == greedy(prompt, 12)
-            assert isinstance(events[-1], Finished) and events[-1].reason == "length"
+            assert end_of(events).reason == "length"
 
     serve(fake_service(n_waiting=20), talk)
 
 
 def test_the_next_turn_is_cached_and_a_side_request_takes_another_place():
-    async def talk(service):
+    async def talk(service: Service) -> None:
         first = prompts(1, 120)[0]
         _, events = await answer(service, ask(first, 6))
         longer = [*first, *map(int, text_of(events).split()), 5, 6, 7]
         await answer(service, ask(prompts(2)[1], 3))
         _, events = await answer(service, ask(longer, 6))
         assert text_of(events) == greedy(longer, 6)
-        assert events[-1].usage.n_cached == len(longer) - 4, "all but the last sampled token and what came after"
+        assert end_of(events).usage.n_cached == len(longer) - 4, "all but the last sampled token and what came after"
         assert events[0] == Progress(len(longer) - 4, len(longer))
 
     serve(fake_service(), talk)
@@ -58,7 +68,7 @@ def test_the_next_turn_is_cached_and_a_side_request_takes_another_place():
 def test_a_text_asked_for_again_or_typed_on_is_cached():
     """A text without messages had no checkpoint and no place of its own: the same prompt was processed anew each time."""
 
-    async def talk(service):
+    async def talk(service: Service) -> None:
         [text, other] = prompts(2, 300)
         _, events = await answer(service, ask(text, 90))
         whole = text_of(events)
@@ -66,7 +76,7 @@ def test_a_text_asked_for_again_or_typed_on_is_cached():
             await answer(service, ask(other[:40], 60))  # the ring goes on
             _, events = await answer(service, ask(prompt, 90))
             assert text_of(events) == greedy(prompt, 90)
-            assert events[-1].usage.n_cached == n_cached
+            assert end_of(events).usage.n_cached == n_cached
         assert text_of(events) == whole
 
     serve(fake_service(n_ctx=1000), talk)
@@ -75,14 +85,19 @@ def test_a_text_asked_for_again_or_typed_on_is_cached():
 def test_a_few_common_tokens_are_no_checkpoint():
     """Two conversations have the first token in common: its checkpoint took the place of the one after the system's text."""
 
-    async def talk(service):
+    async def talk(service: Service) -> None:
         for length in (8, 40):
             for prompt in prompts(5, length):
                 await answer(service, ask([7, 8, *prompt[1:]], 3))
-        checkpoints = [n for held in service.scheduler.conversations.held for n in held.session.checkpoints]
+        checkpoints = [n for slot in service.model.pool.slots for n in slot.session.checkpoints]
         assert all(n >= LEAST_CHECKPOINT for n in checkpoints)
 
     serve(fake_service(), talk)
+
+
+def clock_of_decodes(script: Script, decode_s: float) -> Callable[[], float]:
+    """A clock that only decodes move."""
+    return lambda: decode_s * sum(len(context.decodes) for context in script.contexts)
 
 
 def read_beside_an_answer(n_prompt: int, decode_s: float) -> FakeContext:
@@ -90,15 +105,14 @@ def read_beside_an_answer(n_prompt: int, decode_s: float) -> FakeContext:
     gate = Gate(30)
     script = Script(on_decode=gate)
 
-    async def talk(service):
-        service.scheduler._clock = lambda: decode_s * sum(len(context.decodes) for context in script.contexts)
+    async def talk(service: Service) -> None:
         running, _ = await service.submit(ask(prompts(1)[0], 200), "answer", None)
-        await gate.held()
+        await gate.reached()
         job, _ = await service.submit(ask(prompts(2, n_prompt)[1], 2), "prompt", None)
         gate.open()
         await asyncio.gather(events_of(job), events_of(running))
 
-    serve(fake_service(script, n_ctx=1000, draft="off"), talk)
+    serve(fake_service(script, n_ctx=1000, draft="off", clock=clock_of_decodes(script, decode_s)), talk)
     [trunk] = [context for context in script.contexts if context.head is None]
     return trunk
 
@@ -116,11 +130,11 @@ def test_short_prompts_beside_an_answer_are_read_at_once_until_they_take_too_lon
 def test_the_log_counts_an_answers_own_tokens():
     """An answer's session had begun the next one's when its line was written: n_generated was -30."""
 
-    async def talk(service):
+    async def talk(service: Service) -> None:
         first, second = prompts(2, 20)
         job, _ = await answer(service, ask(first, 5))
         await answer(service, ask(second, 9))
-        assert job.n_generated == 5
+        assert present(job.status.run).n_generated == 5
 
     serve(fake_service(n_sessions=1, n_parallel=1), talk)
 
@@ -130,7 +144,7 @@ def test_a_prompt_leaves_no_rest_of_a_few_rows(n_prompt: int, pieces: list[int])
     """The last 51 rows of 563 took as long as 140 others."""
     script = Script()
 
-    async def talk(service):
+    async def talk(service: Service) -> None:
         await answer(service, ask([1, *range(2, 50), *[7] * (n_prompt - 49)], 1))
 
     serve(fake_service(script, draft="off", n_batch=128), talk)
@@ -139,25 +153,28 @@ def test_a_prompt_leaves_no_rest_of_a_few_rows(n_prompt: int, pieces: list[int])
 
 
 @pytest.mark.parametrize(("decode_s", "n_apart"), [(0.0005, 4), (0.003, 1)])
-def test_tokens_of_quick_decodes_go_out_together(decode_s: float, n_apart: int):
+def test_tokens_of_quick_decodes_go_out_together(decode_s: float, n_apart: int, monkeypatch: pytest.MonkeyPatch):
     """To wake the event loop for every token took as long as to decode one of a small model."""
-    script = Script()
+    script, sent = Script(), []
+    send = EventBridge.send
 
-    async def talk(service):
-        scheduler, sent = service.scheduler, []
-        scheduler._clock = lambda: decode_s * sum(len(context.decodes) for context in script.contexts)
-        scheduler.mail.send = lambda send=scheduler.mail.send: (sent.append(1), send())
+    def count(bridge: EventBridge) -> None:
+        sent.append(1)
+        send(bridge)
+
+    async def talk(service: Service) -> int:
+        monkeypatch.setattr(EventBridge, "send", count)
         await answer(service, ask(prompts(1)[0], 80))
         return len(sent)
 
-    n_sent = serve(fake_service(script, draft="off"), talk)
+    n_sent = serve(fake_service(script, draft="off", clock=clock_of_decodes(script, decode_s)), talk)
     assert 80 / n_apart <= n_sent <= 80 / n_apart + 8, "the prompt, the first token and the end wait for nothing"
 
 
 def test_a_full_queue_is_refused_and_a_drained_server_too():
     gate = Gate()
 
-    async def talk(service):
+    async def talk(service: Service) -> None:
         jobs = [(await service.submit(ask(p, 40), f"r{i}", None))[0] for i, p in enumerate(prompts(3))]
         with pytest.raises(ApiError, match="too many requests: expected at most 1 running and 2 waiting") as caught:
             await service.submit(ask(prompts(1)[0]), "late", None)
@@ -176,13 +193,13 @@ def test_a_full_queue_is_refused_and_a_drained_server_too():
 def test_a_drain_ends_long_answers_at_its_limit_with_what_they_have():
     gate = Gate(20)
 
-    async def talk(service):
+    async def talk(service: Service) -> None:
         job, _ = await service.submit(ask(prompts(1)[0], 300), "r", None)
-        await gate.held()
+        await gate.reached()
         service.scheduler.drain(0)
         gate.open()
         events = await events_of(job)
-        assert events[-1].reason == "length" and 0 < events[-1].usage.n_generated < 300
+        assert end_of(events).reason == "length" and 0 < end_of(events).usage.n_generated < 300
 
     serve(fake_service(Script(on_decode=gate)), talk)
 
@@ -190,23 +207,23 @@ def test_a_drain_ends_long_answers_at_its_limit_with_what_they_have():
 def test_a_client_that_leaves_stops_the_work_and_the_cells_stay():
     gate = Gate(6)
 
-    async def talk(service):
+    async def talk(service: Service) -> None:
         prompt = prompts(1, 200)[0]
         job, _ = await service.submit(ask(prompt, 150), "r", None)
-        await gate.held()
-        job.feed.leave()
+        await gate.reached()
+        job.events.leave()
         gate.open()
         await events_of(job)
-        assert job.finish == "cancelled" and job.turn.n_generated == 0
+        assert job.status.end == "cancelled" and present(job.status.run).turn.n_generated == 0
         _, events = await answer(service, ask(prompt, 4))
-        assert 64 <= events[-1].usage.n_cached < 200
+        assert 64 <= end_of(events).usage.n_cached < 200
         assert text_of(events) == greedy(prompt, 4)
 
     serve(fake_service(Script(on_decode=gate)), talk)
 
 
 def test_a_retry_joins_the_running_job_and_hears_it_from_the_start():
-    async def talk(service):
+    async def talk(service: Service) -> None:
         prompt = prompts(1)[0]
         (one, events), (other, again) = await asyncio.gather(
             answer(service, ask(prompt, 20), "a", "key"), answer(service, ask(prompt, 20), "b", "key")
@@ -218,9 +235,6 @@ def test_a_retry_joins_the_running_job_and_hears_it_from_the_start():
 
 
 def test_a_row_that_is_no_number_ends_that_answer_alone():
-    class Broken(FakeContext):
-        pass
-
     good, bad = prompts(2)
 
     def poison(context: FakeContext) -> None:
@@ -235,25 +249,41 @@ def test_a_row_that_is_no_number_ends_that_answer_alone():
     def watch(context: FakeContext) -> None:
         if context.head is None:
             for seq, cells in context.cells.items():
-                seqs[seq] = [cells[p].token for p in (1, 2, 3)] if set(cells) >= {1, 2, 3} else seqs.get(seq)
+                if set(cells) >= {1, 2, 3}:
+                    seqs[seq] = [cells[p].token for p in (1, 2, 3)]
             poison(context)
 
-    async def talk(service):
+    async def talk(service: Service) -> None:
         (_, fine), (_, broken) = await asyncio.gather(answer(service, ask(good, 20)), answer(service, ask(bad, 20)))
         assert text_of(fine) == greedy(good, 20)
         assert isinstance(broken[-1], Failed) and "isn't a number" in broken[-1].error.message
-        held = [h for h in service.scheduler.conversations.held if h.session.tokens[:4] == bad[:4]]
-        assert not held, "its cells are gone"
+        assert not any(slot.session.tokens[:4] == bad[:4] for slot in service.model.pool.slots), "its cells are gone"
 
     serve(fake_service(Script(on_decode=watch), draft="off"), talk)
 
 
+def test_a_request_that_breaks_at_its_start_leaves_its_session_to_others(monkeypatch: pytest.MonkeyPatch):
+    """Its session counted as running for ever: after as many such requests as sessions nobody was served any more."""
+
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    async def talk(service: Service) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_start, "begin", broken)
+            _, events = await answer(service, ask(prompts(1)[0]))
+            assert isinstance(events[-1], Failed) and "can't begin: ValueError" in events[-1].error.message
+        _, events = await asyncio.wait_for(answer(service, ask(prompts(1)[0], 8)), 60)
+        assert text_of(events) == greedy(prompts(1)[0], 8)
+
+    serve(fake_service(n_sessions=1, n_parallel=1), talk)
+
+
 def test_a_context_full_of_answers_ends_the_youngest_and_a_waiting_prompt_gets_its_turn():
-    async def talk(service):
+    async def talk(service: Service) -> None:
         results = await asyncio.gather(*(answer(service, ask(p, 90), f"r{i}") for i, p in enumerate(prompts(4, 40))))
         for prompt, (_, events) in zip(prompts(4, 40), results, strict=True):
-            assert isinstance(events[-1], Finished)
-            n = events[-1].usage.n_generated
+            n = end_of(events).usage.n_generated
             assert n > 0 and text_of(events) == greedy(prompt, n)
 
     serve(fake_service(n_ctx=200, n_parallel=4), talk)
@@ -273,11 +303,9 @@ def test_a_long_prompt_takes_at_most_half_of_the_time_of_a_running_answer():
 
 
 def test_a_prompt_over_the_context_and_a_bias_out_of_range_are_refused_in_time():
-    async def talk(service):
+    async def talk(service: Service) -> None:
         with pytest.raises(ApiError, match="prompt is too long: 401 tokens > 400 maximum"):
             await service.submit(ask([1] * 401), "r", None)
-        from dataclasses import replace
-
         request = ask([1, 2])
         with pytest.raises(ApiError, match="bad logit_bias: expected token ids 0 to 63, got 64"):
             await service.submit(replace(request, sampling=replace(request.sampling, logit_bias={64: 1.0})), "r", None)
@@ -288,13 +316,13 @@ def test_a_prompt_over_the_context_and_a_bias_out_of_range_are_refused_in_time()
 
 
 def test_stop_strings_end_an_answer_before_them():
-    async def talk(service):
+    async def talk(service: Service) -> None:
         prompt = prompts(1)[0]
         whole = greedy(prompt, 12)
         stop = whole[8:13]
         _, events = await answer(service, ask(prompt, 40, stop=("nothing", stop)))
         assert text_of(events) == whole[: whole.find(stop)]
-        assert (events[-1].reason, events[-1].stop_text) == ("stop", stop)
+        assert (end_of(events).reason, end_of(events).stop_text) == ("stop", stop)
 
     serve(fake_service(), talk)
 
@@ -302,28 +330,28 @@ def test_stop_strings_end_an_answer_before_them():
 @pytest.mark.parametrize(
     ("tokens", "is_so"), [([7] * 1024, True), ([1, 2, 3] * 400, True), (list(range(2000)), False), ([7] * 1000, False)]
 )
-def test_endless_repetition_is_seen(tokens, is_so):
+def test_endless_repetition_is_seen(tokens: list[int], is_so: bool):
     assert is_endless(tokens) == is_so
 
 
 class OnlyTwos:
     """A grammar that wants 2, then nothing."""
 
-    def __init__(self):
-        self.seen = []
+    def __init__(self) -> None:
+        self.seen: list[int] = []
 
-    def allowed(self, ids):
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
         return ids == (2 if not self.seen else -1)
 
-    def accept(self, token):
+    def accept(self, token: int) -> None:
         self.seen.append(token)
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
 def test_a_grammar_waits_for_the_reasonings_end_and_never_gets_stuck():
-    grammar = LazyGrammar(OnlyTwos(), arm_token=9, forbidden=[63])
+    grammar = LazyGrammar(OnlyTwos(), trigger_token=9, forbidden=[63])
     every = np.arange(64)
     assert grammar.allowed(every).sum() == 63 and not grammar.allowed(np.array([63]))[0], "no end before the answer"
     grammar.accept(5)

@@ -15,18 +15,23 @@ from step35.chat.events import (
     ToolCallArguments,
     ToolCallBegin,
 )
-from step35.chat.messages import Conversation, Message, Tool, ToolCall
+from step35.chat.messages import Conversation, Message, Role, Tool, ToolCall
 from step35.server.api import request_fields, request_limits
 from step35.server.api.collected import collect
 from step35.server.api.openai_errors import error_body
-from step35.server.api.request_fields import OMITTED, Body, Count, Frame, SamplingBody, Whole, dumps
+from step35.server.api.request_fields import OMITTED, Body, Count, SamplingBody, Whole
+from step35.server.api.wire import Frame, dumps, progress_fields
 from step35.server.errors import bad_request
 from step35.server.events import Event, Failed, Progress, Sse
 from step35.server.generation_request import GenerationRequest, JsonOutput
 
-__all__ = ["Writer", "error_body", "read", "whole"]
+__all__ = ["REQUEST_BODY", "Writer", "error_body", "read", "whole"]
 
 DONE = Sse(None, "[DONE]")
+ROLES: dict[str, Role] = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "function": "tool",
+}  # fmt: skip
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -90,7 +95,7 @@ class TemplateBody(Body):
     reasoning_effort: str | None = None
 
 
-class Request(SamplingBody):
+class ChatCompletionsRequest(SamplingBody):
     """The body of a chat completion."""
 
     messages: list[MessageBody] = Field(min_length=1)
@@ -115,42 +120,45 @@ class Request(SamplingBody):
     prompt_cache_key: str | None = None
 
 
-def read(body: dict[str, Any]) -> GenerationRequest:
+REQUEST_BODY = ChatCompletionsRequest
+
+
+def read(data: dict[str, Any]) -> GenerationRequest:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
-    request = request_fields.parse(Request, body)
-    _check_served(request)
+    body = request_fields.parse(ChatCompletionsRequest, data)
+    _check_served(body)
     tools = request_fields.check_tools(
-        [_tool(entry, i) for i, entry in enumerate(request.tools or ()) if entry.function]
+        [_tool(entry.function, i) for i, entry in enumerate(body.tools or ()) if entry.function]
     )
     return GenerationRequest(
-        prompt=Conversation(_messages(request.messages), tools),
-        sampling=request_fields.sampling_of(request, has_tools=bool(tools)),
-        n_predict=n_predict(request.max_completion_tokens, request.max_tokens),
-        stop=request_fields.stops(request.stop),
-        n_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        tool_choice=request_fields.check_choice(_choice(request.tool_choice), tools),
-        output=_output(request.response_format),
-        effort=_effort(request),
-        reasoning_budget=request.reasoning_budget or (request.reasoning and request.reasoning.max_tokens),
-        parallel_tool_calls=request.parallel_tool_calls is not False,
-        stream=bool(request.stream),
-        model=request.model or "",
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
-        has_seed=request_fields.has_seed(request),
-        cache_key=request.prompt_cache_key,
+        prompt=Conversation(_messages(body.messages), tools),
+        sampling=request_fields.sampling_of(body, has_tools=bool(tools)),
+        n_predict=n_predict(body.max_completion_tokens, body.max_tokens),
+        stop=request_fields.stops(body.stop),
+        n_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        tool_choice=request_fields.check_choice(_choice(body.tool_choice), tools),
+        output=_output(body.response_format),
+        effort=_effort(body),
+        reasoning_budget=body.reasoning_budget or (body.reasoning and body.reasoning.max_tokens),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        stream=bool(body.stream),
+        model=body.model or "",
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        has_seed=request_fields.has_seed(body),
+        cache_key=body.prompt_cache_key,
     )
 
 
-def _check_served(request: Request) -> None:
-    if request.n not in (None, 1):
+def _check_served(body: ChatCompletionsRequest) -> None:
+    if body.n not in (None, 1):
         raise bad_request(
-            f"more than one choice is not served: n expected 1, got {request.n}; send the request again", "n"
+            f"more than one choice is not served: n expected 1, got {body.n}; send the request again", "n"
         )
-    if request.functions:
+    if body.functions:
         raise bad_request("functions are not served: expected tools, their successor, got functions", "functions")
-    if request.top_logprobs is not None and not request.logprobs:
+    if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs without logprobs: expected logprobs true, got false", "top_logprobs")
-    request_limits.check_count("messages", request.messages, request_limits.MAX_MESSAGES, "messages")
+    request_limits.check_count("messages", body.messages, request_limits.MAX_MESSAGES, "messages")
 
 
 def n_predict(*given: int | None) -> int:
@@ -164,7 +172,7 @@ def _messages(bodies: list[MessageBody]) -> tuple[Message, ...]:
 
 
 def _message(body: MessageBody, where: str) -> Message:
-    role = {"developer": "system", "function": "tool"}.get(body.role, body.role)
+    role = ROLES[body.role]
     reasoning = body.reasoning_content if body.reasoning_content is not None else body.reasoning
     return Message(
         role,
@@ -196,8 +204,8 @@ def text_of(content: str | list[PartBody] | None, where: str, omits: bool = Fals
     return "\n".join(texts)
 
 
-def _tool(body: ToolBody, i: int) -> Tool:
-    return request_fields.tool(body.function.name, body.function.description, body.function.parameters, f"tools[{i}]")
+def _tool(body: DeclaredBody, i: int) -> Tool:
+    return request_fields.tool(body.name, body.description, body.parameters, f"tools[{i}]")
 
 
 def _choice(choice: str | dict[str, Any] | None) -> str:
@@ -228,25 +236,25 @@ def _output(form: FormatBody | None) -> JsonOutput | None:
     return JsonOutput(schema)
 
 
-def _effort(request: Request) -> str | None:
+def _effort(body: ChatCompletionsRequest) -> str | None:
     """Returns the effort, wherever a client may put it; `enable_thinking` false is none."""
-    extra, nested = request.chat_template_kwargs, request.reasoning
+    extra, nested = body.chat_template_kwargs, body.reasoning
     if extra and extra.enable_thinking is False:
         return "none"
-    said = (request.reasoning_effort, nested and nested.effort, extra and extra.reasoning_effort)
+    said = (body.reasoning_effort, nested and nested.effort, extra and extra.reasoning_effort)
     return request_fields.effort_of(next((effort for effort in said if effort), None))
 
 
 class Writer:
     """Writes an answer as a stream of chunks."""
 
-    def __init__(self, ask: GenerationRequest, request_id: str, created: int) -> None:
-        self._ask, self._request_id = ask, request_id
+    def __init__(self, request: GenerationRequest, request_id: str, created: int) -> None:
+        self._request, self._request_id = request, request_id
         self._head = {
             "id": f"chatcmpl-{request_id}",
             "object": "chat.completion.chunk",
             "created": created,
-            "model": ask.model,
+            "model": request.model,
         }
         self._logprobs: list[Logprobs] = []
         self._frames = {key: Frame(self._body({key: Frame.HOLE})) for key in ("content", "reasoning_content")}
@@ -277,8 +285,7 @@ class Writer:
 
     def ping(self, progress: Progress | None) -> list[Sse]:
         """An empty delta, with how far the prompt is."""
-        extra = {"prompt_progress": {"processed": progress.n_done, "total": progress.n_total}} if progress else {}
-        return [self._chunk({}, **extra)]
+        return [Sse(None, dumps({**self._body({}), **progress_fields(progress)}))]
 
     def close(self) -> list[Sse]:
         return [DONE]
@@ -286,24 +293,24 @@ class Writer:
     def _text(self, key: str, text: str) -> Sse:
         return self._chunk({key: text}) if self._logprobs else Sse(None, self._frames[key].filled(text))
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None, **extra: Any) -> Sse:
-        return Sse(None, dumps(self._body(delta, reason, **extra)))
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> Sse:
+        return Sse(None, dumps(self._body(delta, reason)))
 
-    def _body(self, delta: dict[str, Any], reason: str | None = None, **extra: Any) -> dict[str, Any]:
+    def _body(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         logprobs = None
         if self._logprobs and (delta or reason):
             logprobs, self._logprobs = {"content": [_logprobs(entry) for entry in self._logprobs]}, []
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        usage = {"usage": None} if self._ask.include_usage else {}
-        return {**self._head, "choices": [choice], **usage, **extra}
+        usage = {"usage": None} if self._request.include_usage else {}
+        return {**self._head, "choices": [choice], **usage}
 
     def _usage(self, usage: TokenUsage) -> list[Sse]:
-        if not self._ask.include_usage:
+        if not self._request.include_usage:
             return []
         return [Sse(None, dumps({**self._head, "choices": [], "usage": usage_body(usage)}))]
 
 
-def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+def whole(request: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
     """Returns the body of an answer that isn't streamed; raises the ApiError of one that failed."""
     answer = collect(events)
     calls = [
@@ -316,9 +323,9 @@ def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterabl
         **({"reasoning_content": answer.reasoning} if answer.reasoning else {}),
         **({"tool_calls": calls} if calls else {}),
     }
-    logprobs = {"content": [_logprobs(entry) for entry in answer.logprobs]} if ask.n_logprobs is not None else None
+    logprobs = {"content": [_logprobs(entry) for entry in answer.logprobs]} if request.n_logprobs is not None else None
     choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": answer.reason}
-    head = {"id": f"chatcmpl-{request_id}", "object": "chat.completion", "created": created, "model": ask.model}
+    head = {"id": f"chatcmpl-{request_id}", "object": "chat.completion", "created": created, "model": request.model}
     return {**head, "choices": [choice], "usage": usage_body(answer.usage)}
 
 

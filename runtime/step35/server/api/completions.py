@@ -11,17 +11,18 @@ from step35.server.api import request_fields, request_limits
 from step35.server.api.chat_completions import DONE, StreamOptionsBody, usage_body
 from step35.server.api.collected import collect
 from step35.server.api.openai_errors import error_body
-from step35.server.api.request_fields import Frame, SamplingBody, Whole, dumps
+from step35.server.api.request_fields import SamplingBody, Whole
+from step35.server.api.wire import Frame, dumps, progress_fields
 from step35.server.errors import bad_request
 from step35.server.events import Event, Failed, Progress, Sse
 from step35.server.generation_request import GenerationRequest
 
-__all__ = ["Writer", "error_body", "read", "whole"]
+__all__ = ["REQUEST_BODY", "Writer", "error_body", "read", "whole"]
 
 DEFAULT_TOKENS = 16
 
 
-class Request(SamplingBody):
+class CompletionsRequest(SamplingBody):
     """The body of a completion."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -38,35 +39,38 @@ class Request(SamplingBody):
     prompt_cache_key: str | None = None
 
 
-def read(body: dict[str, Any]) -> GenerationRequest:
+REQUEST_BODY = CompletionsRequest
+
+
+def read(data: dict[str, Any]) -> GenerationRequest:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
-    request = request_fields.parse(Request, body)
-    _check_served(request)
+    body = request_fields.parse(CompletionsRequest, data)
+    _check_served(body)
     return GenerationRequest(
-        prompt=_prompt(request.prompt),
-        sampling=request_fields.sampling_of(request, has_tools=False),
-        n_predict=-1 if request.max_tokens is None or request.max_tokens < 0 else request.max_tokens,
-        stop=request_fields.stops(request.stop),
-        n_logprobs=request.logprobs,
+        prompt=_prompt(body.prompt),
+        sampling=request_fields.sampling_of(body, has_tools=False),
+        n_predict=-1 if body.max_tokens is None or body.max_tokens < 0 else body.max_tokens,
+        stop=request_fields.stops(body.stop),
+        n_logprobs=body.logprobs,
         tool_choice="none",
-        stream=bool(request.stream),
-        model=request.model or "",
-        echo=bool(request.echo),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
-        has_seed=request_fields.has_seed(request),
-        cache_key=request.prompt_cache_key,
+        stream=bool(body.stream),
+        model=body.model or "",
+        echo=bool(body.echo),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        has_seed=request_fields.has_seed(body),
+        cache_key=body.prompt_cache_key,
     )
 
 
-def _check_served(request: Request) -> None:
+def _check_served(body: CompletionsRequest) -> None:
     for name in ("n", "best_of"):
-        if (n := getattr(request, name)) not in (None, 1):
+        if (n := getattr(body, name)) not in (None, 1):
             raise bad_request(
                 f"more than one choice is not served: {name} expected 1, got {n}; send the request again", name
             )
-    if request.suffix:
+    if body.suffix:
         raise bad_request("suffix is not served: this model doesn't fill in the middle", "suffix")
-    if request.echo and request.logprobs is not None:
+    if body.echo and body.logprobs is not None:
         raise bad_request("echo with logprobs is not served: a prompt's log-probabilities aren't kept", "echo")
 
 
@@ -84,9 +88,9 @@ def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
 class Writer:
     """Writes a completion as a stream of chunks. A prompt's echo comes from the caller, as content."""
 
-    def __init__(self, ask: GenerationRequest, request_id: str, created: int) -> None:
-        self._ask, self._request_id = ask, request_id
-        self._head = _head(ask, request_id, created)
+    def __init__(self, request: GenerationRequest, request_id: str, created: int) -> None:
+        self._request, self._request_id = request, request_id
+        self._head = _head(request, request_id, created)
         self._logprobs: list[Logprobs] = []
         self._n_chars = 0
         self._frame = Frame(self._body(Frame.HOLE, None, None))
@@ -102,16 +106,15 @@ class Writer:
                 self._logprobs.append(event)
             case Finished(reason, usage):
                 last = {**self._head, "choices": [], "usage": usage_body(usage)}
-                return [self._chunk("", reason), *([Sse(None, dumps(last))] if self._ask.include_usage else [])]
+                return [self._chunk("", reason), *([Sse(None, dumps(last))] if self._request.include_usage else [])]
             case Failed(error):
                 return [Sse(None, dumps(error_body(error, self._request_id)))]
         return []
 
     def ping(self, progress: Progress | None) -> list[Sse]:
         """An empty text, with how far the prompt is."""
-        extra = {"prompt_progress": {"processed": progress.n_done, "total": progress.n_total}} if progress else {}
         choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
-        return [Sse(None, dumps({**self._head, "choices": [choice], **extra}))]
+        return [Sse(None, dumps({**self._head, "choices": [choice], **progress_fields(progress)}))]
 
     def close(self) -> list[Sse]:
         return [DONE]
@@ -127,16 +130,16 @@ class Writer:
         return {**self._head, "choices": [choice]}
 
 
-def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+def whole(request: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
     """Returns the body of a completion that isn't streamed; raises the ApiError of one that failed."""
     answer = collect(events)
-    logprobs = _logprobs(answer.logprobs, 0) if ask.n_logprobs is not None else None
+    logprobs = _logprobs(answer.logprobs, 0) if request.n_logprobs is not None else None
     choice = {"index": 0, "text": answer.content, "logprobs": logprobs, "finish_reason": _reason(answer.reason)}
-    return {**_head(ask, request_id, created), "choices": [choice], "usage": usage_body(answer.usage)}
+    return {**_head(request, request_id, created), "choices": [choice], "usage": usage_body(answer.usage)}
 
 
-def _head(ask: GenerationRequest, request_id: str, created: int) -> dict[str, Any]:
-    return {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": ask.model}
+def _head(request: GenerationRequest, request_id: str, created: int) -> dict[str, Any]:
+    return {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": request.model}
 
 
 def _reason(reason: str | None) -> str | None:

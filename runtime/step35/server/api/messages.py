@@ -18,7 +18,8 @@ from step35.chat.events import (
 from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.server.api import request_fields, request_limits
 from step35.server.api.collected import collect
-from step35.server.api.request_fields import OMITTED, Body, Count, Frame, SamplingBody, dumps
+from step35.server.api.request_fields import OMITTED, Body, Count, SamplingBody
+from step35.server.api.wire import Frame, dumps, progress_fields
 from step35.server.errors import ApiError, bad_request
 from step35.server.events import Event, Failed, Progress, Sse
 from step35.server.generation_request import GenerationRequest, JsonOutput
@@ -86,7 +87,7 @@ class CountRequest(SamplingBody):
     thinking: ThinkingBody | None = None
 
 
-class Request(CountRequest):
+class MessagesRequest(CountRequest):
     """The body of a message."""
 
     max_tokens: Count
@@ -96,31 +97,34 @@ class Request(CountRequest):
     metadata: MetadataBody | None = None
 
 
-def read(body: dict[str, Any]) -> GenerationRequest:
+REQUEST_BODY = MessagesRequest
+
+
+def read(data: dict[str, Any]) -> GenerationRequest:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
-    request = request_fields.parse(Request, body)
-    conversation = _conversation(request)
-    choice, thinking, output = request.tool_choice, request.thinking, request.output_config
+    body = request_fields.parse(MessagesRequest, data)
+    conversation = _conversation(body)
+    choice, thinking, output = body.tool_choice, body.thinking, body.output_config
     return GenerationRequest(
         prompt=conversation,
-        sampling=request_fields.sampling_of(request, has_tools=bool(conversation.tools)),
-        n_predict=request.max_tokens,
-        stop=request_fields.stops(request.stop_sequences, "stop_sequences"),
+        sampling=request_fields.sampling_of(body, has_tools=bool(conversation.tools)),
+        n_predict=body.max_tokens,
+        stop=request_fields.stops(body.stop_sequences, "stop_sequences"),
         tool_choice=request_fields.check_choice(_choice(choice), conversation.tools),
         output=_output(output),
         effort=_effort(thinking, output),
         reasoning_budget=thinking.budget_tokens if thinking else None,
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
-        stream=bool(request.stream),
-        model=request.model or "",
-        has_seed=request_fields.has_seed(request),
-        cache_key=request.metadata.user_id if request.metadata else None,
+        stream=bool(body.stream),
+        model=body.model or "",
+        has_seed=request_fields.has_seed(body),
+        cache_key=body.metadata.user_id if body.metadata else None,
     )
 
 
-def read_count(body: dict[str, Any]) -> Conversation:
+def read_count(data: dict[str, Any]) -> Conversation:
     """Returns the conversation whose tokens are to be counted; raises ApiError."""
-    return _conversation(request_fields.parse(CountRequest, body))
+    return _conversation(request_fields.parse(CountRequest, data))
 
 
 def counted(n_tokens: int) -> dict[str, Any]:
@@ -133,13 +137,13 @@ def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": error.kind, "message": error.message}, "request_id": request_id}
 
 
-def _conversation(request: CountRequest) -> Conversation:
-    request_limits.check_count("messages", request.messages, request_limits.MAX_MESSAGES, "messages")
-    system = _text(request.system or "", "system")
+def _conversation(body: CountRequest) -> Conversation:
+    request_limits.check_count("messages", body.messages, request_limits.MAX_MESSAGES, "messages")
+    system = _text(body.system or "", "system")
     messages = [Message("system", system)] if system else []
-    for i, message in enumerate(request.messages):
+    for i, message in enumerate(body.messages):
         messages += _messages(message, f"messages[{i}].content")
-    declared = [_tool(entry, i) for i, entry in enumerate(request.tools or ()) if entry.type in (None, "custom")]
+    declared = [_tool(entry, i) for i, entry in enumerate(body.tools or ()) if entry.type in (None, "custom")]
     return Conversation(tuple(messages), request_fields.check_tools(declared))
 
 
@@ -148,7 +152,7 @@ def _tool(body: ToolBody, i: int) -> Tool:
 
 
 def _messages(message: MessageBody, where: str) -> list[Message]:
-    """Returns what a message holds: results of tools are messages of their own, before the user's text."""
+    """Returns a message's parts: results of tools are messages of their own, before the user's text."""
     if isinstance(message.content, str):
         return [Message(message.role, message.content)]
     if message.role == "assistant":
@@ -211,7 +215,7 @@ def _output(output: OutputBody | None) -> JsonOutput | None:
 
 
 def _effort(thinking: ThinkingBody | None, output: OutputBody | None) -> str | None:
-    """Returns the effort; a client that says nothing about thinking gets the model's own way, which thinks."""
+    """Returns the effort; without a word about thinking the model reasons, as it does by itself."""
     if thinking and thinking.type == "disabled":
         return "none"
     return request_fields.effort_of(output.effort if output else None, "output_config.effort")
@@ -220,15 +224,15 @@ def _effort(thinking: ThinkingBody | None, output: OutputBody | None) -> str | N
 class Writer:
     """Writes an answer as a stream of events, one content block open at a time."""
 
-    def __init__(self, ask: GenerationRequest, request_id: str, created: int) -> None:
-        self._ask, self._request_id = ask, request_id
+    def __init__(self, request: GenerationRequest, request_id: str, created: int) -> None:
+        self._request, self._request_id = request, request_id
         self._index = -1
         self._block: str | None = None
         self._frame: Frame | None = None
         """Of the open block's deltas, once there was one."""
 
     def open(self) -> list[Sse]:
-        return [_sse("message_start", message=_message(self._ask, self._request_id, [], None, None, TokenUsage()))]
+        return [_sse("message_start", message=_message(self._request, self._request_id, [], None, None, TokenUsage()))]
 
     def event(self, event: Event) -> list[Sse]:
         match event:
@@ -251,8 +255,7 @@ class Writer:
         return []
 
     def ping(self, progress: Progress | None) -> list[Sse]:
-        extra = {"prompt_progress": {"processed": progress.n_done, "total": progress.n_total}} if progress else {}
-        return [_sse("ping", **extra)]
+        return [_sse("ping", **progress_fields(progress))]
 
     def close(self) -> list[Sse]:
         return []
@@ -278,7 +281,7 @@ class Writer:
         return [*signed, _sse("content_block_stop", index=self._index)]
 
 
-def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+def whole(request: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
     """Returns the body of an answer that isn't streamed; raises the ApiError of one that failed."""
     answer = collect(events)
     blocks: list[dict[str, Any]] = []
@@ -286,14 +289,16 @@ def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterabl
         blocks.append({"type": "thinking", "thinking": answer.reasoning, "signature": SIGNATURE})
     if answer.content:
         blocks.append({"type": "text", "text": answer.content})
-    for call in answer.calls:
-        blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)})
+    blocks += [
+        {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
+        for call in answer.calls
+    ]
     reason = _stop_reason(answer.reason, answer.stop_text)
-    return _message(ask, request_id, blocks, reason, answer.stop_text, answer.usage)
+    return _message(request, request_id, blocks, reason, answer.stop_text, answer.usage)
 
 
 def _message(
-    ask: GenerationRequest,
+    request: GenerationRequest,
     request_id: str,
     blocks: list[dict[str, Any]],
     reason: str | None,
@@ -304,7 +309,7 @@ def _message(
         "id": f"msg_{request_id}",
         "type": "message",
         "role": "assistant",
-        "model": ask.model,
+        "model": request.model,
         "content": blocks,
         "stop_reason": reason,
         "stop_sequence": stop_text,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -107,7 +106,7 @@ def sampling_of(body: SamplingBody, *, has_tools: bool) -> Sampling:
             top_p=_or(body.top_p, preset.top_p),
             top_k=_or(body.top_k, 0),
             min_p=_or(body.min_p, 0.0),
-            seed=body.seed % 2**64 if has_seed(body) else 0,
+            seed=_seed(body) or 0,
             repeat_penalty=_or(body.repeat_penalty, _or(body.repetition_penalty, 1.0)),
             frequency_penalty=_or(body.frequency_penalty, 0.0),
             presence_penalty=_or(body.presence_penalty, 0.0),
@@ -123,7 +122,11 @@ def _or(value: _V | None, default: _V) -> _V:
 
 def has_seed(body: SamplingBody) -> bool:
     """Whether the client chose a seed; -1 asks for any, as with llama.cpp."""
-    return body.seed is not None and body.seed != -1
+    return _seed(body) is not None
+
+
+def _seed(body: SamplingBody) -> int | None:
+    return None if body.seed is None or body.seed == -1 else body.seed % 2**64
 
 
 def stops(stop: str | Iterable[str] | None, param: str = "stop") -> tuple[str, ...]:
@@ -178,27 +181,3 @@ def effort_of(effort: str | None, param: str = "reasoning_effort") -> str | None
 def arguments_text(arguments: Any) -> str:
     """Returns a call's arguments as JSON text; some clients send the object itself."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def dumps(value: Any) -> str:
-    """Returns JSON on one line, as it goes over the wire."""
-    return _ENCODER.encode(value)
-
-
-class Frame:
-    """A JSON document with one string left open: most pieces of a stream differ in nothing else.
-
-    HOLE stands in its place; it is made anew for each process, so that no client can have it in a text.
-    """
-
-    HOLE = secrets.token_hex(16)
-
-    def __init__(self, document: Any) -> None:
-        self._before, self._after = dumps(document).split(dumps(self.HOLE))
-
-    def filled(self, text: str) -> str:
-        """Returns the document on one line, with the text in it."""
-        return f"{self._before}{dumps(text)}{self._after}"

@@ -22,16 +22,17 @@ from step35.server.api import request_fields, request_limits
 from step35.server.api.chat_completions import PartBody, text_of
 from step35.server.api.collected import collect
 from step35.server.api.openai_errors import error_body
-from step35.server.api.request_fields import Body, Count, Frame, SamplingBody, Whole, dumps
+from step35.server.api.request_fields import Body, Count, SamplingBody, Whole
+from step35.server.api.wire import Frame, dumps, progress_fields
 from step35.server.errors import bad_request
 from step35.server.events import Event, Failed, Progress, Sse
 from step35.server.generation_request import GenerationRequest, JsonOutput
 
-__all__ = ["Writer", "error_body", "read", "whole"]
+__all__ = ["REQUEST_BODY", "Writer", "error_body", "read", "whole"]
 
 
 class ItemBody(Body):
-    """One item of the input; what it holds depends on its type."""
+    """One item of the input; which fields it has depends on its type."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -63,7 +64,7 @@ class TextBody(Body):
     format: FormatBody | None = None
 
 
-class Request(SamplingBody):
+class ResponsesRequest(SamplingBody):
     """The body of a response's creation."""
 
     input: str | list[ItemBody]
@@ -86,40 +87,43 @@ class Request(SamplingBody):
     prompt_cache_key: str | None = None
 
 
-def read(body: dict[str, Any]) -> GenerationRequest:
+REQUEST_BODY = ResponsesRequest
+
+
+def read(data: dict[str, Any]) -> GenerationRequest:
     """Returns what a request asks; raises ApiError that says what is wrong with it."""
-    request = request_fields.parse(Request, body)
-    _check_served(request)
-    functions = [(i, entry) for i, entry in enumerate(request.tools or ()) if entry.type == "function"]
+    body = request_fields.parse(ResponsesRequest, data)
+    _check_served(body)
+    functions = [(i, entry) for i, entry in enumerate(body.tools or ()) if entry.type == "function"]
     tools = request_fields.check_tools([_tool(entry, i) for i, entry in functions])
     return GenerationRequest(
-        prompt=Conversation(_messages(request), tools),
-        sampling=request_fields.sampling_of(request, has_tools=bool(tools)),
-        n_predict=request.max_output_tokens or -1,
-        n_logprobs=_n_logprobs(request),
-        tool_choice=request_fields.check_choice(_choice(request.tool_choice), tools),
-        output=_output(request.text),
-        effort=request_fields.effort_of(request.reasoning.effort if request.reasoning else None, "reasoning.effort"),
-        reasoning_budget=request.reasoning_budget,
-        parallel_tool_calls=request.parallel_tool_calls is not False,
-        stream=bool(request.stream),
-        model=request.model or "",
-        has_seed=request_fields.has_seed(request),
-        cache_key=request.prompt_cache_key,
+        prompt=Conversation(_messages(body), tools),
+        sampling=request_fields.sampling_of(body, has_tools=bool(tools)),
+        n_predict=body.max_output_tokens or -1,
+        n_logprobs=_n_logprobs(body),
+        tool_choice=request_fields.check_choice(_choice(body.tool_choice), tools),
+        output=_output(body.text),
+        effort=request_fields.effort_of(body.reasoning.effort if body.reasoning else None, "reasoning.effort"),
+        reasoning_budget=body.reasoning_budget,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        stream=bool(body.stream),
+        model=body.model or "",
+        has_seed=request_fields.has_seed(body),
+        cache_key=body.prompt_cache_key,
     )
 
 
-def _check_served(request: Request) -> None:
+def _check_served(body: ResponsesRequest) -> None:
     for name in ("previous_response_id", "conversation", "prompt"):
-        if getattr(request, name) is not None:
+        if getattr(body, name) is not None:
             raise bad_request(f"{name} is not served: nothing is stored here; send the whole input each time", name)
-    if request.background:
+    if body.background:
         raise bad_request("background is not served: expected false, got true; stream instead", "background")
 
 
-def _n_logprobs(request: Request) -> int | None:
-    is_wanted = request.top_logprobs is not None or "message.output_text.logprobs" in (request.include or ())
-    return (request.top_logprobs or 0) if is_wanted else None
+def _n_logprobs(body: ResponsesRequest) -> int | None:
+    is_wanted = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
+    return (body.top_logprobs or 0) if is_wanted else None
 
 
 def _tool(body: ToolBody, i: int) -> Tool:
@@ -172,13 +176,13 @@ class _Turn:
         return [Message("assistant", "\n".join(self.content), reasoning, tuple(self.calls))]
 
 
-def _messages(request: Request) -> tuple[Message, ...]:
-    messages = [Message("system", request.instructions)] if request.instructions else []
-    if isinstance(request.input, str):
-        return (*messages, Message("user", request.input))
-    request_limits.check_count("input items", request.input, request_limits.MAX_MESSAGES, "input")
+def _messages(body: ResponsesRequest) -> tuple[Message, ...]:
+    messages = [Message("system", body.instructions)] if body.instructions else []
+    if isinstance(body.input, str):
+        return (*messages, Message("user", body.input))
+    request_limits.check_count("input items", body.input, request_limits.MAX_MESSAGES, "input")
     turn = _Turn()
-    for i, item in enumerate(request.input):
+    for i, item in enumerate(body.input):
         if _begins_turn(item, turn):
             messages += turn.message()
             turn = _Turn()
@@ -248,8 +252,8 @@ class _Item:
 class Writer:
     """Writes an answer as a stream of numbered events, one output item open at a time."""
 
-    def __init__(self, ask: GenerationRequest, request_id: str, created: int) -> None:
-        self._ask, self._request_id, self._created = ask, request_id, created
+    def __init__(self, request: GenerationRequest, request_id: str, created: int) -> None:
+        self._request, self._request_id, self._created = request, request_id, created
         self._n_sent = 0
         self._done: list[dict[str, Any]] = []
         self._item: _Item | None = None
@@ -261,8 +265,8 @@ class Writer:
         return [self._sse("response.created", response=begun), self._sse("response.in_progress", response=begun)]
 
     def ping(self, progress: Progress | None) -> list[Sse]:
-        extra = {"prompt_progress": {"processed": progress.n_done, "total": progress.n_total}} if progress else {}
-        return [self._sse("response.in_progress", response=self._response("in_progress"), **extra)]
+        response = self._response("in_progress")
+        return [self._sse("response.in_progress", response=response, **progress_fields(progress))]
 
     def event(self, event: Event) -> list[Sse]:
         match event:
@@ -298,7 +302,7 @@ class Writer:
         return [*ended, self._sse(f"response.{status}", response=self._response(status, usage))]
 
     def _response(self, status: str, usage: TokenUsage | None = None) -> dict[str, Any]:
-        return _response(self._ask, self._request_id, self._created, status, list(self._done), usage)
+        return _response(self._request, self._request_id, self._created, status, list(self._done), usage)
 
     def _text(self, kind: str, event: str, text: str, **extra: Any) -> list[Sse]:
         opened = [] if self._item and self._item.kind == kind else [*self._end(), *self._begin(kind)]
@@ -361,7 +365,7 @@ class Writer:
         return Sse(kind, dumps({"type": kind, "sequence_number": number, **fields}))
 
 
-def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
+def whole(request: GenerationRequest, request_id: str, created: int, events: Iterable[Event]) -> dict[str, Any]:
     """Returns the body of an answer that isn't streamed; raises the ApiError of one that failed."""
     answer = collect(events)
     status = "incomplete" if answer.reason == "length" else "completed"
@@ -373,7 +377,7 @@ def whole(ask: GenerationRequest, request_id: str, created: int, events: Iterabl
     for call in answer.calls:
         fields = {"call_id": call.id, "name": call.name, "arguments": call.arguments, "status": status}
         items.append(_item("function_call", request_id, len(items), **fields))
-    return _response(ask, request_id, created, status, items, answer.usage)
+    return _response(request, request_id, created, status, items, answer.usage)
 
 
 def _item(kind: str, request_id: str, index: int, **fields: Any) -> dict[str, Any]:
@@ -389,15 +393,15 @@ def _part(kind: str, text: str, logprobs: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def _response(
-    ask: GenerationRequest,
+    request: GenerationRequest,
     request_id: str,
     created: int,
     status: str,
     items: list[dict[str, Any]],
     usage: TokenUsage | None,
 ) -> dict[str, Any]:
-    tools = ask.prompt.tools if isinstance(ask.prompt, Conversation) else ()
-    name = ask.tool_choice.removeprefix("function:")
+    tools = request.prompt.tools if isinstance(request.prompt, Conversation) else ()
+    name = request.tool_choice.removeprefix("function:")
     return {
         "id": f"resp_{request_id}",
         "object": "response",
@@ -407,16 +411,16 @@ def _response(
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "instructions": None,
         "metadata": {},
-        "model": ask.model,
+        "model": request.model,
         "output": items,
-        "parallel_tool_calls": ask.parallel_tool_calls,
+        "parallel_tool_calls": request.parallel_tool_calls,
         "previous_response_id": None,
-        "reasoning": {"effort": ask.effort, "summary": None},
+        "reasoning": {"effort": request.effort, "summary": None},
         "store": False,
-        "temperature": ask.sampling.temperature,
-        "tool_choice": ask.tool_choice if name == ask.tool_choice else {"type": "function", "name": name},
+        "temperature": request.sampling.temperature,
+        "tool_choice": request.tool_choice if name == request.tool_choice else {"type": "function", "name": name},
         "tools": [_tool_body(tool) for tool in tools],
-        "top_p": ask.sampling.top_p,
+        "top_p": request.sampling.top_p,
         "truncation": "disabled",
         "usage": _usage(usage) if usage else None,
     }

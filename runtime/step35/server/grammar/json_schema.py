@@ -1,4 +1,4 @@
-"""A JSON schema to the grammar of its values; what a grammar can't hold is refused by name. Pure.
+"""A JSON schema to the grammar of its values; what a grammar can't express is refused by name. Pure.
 
 Nothing fails open: every value of the grammar is valid under the schema, but for oneOf, which counts as
 anyOf. Not every valid value is in it: properties come in the schema's order, and no others where some are
@@ -33,7 +33,7 @@ FORMATS = {"date": "date", "time": "time", "date-time": 'date "T" time', "uuid":
 
 
 def schema_rule(schema: Any, rules: Rules, param: str = "response_format") -> str:
-    """Adds a schema's rules and returns what stands for it; raises ApiError 400 that names what can't be held."""
+    """Adds a schema's rules and returns what stands for it; raises ApiError 400 that names what can't be expressed."""
     return _Translation(schema, rules, param).rule(schema, "#", frozenset())
 
 
@@ -240,7 +240,7 @@ def _is_of(value: Any, kinds: Any) -> bool:
 
 
 def _says_nothing(schema: dict[str, Any], key: str) -> bool:
-    """Whether a keyword that no grammar holds is set to what holds anyway."""
+    """Whether a keyword demands nothing: it is null, or one of those whose false is the default."""
     return schema[key] is None or (key in ("uniqueItems", "nullable") and schema[key] is False)
 
 

@@ -29,19 +29,19 @@ TEXT_RULES = _text_rules(PARAMETER_END)
 WORDS = {"boolean": ("true", "false", "True", "False"), "null": ("null", "None")}
 
 
-def grammar_of(ask: GenerationRequest) -> str | None:
+def grammar_of(request: GenerationRequest) -> str | None:
     """Returns the GBNF of an answer's part after the reasoning, or None if anything goes.
 
-    Raises ApiError 400 that names what of a schema a grammar can't hold.
+    Raises ApiError 400 that names what of a schema a grammar can't express.
     """
-    tools = ask.prompt.tools if isinstance(ask.prompt, Conversation) else ()
+    tools = request.prompt.tools if isinstance(request.prompt, Conversation) else ()
     rules = Rules()
-    must_call = ask.tool_choice not in ("auto", "none")
+    must_call = request.tool_choice not in ("auto", "none")
     branches = []
-    if must_call or (ask.output and tools and ask.tool_choice == "auto"):
-        branches.append(_calls(rules, _chosen(tools, ask.tool_choice), ask.parallel_tool_calls))
-    if ask.output and not must_call:
-        branches.append(_json(rules, ask.output))
+    if must_call or (request.output and tools and request.tool_choice == "auto"):
+        branches.append(_calls(rules, _chosen(tools, request.tool_choice), request.parallel_tool_calls))
+    if request.output and not must_call:
+        branches.append(_json(rules, request.output))
     return rules.text(f"{LEAD} {either(*branches)}") if branches else None
 
 

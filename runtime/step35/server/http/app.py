@@ -1,4 +1,4 @@
-"""The routes: each reads a request, asks the service, and answers in its API's form."""
+"""The routes: each reads a request, calls the service, and answers in its API's form."""
 
 import asyncio
 import hashlib
@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,14 +22,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from step35.server.api import chat_completions, completions, messages, responses
+from step35.server.api.protocol import ApiModule
 from step35.server.errors import BROKEN, FORBIDDEN, INVALID, NOT_FOUND, UNAUTHORIZED, ApiError, bad_request
 from step35.server.generation_request import GenerationRequest
 from step35.server.http.openapi import description
 from step35.server.http.streams import (
     MAX_BODY,
     EventStream,
-    Record,
-    collect,
+    LogEntry,
+    all_events,
     error_response,
     failure,
     parse_json,
@@ -40,14 +40,14 @@ from step35.server.http.streams import (
 from step35.server.job import Job
 from step35.server.service import Service
 
-APIS: dict[str, ModuleType] = {
+APIS: dict[str, ApiModule] = {
     "/v1/chat/completions": chat_completions,
     "/v1/completions": completions,
     "/v1/responses": responses,
     "/v1/messages": messages,
 }
 OPEN_PATHS = ("/health", "/")
-"""Served without a key: what watches a server shouldn't need one, and the page holds nothing; it asks for the key."""
+"""Served without a key: what watches a server shouldn't need one, and the page has no data; it asks for the key."""
 PATH_HINT = "; a base URL ends with /v1 for OpenAI's clients, and without it for Anthropic's"
 PAGE = Path(__file__).with_name("page.html")
 
@@ -56,12 +56,12 @@ log = logging.getLogger("step35.server")
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask, and how much."""
+    """Who may send requests, how long they may be, and where they are recorded."""
 
     api_key: str | None = None
     cors_origin: str | None = None
     max_body: int = MAX_BODY
-    trace: Path | None = None
+    record_dir: Path | None = None
 
 
 def make_app(service: Service, access: Access) -> ASGIApp:
@@ -81,7 +81,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
         Route("/openapi.json", routes.openapi),
         Route("/", routes.page),
     ]
-    handlers = {ApiError: routes.on_api_error, HTTPException: routes.on_http_error}
+    handlers = dict.fromkeys((ApiError, HTTPException), routes.on_error)
     return Gate(Starlette(routes=table, exception_handlers=handlers), service, access, {route.path for route in table})
 
 
@@ -94,32 +94,32 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        record = Record(f"req_{uuid.uuid4().hex[:24]}", scope["method"], scope["path"])
-        scope.setdefault("state", {})["record"] = record
+        entry = LogEntry(f"req_{uuid.uuid4().hex[:24]}", scope["method"], scope["path"])
+        scope.setdefault("state", {})["log_entry"] = entry
         status = 0
 
         async def send_on(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], *self._headers(scope, record)]}
+                message = {**message, "headers": [*message["headers"], *self._headers(scope, entry)]}
             await send(message)
 
         try:
             response = self._refusal(scope)
             await (response or self._app)(scope, receive, send_on)
         except ClientDisconnect:
-            record.facts["left"] = True
+            entry.facts["left"] = True
         except Exception as error:
-            log.exception("request %s broke", record.id)
+            log.exception("request %s broke", entry.id)
             if not status:
                 broken = ApiError(500, BROKEN, f"the server broke: {type(error).__name__}")
-                await _error(scope["path"], record, broken)(scope, receive, send_on)
+                await _error(scope["path"], entry, broken)(scope, receive, send_on)
         finally:
-            self._log(record, status)
+            self._log(entry, status)
 
-    def _headers(self, scope: Scope, record: Record) -> list[tuple[bytes, bytes]]:
-        headers = [(b"x-request-id", record.id.encode()), (b"request-id", record.id.encode())]
+    def _headers(self, scope: Scope, entry: LogEntry) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", entry.id.encode()), (b"request-id", entry.id.encode())]
         origin = self._access.cors_origin
         if origin:
             headers += [
@@ -138,15 +138,15 @@ class Gate:
         headers = dict(scope["headers"])
         if scope["path"] in OPEN_PATHS:
             return None
-        record = scope["state"]["record"]
-        if told := self._is_foreign(headers):
-            return _error(scope["path"], record, ApiError(403, FORBIDDEN, told))
+        entry = scope["state"]["log_entry"]
+        if reason := self._why_foreign(headers):
+            return _error(scope["path"], entry, ApiError(403, FORBIDDEN, reason))
         if not self._has_key(headers):
-            told = f"{'wrong' if _given_key(headers) else 'no'} API key: expected the one of --api-key"
-            return _error(scope["path"], record, ApiError(401, UNAUTHORIZED, told))
+            reason = f"{'wrong' if _given_key(headers) else 'no'} API key: expected the one of --api-key"
+            return _error(scope["path"], entry, ApiError(401, UNAUTHORIZED, reason))
         return None
 
-    def _is_foreign(self, headers: Mapping[bytes, bytes]) -> str | None:
+    def _why_foreign(self, headers: Mapping[bytes, bytes]) -> str | None:
         """Says why a request isn't let in: a page of another site, or a name that a foreign DNS server points here."""
         origin, host = (headers.get(name, b"").decode("latin-1")[:200] for name in (b"origin", b"host"))
         if origin and self._access.cors_origin not in (origin, "*") and origin.partition("://")[2] != host:
@@ -159,12 +159,12 @@ class Gate:
         key = self._access.api_key
         return key is None or hmac.compare_digest(_given_key(headers), key.encode())
 
-    def _log(self, record: Record, status: int) -> None:
-        path = record.path if record.path in self._paths else "other"
+    def _log(self, entry: LogEntry, status: int) -> None:
+        path = entry.path if entry.path in self._paths else "other"
         self._service.metrics.requests.labels(path, status).inc()
-        line = {"id": record.id, "method": record.method, "path": record.path[:200], "status": status}
-        line |= {"ms": round((time.monotonic() - record.started) * 1000), **record.facts}
-        is_quiet = record.method == "GET" and (status < 400 or record.path in OPEN_PATHS)
+        line = {"id": entry.id, "method": entry.method, "path": entry.path[:200], "status": status}
+        line |= {"ms": round((time.monotonic() - entry.started_s) * 1000), **entry.facts}
+        is_quiet = entry.method == "GET" and (status < 400 or entry.path in OPEN_PATHS)
         level = logging.DEBUG if is_quiet else logging.INFO
         log.log(level, "request %s", json.dumps(line))
 
@@ -186,10 +186,16 @@ def _is_address(host: str) -> bool:
         return False
 
 
-def _error(path: str, record: Record, error: ApiError) -> Response:
-    record.facts["error"] = error.message[:300]
+def _of_route(request: Request, error: HTTPException) -> ApiError:
+    kind, hint = (NOT_FOUND, PATH_HINT) if error.status_code == 404 else (INVALID, "")
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}{hint}"
+    return ApiError(error.status_code, kind, message)
+
+
+def _error(path: str, entry: LogEntry, error: ApiError) -> Response:
+    entry.facts["error"] = error.message[:300]
     api = messages if path.startswith("/v1/messages") else APIS.get(path, chat_completions)
-    return error_response(error, api.error_body(error, record.id))
+    return error_response(error, api.error_body(error, entry.id))
 
 
 class _Routes:
@@ -200,71 +206,72 @@ class _Routes:
 
     # errors
 
-    async def on_api_error(self, request: Request, error: Exception) -> Response:
-        return _error(request.url.path, request.state.record, error)
-
-    async def on_http_error(self, request: Request, error: Exception) -> Response:
-        kind = NOT_FOUND if error.status_code == 404 else INVALID
-        hint = PATH_HINT if error.status_code == 404 else ""
-        told = ApiError(error.status_code, kind, f"{request.method} {request.url.path[:200]}: {error.detail}{hint}")
-        response = _error(request.url.path, request.state.record, told)
-        response.headers.update(error.headers or {})
-        return response
+    async def on_error(self, request: Request, error: Exception) -> Response:
+        """Puts an ApiError, or an error of a route's path or method, in the API's form."""
+        path, entry = request.url.path, request.state.log_entry
+        if isinstance(error, ApiError):
+            return _error(path, entry, error)
+        if isinstance(error, HTTPException):
+            response = _error(path, entry, _of_route(request, error))
+            response.headers.update(error.headers or {})
+            return response
+        raise error
 
     # answers
 
     async def answer(self, request: Request) -> Response:
-        record, api = request.state.record, APIS[request.url.path]
+        entry, api = request.state.log_entry, APIS[request.url.path]
         data = await read_body(request, self._access.max_body)
-        ask = api.read(parse_json(data))
-        ask = replace(ask, model=ask.model or self._service.serving.name)
-        self._trace(record, "request.json", data)
-        job, joined = await self._service.submit(ask, record.id, self._join_key(request, data, ask))
+        asked = api.read(parse_json(data))
+        asked = replace(asked, model=asked.model or self._service.serving.name)
+        self._record(entry, "request.json", data)
+        job, joined = await self._service.submit(asked, entry.id, self._join_key(request, data, asked))
 
         def on_end(is_left: bool) -> None:
-            job.feed.leave()
-            self._note(record, job, joined, is_left)
+            job.events.leave()
+            self._note(entry, job, joined, is_left)
 
         created = int(time.time())
-        if ask.stream:
-            return EventStream(job, api.Writer(ask, record.id, created), on_end)
+        if asked.stream:
+            return EventStream(job.events, api.Writer(asked, entry.id, created), on_end)
         events, is_left = None, True
         try:
-            events, is_left = await unless_left(collect(job), request.receive)
+            events, is_left = await unless_left(all_events(job.events), request.receive)
         finally:
             on_end(is_left)
-        if is_left:
+        if is_left or events is None:
             return Response(status_code=499)
         if error := failure(events):
             raise error
-        return JSONResponse(api.whole(ask, record.id, created, events))
+        return JSONResponse(api.whole(asked, entry.id, created, events))
 
-    def _join_key(self, request: Request, data: bytes, ask: GenerationRequest) -> str | None:
+    def _join_key(self, request: Request, data: bytes, asked: GenerationRequest) -> str | None:
         """Returns what two tries of one request have in common; None if a second one wants an answer of its own.
 
         Without a seed, the same body twice may mean two samples, unless the client says that it tries again.
         """
         is_retry = request.headers.get("x-stainless-retry-count", "0") != "0"
-        if not (is_retry or ask.has_seed or ask.sampling.temperature == 0):
+        if not (is_retry or asked.has_seed or asked.sampling.temperature == 0):
             return None
         return hashlib.sha256(request.url.path.encode() + b"\0" + data).hexdigest()
 
-    def _note(self, record: Record, job: Job, joined: bool, is_left: bool) -> None:
-        facts: dict[str, Any] = {"finish": job.finish or ("left" if is_left else "running")}
-        if job.turn is not None:
-            facts |= {"n_prompt": job.turn.n_prompt, "n_cached": job.n_cached, "n_generated": job.n_generated}
+    def _note(self, entry: LogEntry, job: Job, joined: bool, is_left: bool) -> None:
+        status, run = job.status, job.status.run
+        facts: dict[str, Any] = {"finish": status.end or ("left" if is_left else "running")}
+        if run is not None:
+            facts |= {"n_prompt": run.turn.n_prompt, "n_cached": run.n_cached, "n_generated": run.n_generated}
             facts |= {"n_turns": len(job.prompt.turns), "n_turns_known": job.prompt.n_known}
-        if job.started is not None:
-            facts["wait_ms"] = round((job.started - job.arrived) * 1000)
-        if job.first_token is not None:
-            facts["first_token_ms"] = round((job.first_token - job.arrived) * 1000)
-        record.facts |= facts | ({"left": True} if is_left else {}) | ({"joined": job.id} if joined else {})
-        if job.answer is not None:
-            self._trace(record, "answer.txt", repr(job.answer.message()).encode(errors="replace"))
+        if status.started_s is not None:
+            facts["wait_ms"] = round((status.started_s - status.arrived_s) * 1000)
+        if run is not None and run.first_token_s is not None:
+            facts["first_token_ms"] = round((run.first_token_s - status.arrived_s) * 1000)
+        entry.facts |= facts | ({"left": True} if is_left else {}) | ({"joined": job.id} if joined else {})
+        if run is not None:
+            self._record(entry, "answer.txt", repr(run.answer.message()).encode(errors="replace"))
 
-    def _trace(self, record: Record, name: str, data: bytes) -> None:
-        if self._access.trace:
-            (self._access.trace / f"{record.id}-{name}").write_bytes(data)
+    def _record(self, entry: LogEntry, name: str, data: bytes) -> None:
+        if self._access.record_dir:
+            (self._access.record_dir / f"{entry.id}-{name}").write_bytes(data)
 
     async def count_tokens(self, request: Request) -> Response:
         self._service.scheduler.check_ready()
@@ -314,9 +321,8 @@ class _Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request)
-        tokens, n_vocab = body.get("tokens"), self._service.engine.model.n_vocab
-        is_ids = isinstance(tokens, list) and all(type(token) is int and 0 <= token < n_vocab for token in tokens)
-        if not is_ids:
+        tokens, n_vocab = body.get("tokens"), self._service.engine.n_vocab
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < n_vocab for token in tokens):
             raise bad_request(f"bad tokens: expected a list of ids 0 to {n_vocab - 1}", "tokens")
         return JSONResponse({"content": await asyncio.to_thread(self._service.text_of_tokens, tokens)})
 

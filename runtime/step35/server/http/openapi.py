@@ -1,9 +1,10 @@
 """The OpenAPI description of the server, from the models that read its requests."""
 
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 from step35 import __version__
+from step35.server.api.protocol import ApiModule
 
 _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _TOKENIZE = {
@@ -25,8 +26,8 @@ _STATUS = {
 }
 
 
-def description(apis: dict[str, ModuleType]) -> dict[str, Any]:
-    """Returns the description; `apis` are the modules whose `Request` reads the body of a path."""
+def description(apis: Mapping[str, ApiModule]) -> dict[str, Any]:
+    """Returns the description; `apis` are the modules that read the bodies, by path."""
     schemas: dict[str, Any] = {}
     paths: dict[str, Any] = {
         path: {"post": _operation(path, _request(path, api, schemas))} for path, api in apis.items()
@@ -62,10 +63,10 @@ def _operation(path: str, body: dict[str, Any] | None = None, more: dict[str, st
     return operation
 
 
-def _request(path: str, api: ModuleType, schemas: dict[str, Any]) -> dict[str, Any]:
+def _request(path: str, api: ApiModule, schemas: dict[str, Any]) -> dict[str, Any]:
     """Adds the models of a request to the schemas, under names of their own, and returns the request's."""
     name = path.strip("/").replace("/", "_")
     template = f"#/components/schemas/{name}_{{model}}"
-    schema = api.Request.model_json_schema(ref_template=template)
+    schema = api.REQUEST_BODY.model_json_schema(ref_template=template)
     schemas.update({f"{name}_{model}": part for model, part in schema.pop("$defs", {}).items()})
     return schema

@@ -116,7 +116,7 @@ class _Runner:
             await asyncio.to_thread(scheduler.close)
 
     def _on_signal(self) -> None:
-        if self._service.scheduler.state != "ready":  # nothing runs yet, or somebody asks for the second time
+        if self._service.scheduler.state != "ready":  # nothing runs yet, or this is the second signal
             log.warning("ended at once")
             logging.shutdown()
             os._exit(130)

@@ -6,16 +6,19 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from step35.chat.events import merged
+from step35.server.api.protocol import StreamWriter
 from step35.server.errors import INVALID, ApiError, bad_request, too_large
+from step35.server.event_log import EventLog
 from step35.server.events import Event, Failed, Progress, Sse
-from step35.server.job import Job
+
+_T = TypeVar("_T")
 
 MAX_BODY = 64 << 20
 PING_S = 5.0
@@ -28,25 +31,26 @@ SSE_HEADERS = {
 
 
 @dataclass(slots=True)
-class Record:
+class LogEntry:
     """What the log says about one request."""
 
     id: str
     method: str
     path: str
-    started: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=time.monotonic)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Returns a request's body; raises ApiError 413 as soon as it is too long, 415 if it is packed."""
+    """Returns a request's body; raises ApiError 413 as soon as it is too long, 415 if it is compressed."""
     packed = request.headers.get("content-encoding", "identity")
     if packed.lower() != "identity":
-        told = f"packed body: content-encoding expected none, got {packed[:40]!r}; send it as it is"
-        raise ApiError(415, INVALID, told)
-    said = request.headers.get("content-length", "0")
-    if said.isdigit() and int(said) > max_bytes:
-        raise too_large(f"body too long: expected at most {max_bytes} bytes, got {said}")
+        raise ApiError(
+            415, INVALID, f"packed body: content-encoding expected none, got {packed[:40]!r}; send it as it is"
+        )
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > max_bytes:
+        raise too_large(f"body too long: expected at most {max_bytes} bytes, got {length}")
     pieces, n_bytes = [], 0
     async for piece in request.stream():
         n_bytes += len(piece)
@@ -95,7 +99,7 @@ async def until_left(receive: Receive) -> None:
         pass
 
 
-async def unless_left(work: Awaitable[Any], receive: Receive) -> tuple[Any, bool]:
+async def unless_left(work: Awaitable[_T], receive: Receive) -> tuple[_T | None, bool]:
     """Returns the work's result, and False; or None and True if the client went before it was done."""
     task = asyncio.ensure_future(work)
     left = asyncio.ensure_future(until_left(receive))
@@ -108,10 +112,10 @@ async def unless_left(work: Awaitable[Any], receive: Receive) -> tuple[Any, bool
         await asyncio.gather(task, left, return_exceptions=True)
 
 
-async def collect(job: Job) -> list[Event]:
-    """Returns all events of a job."""
+async def all_events(log: EventLog) -> list[Event]:
+    """Returns all events of an answer, once it has ended."""
     events: list[Event] = []
-    async with aclosing(job.feed.follow(POLL_S)) as followed:
+    async with aclosing(log.follow(POLL_S)) as followed:
         async for new in followed:
             events += new
     return events
@@ -128,13 +132,13 @@ def encode(events: Sequence[Sse]) -> bytes:
 
 
 class EventStream(Response):
-    """A job's answer as server-sent events: headers at once, a sign of life every few seconds."""
+    """A job's answer as server-sent events: headers at once, a ping every few seconds."""
 
-    def __init__(self, job: Job, writer: Any, on_end: Callable[[bool], None]) -> None:
-        """`on_end` hears at the end whether the client had gone before it."""
+    def __init__(self, log: EventLog, writer: StreamWriter, on_end: Callable[[bool], None]) -> None:
+        """`on_end` is called at the end, with whether the client had left before it."""
         super().__init__(headers=SSE_HEADERS)
         del self.headers["content-length"]
-        self._job, self._writer, self._on_end = job, writer, on_end
+        self._log, self._writer, self._on_end = log, writer, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_left = True
@@ -148,14 +152,14 @@ class EventStream(Response):
         async def out(events: Sequence[Sse], *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": encode(events), "more_body": more})
 
-        writer, feed = self._writer, self._job.feed
+        writer, log = self._writer, self._log
         await out(writer.open())
         last_sent = time.monotonic()
-        async with aclosing(feed.follow(POLL_S)) as followed:
+        async with aclosing(log.follow(POLL_S)) as followed:
             async for new in followed:
                 written = [sse for event in merged(new) for sse in writer.event(event)]
                 if not written and time.monotonic() - last_sent >= PING_S:
-                    written = writer.ping(feed.last(Progress))
+                    written = writer.ping(log.last(Progress))
                 if written:
                     await out(written)
                     last_sent = time.monotonic()

@@ -7,23 +7,25 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessageFunctionToolCall
 
-from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, written
+from narrowed import of, present
+from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, conversation, written
 from step35.chat.events import ContentDelta, Finished, Logprobs, TokenText, TokenUsage
 from step35.chat.messages import Message, Tool, ToolCall
 from step35.server.api import chat_completions, request_limits
 from step35.server.errors import ApiError
 from step35.server.events import Failed, Progress
-from step35.server.generation_request import JsonOutput
+from step35.server.generation_request import GenerationRequest, JsonOutput
 
-HI = [{"role": "user", "content": "hi"}]
-TOOLS = [
+HI: list[Any] = [{"role": "user", "content": "hi"}]
+TOOLS: list[Any] = [
     {"type": "function", "function": {"name": name, "description": "d", "parameters": TOOL_SCHEMA}}
     for name in ("weather", "now")
 ]
 
 
-def ask(**fields: Any):
+def ask(**fields: Any) -> GenerationRequest:
     return chat_completions.read({"model": "m", "messages": HI, **fields})
 
 
@@ -39,17 +41,12 @@ def refused(message: str, **fields: Any) -> ApiError:
 
 def test_the_client_reads_an_answer_with_its_reasoning_and_what_was_cached() -> None:
     done = Served(chat_completions, ANSWER).openai().chat.completions.create(model="m", messages=HI)
-    choice = done.choices[0]
-    assert (choice.message.content, choice.message.reasoning_content, choice.finish_reason) == (
-        "Hello.",
-        "Let me see.",
-        "stop",
-    )
-    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (100, 20, 120)
-    assert (
-        done.usage.prompt_tokens_details.cached_tokens == 80
-        and done.usage.completion_tokens_details.reasoning_tokens == 5
-    )
+    choice, usage = done.choices[0], present(done.usage)
+    reasoning = present(choice.message.model_extra)["reasoning_content"]
+    assert (choice.message.content, reasoning, choice.finish_reason) == ("Hello.", "Let me see.", "stop")
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (100, 20, 120)
+    assert present(usage.prompt_tokens_details).cached_tokens == 80
+    assert present(usage.completion_tokens_details).reasoning_tokens == 5
 
 
 def test_the_client_reads_a_stream_with_pings_and_usage() -> None:
@@ -61,7 +58,7 @@ def test_the_client_reads_a_stream_with_pings_and_usage() -> None:
     assert "".join(delta.content or "" for delta in deltas) == "Hello."
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Let me see."
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
-    assert chunks[-1].usage.total_tokens == 120 and all(chunk.usage is None for chunk in chunks[:-1])
+    assert present(chunks[-1].usage).total_tokens == 120 and all(chunk.usage is None for chunk in chunks[:-1])
     assert {"processed": 80, "total": 100} in [getattr(chunk, "prompt_progress", None) for chunk in chunks]
 
 
@@ -76,23 +73,27 @@ def test_the_clients_own_accumulator_reads_parallel_tool_calls() -> None:
     served = Served(chat_completions, CALLS)
     with served.openai().chat.completions.stream(model="m", messages=HI, tools=TOOLS) as stream:
         done = stream.get_final_completion()
-    calls = [(call.id, call.function.name, call.function.arguments) for call in done.choices[0].message.tool_calls]
+    calls = [
+        (call.id, call.function.name, call.function.arguments) for call in present(done.choices[0].message.tool_calls)
+    ]
     assert calls == [("call_a", "weather", '{"city": "Bern"}'), ("call_b", "now", "{}")]
     assert done.choices[0].finish_reason == "tool_calls" and done.choices[0].message.content == "I look."
     whole = served.openai().chat.completions.create(model="m", messages=HI, tools=TOOLS)
-    assert [(c.id, c.function.name, c.function.arguments) for c in whole.choices[0].message.tool_calls] == calls
+    whole_calls = [of(ChatCompletionMessageFunctionToolCall, c) for c in present(whole.choices[0].message.tool_calls)]
+    assert [(call.id, call.function.name, call.function.arguments) for call in whole_calls] == calls
 
 
 def test_what_the_client_gets_can_be_sent_back() -> None:
     served = Served(chat_completions, CALLS)
     message = served.openai().chat.completions.create(model="m", messages=HI, tools=TOOLS).choices[0].message
-    result = {
+    result: Any = {
         "role": "tool",
         "tool_call_id": "call_a",
         "content": [{"type": "text", "text": "Sunny"}, {"type": "text", "text": "20 C"}],
     }
-    served.openai().chat.completions.create(model="m", messages=[*HI, message, result], tools=TOOLS)
-    assert served.asks[1].prompt.messages[1:] == (
+    history: list[Any] = [*HI, message, result]
+    served.openai().chat.completions.create(model="m", messages=history, tools=TOOLS)
+    assert conversation(served.requests[1]).messages[1:] == (
         Message(
             "assistant",
             "I look.",
@@ -107,7 +108,7 @@ def test_an_error_reaches_the_client_with_its_field() -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         Served(chat_completions, ANSWER).openai().chat.completions.create(model="m", messages=HI, n=2)
     assert caught.value.param == "n" and "n expected 1, got 2" in caught.value.message
-    assert caught.value.body["request_id"] == "req" and caught.value.type == "invalid_request_error"
+    assert of(dict, caught.value.body)["request_id"] == "req" and caught.value.type == "invalid_request_error"
 
 
 def test_a_failure_in_the_stream_is_an_error_for_the_client() -> None:
@@ -124,11 +125,11 @@ def test_logprobs_come_with_the_text_they_led_to() -> None:
     events = [entry, ContentDelta("Hi"), Finished("stop", USAGE)]
     client = Served(chat_completions, events).openai()
     options: dict[str, Any] = {"model": "m", "messages": HI, "logprobs": True, "top_logprobs": 2}
-    [got] = client.chat.completions.create(**options).choices[0].logprobs.content
+    [got] = present(present(client.chat.completions.create(**options).choices[0].logprobs).content)
     assert (got.token, got.logprob, got.bytes) == ("Hi", -0.5, [72, 105])
     assert [(top.token, top.bytes) for top in got.top_logprobs] == [("Hi", [72, 105]), ("\ufffd", [0xC3])]
     [chunk] = [chunk for chunk in client.chat.completions.create(**options, stream=True) if chunk.choices[0].logprobs]
-    assert chunk.choices[0].delta.content == "Hi" and chunk.choices[0].logprobs.content == [got]
+    assert chunk.choices[0].delta.content == "Hi" and present(chunk.choices[0].logprobs).content == [got]
 
 
 # what is read
@@ -178,7 +179,8 @@ def test_effort_is_read_wherever_a_client_puts_it() -> None:
 
 
 def test_an_image_that_a_tool_returned_is_named_and_not_refused() -> None:
-    [result] = ask(messages=[{"role": "tool", "content": [{"type": "image_url", "image_url": {}}]}]).prompt.messages
+    request = ask(messages=[{"role": "tool", "content": [{"type": "image_url", "image_url": {}}]}])
+    [result] = conversation(request).messages
     assert result.content == "[image_url omitted: this model reads text only]"
 
 
@@ -192,17 +194,17 @@ def test_structured_output_is_read() -> None:
 
 
 def test_messages_are_read_as_clients_spell_them() -> None:
-    got = ask(messages=[
+    request = ask(messages=[
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]},
         {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [{"function": {"name": "now", "arguments": {"a": 1}}}]},
         {"role": "tool", "content": "noon", "unknown": 1},
-    ]).prompt.messages  # fmt: skip
+    ])  # fmt: skip
+    got = conversation(request).messages
     assert got[:2] == (Message("system", "Be brief."), Message("user", "a\nb"))
     assert got[2:] == (Message("assistant", "", "r", (ToolCall("call_0", "now", '{"a": 1}'),)), Message("tool", "noon"))
-    assert ask(tools=[*TOOLS, {"type": "web_search"}]).prompt.tools == tuple(
-        Tool(n, "d", TOOL_SCHEMA) for n in ("weather", "now")
-    )
+    with_search = conversation(ask(tools=[*TOOLS, {"type": "web_search"}]))
+    assert with_search.tools == tuple(Tool(n, "d", TOOL_SCHEMA) for n in ("weather", "now"))
 
 
 REFUSED = [
@@ -265,7 +267,9 @@ json_values = st.recursive(
 
 @settings(max_examples=50)
 @given(
-    st.dictionaries(st.sampled_from(sorted(chat_completions.Request.model_fields)), json_values, max_size=4),
+    st.dictionaries(
+        st.sampled_from(sorted(chat_completions.ChatCompletionsRequest.model_fields)), json_values, max_size=4
+    ),
     st.booleans(),
 )
 def test_any_body_is_understood_or_refused(fields: dict[str, Any], keep_messages: bool) -> None:
@@ -274,7 +278,7 @@ def test_any_body_is_understood_or_refused(fields: dict[str, Any], keep_messages
     except ApiError as error:
         assert error.status in (400, 413) and "\n" not in error.message and len(error.message) < 1000
     else:
-        assert got.prompt.messages
+        assert conversation(got).messages
 
 
 # what is written

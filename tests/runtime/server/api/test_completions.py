@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
+from narrowed import present
 from served import USAGE, Served
 from step35.chat.events import ContentDelta, Finished, Logprobs, TokenText
 from step35.server.api import completions
 from step35.server.errors import ApiError
+from step35.server.generation_request import GenerationRequest
 
 TOKENS = [
     Logprobs(TokenText(b"Hel", -0.5), (TokenText(b"Hel", -0.5),)),
@@ -18,15 +20,16 @@ TOKENS = [
 EVENTS = [*TOKENS, Finished("length", USAGE)]
 
 
-def ask(**fields: Any):
+def ask(**fields: Any) -> GenerationRequest:
     return completions.read({"prompt": "x", **fields})
 
 
 def test_the_client_reads_a_completion_and_a_stream_of_it() -> None:
     client = Served(completions, EVENTS).openai()
     done = client.completions.create(model="m", prompt="x", logprobs=1)
-    assert (done.choices[0].text, done.choices[0].finish_reason, done.usage.total_tokens) == ("Hello", "length", 120)
-    assert done.choices[0].logprobs.tokens == ["Hel", "lo"] and done.choices[0].logprobs.text_offset == [0, 3]
+    [choice], usage = done.choices, present(done.usage)
+    assert (choice.text, choice.finish_reason, usage.total_tokens) == ("Hello", "length", 120)
+    assert present(choice.logprobs).tokens == ["Hel", "lo"] and present(choice.logprobs).text_offset == [0, 3]
     chunks = list(
         client.completions.create(
             model="m", prompt="x", logprobs=1, stream=True, stream_options={"include_usage": True}
@@ -34,7 +37,7 @@ def test_the_client_reads_a_completion_and_a_stream_of_it() -> None:
     )
     assert (
         "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == "Hello"
-        and chunks[-1].usage.total_tokens == 120
+        and present(chunks[-1].usage).total_tokens == 120
     )
     offsets = [chunk.choices[0].logprobs.text_offset for chunk in chunks if chunk.choices and chunk.choices[0].logprobs]
     assert offsets == [[0], [3]]

@@ -5,22 +5,25 @@ from typing import Any
 
 import anthropic
 import pytest
+from anthropic.types import TextBlock, ThinkingBlock, ToolUseBlock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, written
+from narrowed import of
+from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, conversation, written
 from step35.chat.events import ContentDelta, Finished, ReasoningDelta, ToolCallArguments, ToolCallBegin, ToolCallEnd
 from step35.chat.messages import Message, Tool, ToolCall
 from step35.server.api import messages
 from step35.server.errors import ApiError
 from step35.server.events import Failed, Progress
+from step35.server.generation_request import GenerationRequest
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 TOOLS: list[Any] = [{"name": name, "description": "d", "input_schema": TOOL_SCHEMA} for name in ("weather", "now")]
 CREATE: dict[str, Any] = {"model": "m", "max_tokens": 99, "messages": HI}
 
 
-def ask(**fields: Any):
+def ask(**fields: Any) -> GenerationRequest:
     return messages.read({**CREATE, **fields})
 
 
@@ -30,7 +33,8 @@ def ask(**fields: Any):
 def test_the_client_reads_an_answer_with_its_thinking_and_what_was_cached() -> None:
     done = Served(messages, ANSWER).anthropic().messages.create(**CREATE)
     assert [block.type for block in done.content] == ["thinking", "text"]
-    assert (done.content[0].thinking, done.content[1].text, done.stop_reason) == ("Let me see.", "Hello.", "end_turn")
+    thinking, text = of(ThinkingBlock, done.content[0]), of(TextBlock, done.content[1])
+    assert (thinking.thinking, text.text, done.stop_reason) == ("Let me see.", "Hello.", "end_turn")
     assert (done.usage.input_tokens, done.usage.cache_read_input_tokens, done.usage.output_tokens) == (20, 80, 20)
 
 
@@ -64,7 +68,7 @@ def test_what_the_client_gets_can_be_sent_back() -> None:
         {"role": "user", "content": [result, {"type": "text", "text": "And?"}]},
     ]
     client.messages.create(**{**CREATE, "messages": turns}, tools=TOOLS)
-    assert served.asks[1].prompt.messages[1:] == (
+    assert conversation(served.requests[1]).messages[1:] == (
         Message(
             "assistant",
             "I look.",
@@ -84,7 +88,7 @@ def test_a_call_that_was_cut_short_is_still_an_object() -> None:
         Finished("length", USAGE),
     ]
     done = Served(messages, cut).anthropic().messages.create(**CREATE, tools=TOOLS)
-    assert (done.content[0].input, done.stop_reason) == ({"city": "Be"}, "max_tokens")
+    assert (of(ToolUseBlock, done.content[0]).input, done.stop_reason) == ({"city": "Be"}, "max_tokens")
 
 
 def test_a_stop_sequence_is_named() -> None:
@@ -99,7 +103,8 @@ def test_a_stop_sequence_is_named() -> None:
 def test_errors_reach_the_client_in_the_apis_form() -> None:
     with pytest.raises(anthropic.BadRequestError) as caught:
         Served(messages, ANSWER).anthropic().messages.create(**{**CREATE, "messages": []})
-    assert caught.value.body["error"]["type"] == "invalid_request_error" and caught.value.body["request_id"] == "req"
+    body = of(dict, caught.value.body)
+    assert body["error"]["type"] == "invalid_request_error" and body["request_id"] == "req"
     failed = [ContentDelta("Hel"), Failed(ApiError(500, "api_error", "the output was NaN"))]
     with (
         pytest.raises(anthropic.APIStatusError, match="the output was NaN"),
@@ -116,8 +121,8 @@ def test_system_blocks_and_tools_are_read() -> None:
         system=[{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}],
         tools=[*TOOLS, {"type": "web_search_20250305", "name": "web_search"}],
     )
-    assert got.prompt.messages == (Message("system", "a\nb"), Message("user", "hi"))
-    assert got.prompt.tools == tuple(Tool(name, "d", TOOL_SCHEMA) for name in ("weather", "now"))
+    assert conversation(got).messages == (Message("system", "a\nb"), Message("user", "hi"))
+    assert conversation(got).tools == tuple(Tool(name, "d", TOOL_SCHEMA) for name in ("weather", "now"))
     assert (got.sampling.temperature, ask().sampling.temperature, got.n_predict) == (1.0, 0.6, 99)
 
 
@@ -145,17 +150,15 @@ def test_what_the_model_cant_read_is_refused_from_the_user_and_named_in_a_result
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
     with pytest.raises(ApiError, match=r"messages\[0\].content\[0\].type expected text, got 'image'"):
         ask(messages=[{"role": "user", "content": [image]}])
-    [result] = ask(
-        messages=[{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [image]}]}]
-    ).prompt.messages
+    block = {"type": "tool_result", "tool_use_id": "c", "content": [image]}
+    [result] = conversation(ask(messages=[{"role": "user", "content": [block]}])).messages
     assert result == Message("tool", "[image omitted: this model reads text only]", tool_call_id="c")
 
 
 def test_a_count_needs_no_max_tokens() -> None:
-    conversation = messages.read_count({"messages": HI, "system": "s"})
-    assert conversation.messages == (Message("system", "s"), Message("user", "hi")) and messages.counted(7) == {
-        "input_tokens": 7
-    }
+    counted = messages.read_count({"messages": HI, "system": "s"})
+    assert counted.messages == (Message("system", "s"), Message("user", "hi"))
+    assert messages.counted(7) == {"input_tokens": 7}
 
 
 @pytest.mark.parametrize(
@@ -183,10 +186,10 @@ json_values = st.recursive(
 
 
 @settings(max_examples=50)
-@given(st.dictionaries(st.sampled_from(sorted(messages.Request.model_fields)), json_values, max_size=4))
+@given(st.dictionaries(st.sampled_from(sorted(messages.MessagesRequest.model_fields)), json_values, max_size=4))
 def test_any_body_is_understood_or_refused(fields: dict[str, Any]) -> None:
     try:
-        assert ask(**fields).prompt.messages
+        assert conversation(ask(**fields)).messages
     except ApiError as error:
         assert error.status in (400, 413) and "\n" not in error.message
 

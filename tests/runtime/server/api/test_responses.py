@@ -7,10 +7,19 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import (
+    Response,
+    ResponseFailedEvent,
+    ResponseFunctionToolCall,
+    ResponseOutputMessage,
+    ResponseOutputText,
+    ResponseReasoningItem,
+    ResponseStreamEvent,
+)
 from pydantic import TypeAdapter
 
-from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, written
+from narrowed import of, present
+from served import ANSWER, CALLS, TOOL_SCHEMA, USAGE, Served, conversation, written
 from step35.chat.events import (
     ContentDelta,
     Finished,
@@ -24,7 +33,7 @@ from step35.chat.messages import Message, Tool, ToolCall
 from step35.server.api import responses
 from step35.server.errors import ApiError
 from step35.server.events import Failed
-from step35.server.generation_request import JsonOutput
+from step35.server.generation_request import GenerationRequest, JsonOutput
 
 TOOLS: list[Any] = [
     {"type": "function", "name": name, "description": "d", "strict": False, "parameters": TOOL_SCHEMA}
@@ -33,7 +42,7 @@ TOOLS: list[Any] = [
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
-def ask(**fields: Any):
+def ask(**fields: Any) -> GenerationRequest:
     return responses.read({"model": "m", "input": "hi", **fields})
 
 
@@ -47,12 +56,10 @@ def message(role: str, text: str, kind: str = "input_text") -> dict[str, Any]:
 def test_the_client_reads_an_answer_with_its_reasoning_and_what_was_cached() -> None:
     done = Served(responses, ANSWER).openai().responses.create(model="m", input="hi")
     assert [item.type for item in done.output] == ["reasoning", "message"] and done.output_text == "Hello."
-    assert (done.output[0].content[0].text, done.status) == ("Let me see.", "completed")
-    assert (
-        done.usage.input_tokens,
-        done.usage.input_tokens_details.cached_tokens,
-        done.usage.output_tokens_details.reasoning_tokens,
-    ) == (100, 80, 5)
+    [part], usage = present(of(ResponseReasoningItem, done.output[0]).content), present(done.usage)
+    assert (part.text, done.status) == ("Let me see.", "completed")
+    cached, reasoning = usage.input_tokens_details.cached_tokens, usage.output_tokens_details.reasoning_tokens
+    assert (usage.input_tokens, cached, reasoning) == (100, 80, 5)
 
 
 @pytest.mark.parametrize("events", [ANSWER, CALLS])
@@ -67,7 +74,8 @@ def test_the_clients_own_accumulator_ends_with_what_isnt_streamed(events: list[A
 def said(response: Response) -> dict[str, Any]:
     """What the server said, without what the client read into it."""
     body = response.to_dict(exclude_none=True)
-    return body | {"output": [{k: v for k, v in item.items() if k != "parsed_arguments"} for item in body["output"]]}
+    items = of(list, body["output"])
+    return body | {"output": [{k: v for k, v in item.items() if k != "parsed_arguments"} for item in items]}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +97,7 @@ def test_the_events_of_a_call_come_in_the_order_that_codex_reads() -> None:
         Finished("tool_calls", USAGE),
     ]
     kinds = [
-        sse.event.removeprefix("response.")
+        present(sse.event).removeprefix("response.")
         for sse in written(responses, ask(), events)
         if sse.event != "response.in_progress"
     ]
@@ -105,10 +113,9 @@ def test_what_the_client_gets_can_be_sent_back() -> None:
     client = served.openai()
     output = client.responses.create(model="m", input="hi", tools=TOOLS).output
     result: Any = {"type": "function_call_output", "call_id": "call_a", "output": "Sunny"}
-    client.responses.create(
-        model="m", input=[message("user", "hi"), *(item.to_dict() for item in output), result], tools=TOOLS
-    )  # type: ignore[list-item]
-    assert served.asks[1].prompt.messages == (
+    history: list[Any] = [message("user", "hi"), *(item.to_dict() for item in output), result]
+    client.responses.create(model="m", input=history, tools=TOOLS)
+    assert conversation(served.requests[1]).messages == (
         Message("user", "hi"),
         Message(
             "assistant",
@@ -128,28 +135,25 @@ def test_an_answer_that_was_cut_is_incomplete_and_its_call_an_object() -> None:
         Finished("length", USAGE),
     ]
     done = Served(responses, cut).openai().responses.create(model="m", input="hi")
-    assert (done.status, done.incomplete_details.reason, json.loads(done.output[0].arguments)) == (
-        "incomplete",
-        "max_output_tokens",
-        {"city": "Be"},
-    )
+    call = of(ResponseFunctionToolCall, done.output[0])
+    assert (done.status, present(done.incomplete_details).reason) == ("incomplete", "max_output_tokens")
+    assert json.loads(call.arguments) == {"city": "Be"}
 
 
 def test_errors_and_failures_reach_the_client() -> None:
     with pytest.raises(openai.BadRequestError, match="nothing is stored here; send the whole input"):
         Served(responses, ANSWER).openai().responses.create(model="m", input="hi", previous_response_id="resp_1")
     failed = Served(responses, [ContentDelta("H"), Failed(ApiError(500, "api_error", "the output was NaN"))]).openai()
-    assert (
-        list(failed.responses.create(model="m", input="hi", stream=True))[-1].response.error.message
-        == "the output was NaN"
-    )
+    last = list(failed.responses.create(model="m", input="hi", stream=True))[-1]
+    assert present(of(ResponseFailedEvent, last).response.error).message == "the output was NaN"
 
 
 def test_logprobs_come_with_the_text() -> None:
     events = [Logprobs(TokenText(b"Hi", -0.5), (TokenText(b"Hi", -0.5),)), ContentDelta("Hi"), Finished("stop", USAGE)]
     client = Served(responses, events).openai()
-    got = client.responses.create(model="m", input="hi", top_logprobs=1).output[0].content[0].logprobs
-    assert (got[0].token, got[0].top_logprobs[0].logprob) == ("Hi", -0.5)
+    answer = of(ResponseOutputMessage, client.responses.create(model="m", input="hi", top_logprobs=1).output[0])
+    [got] = present(of(ResponseOutputText, answer.content[0]).logprobs)
+    assert (got.token, got.top_logprobs[0].logprob) == ("Hi", -0.5)
     deltas = [
         e
         for e in client.responses.create(model="m", input="hi", top_logprobs=1, stream=True)
@@ -188,11 +192,9 @@ def test_a_turn_as_codex_sends_it_is_one_conversation() -> None:
         "key",
         -1,
     )
-    assert (
-        got.prompt.tools == tuple(Tool(name, "d", TOOL_SCHEMA) for name in ("weather", "now"))
-        and got.sampling.temperature == 1.0
-    )
-    assert got.prompt.messages == (
+    tools = tuple(Tool(name, "d", TOOL_SCHEMA) for name in ("weather", "now"))
+    assert conversation(got).tools == tools and got.sampling.temperature == 1.0
+    assert conversation(got).messages == (
         Message("system", "You are Codex."), Message("system", "Permissions."), Message("user", "Environment."), Message("user", "Fix it."),
         Message("assistant", "I look.", "long", (ToolCall("c1", "weather", "{}"), ToolCall("c2", "now", "{}"))),
         Message("tool", "one", tool_call_id="c1"), Message("tool", "two", tool_call_id="c2"),
@@ -210,7 +212,7 @@ def test_answers_one_after_the_other_stay_turns_of_their_own() -> None:
         message("assistant", "c"),
         {"role": "user", "content": "d"},
     ]
-    assert ask(input=items).prompt.messages[1:] == (
+    assert conversation(ask(input=items)).messages[1:] == (
         Message("assistant", "b", "r"),
         Message("assistant", "c", "r"),
         Message("user", "d"),
@@ -220,7 +222,8 @@ def test_answers_one_after_the_other_stay_turns_of_their_own() -> None:
 def test_an_image_that_a_tool_returned_is_named_and_not_refused() -> None:
     """It stays in the history: refusing it would end the conversation for good."""
     output = [{"type": "input_image", "image_url": "data:"}, {"type": "input_text", "text": "a cat"}]
-    [result] = ask(input=[{"type": "function_call_output", "call_id": "c", "output": output}]).prompt.messages
+    request = ask(input=[{"type": "function_call_output", "call_id": "c", "output": output}])
+    [result] = conversation(request).messages
     assert result.content == "[input_image omitted: this model reads text only]\na cat"
 
 
@@ -272,13 +275,12 @@ json_values = st.recursive(
 
 
 @settings(max_examples=50)
-@given(st.dictionaries(st.sampled_from(sorted(responses.Request.model_fields)), json_values, max_size=4))
+@given(st.dictionaries(st.sampled_from(sorted(responses.ResponsesRequest.model_fields)), json_values, max_size=4))
 def test_any_body_is_understood_or_refused(fields: dict[str, Any]) -> None:
     try:
         got = ask(**fields)
     except ApiError as error:
         assert error.status in (400, 413) and "\n" not in error.message
     else:
-        assert got.prompt.messages and Response.model_validate(
-            responses.whole(got, "req", 1, [Finished("stop", USAGE)])
-        )
+        assert conversation(got).messages
+        assert Response.model_validate(responses.whole(got, "req", 1, [Finished("stop", USAGE)]))

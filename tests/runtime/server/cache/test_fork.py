@@ -1,5 +1,8 @@
 """A prefix shared between sessions: the same text as alone, cells counted once, and the ring never fills up."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -33,23 +36,20 @@ def test_a_ring_of_forks_has_room_for_all_of_them():
         logits_after(sessions[0], prefix)
         for session in sessions[1:]:
             session.fork(sessions[0], 200)
-        for i, session in enumerate(sessions):
-            prompt = prefix + text_tokens(e, 400, seed=i)
-            logits, _ = logits_after(session, prompt)
-            if i in (0, 5):
-                wanted = logits
+        prompts = [prefix + text_tokens(e, 400, seed=i) for i in range(6)]
+        logits = [logits_after(session, prompt)[0] for session, prompt in zip(sessions, prompts, strict=True)]
         for session in sessions[:5]:
             session.close()
-        assert np.abs(wanted - fresh_logits(e, prompt)).max() < FLOAT_NOISE
+        assert np.abs(logits[5] - fresh_logits(e, prompts[5])).max() < FLOAT_NOISE
 
 
-def fake_engine(**options) -> Engine:
-    defaults = {"draft": "2", "n_ctx": 200, "n_batch": 16, "n_sessions": 4}
-    return Engine(EngineOptions("fake", **defaults | options), load_model=loader(Script()))
+def fake_engine(**options: Any) -> Engine:
+    defaults: dict[str, Any] = {"draft": "2", "n_ctx": 200, "n_batch": 16, "n_sessions": 4}
+    return Engine(EngineOptions(Path("fake"), **defaults | options), load_model=loader(Script()))
 
 
 def run(session, prompt, n=4):
-    return list(generate(begin(session, prompt, Chooser(GREEDY), n, checkpoint_positions=(len(prompt) - 1,))))
+    return list(generate(begin(session, prompt, Chooser(GREEDY), n, lambda n_cached: (len(prompt) - 1,))))
 
 
 def test_shared_cells_count_once():
@@ -90,5 +90,5 @@ def test_a_fork_needs_a_checkpoint_or_the_end():
 
 def test_a_full_store_keeps_the_first_checkpoint_and_the_latest():
     with fake_engine(n_checkpoints=3) as e, e.open_session() as a:
-        list(generate(begin(a, list(range(2, 42)), Chooser(GREEDY), 1, checkpoint_positions=(5, 10, 15, 20, 25))))
+        list(generate(begin(a, list(range(2, 42)), Chooser(GREEDY), 1, lambda n_cached: (5, 10, 15, 20, 25))))
         assert a.checkpoints == (5, 20, 25)

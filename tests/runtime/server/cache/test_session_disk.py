@@ -1,4 +1,4 @@
-"""SessionPool and their files: what is written when, what comes back, and what a full disk leaves behind."""
+"""The session pool and its files: what is written when, what comes back, and what a full disk leaves behind."""
 
 import logging
 import threading
@@ -16,32 +16,33 @@ from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.sampling.token_chooser import Chooser
 from step35.server.cache.session_disk import SessionDisk
-from step35.server.cache.session_pool import SETTLED_S, SessionPool, SessionSlot
+from step35.server.cache.session_pool import UNUSED_BEFORE_SAVE_S, SessionPool, SessionSlot
 
 KEY = {"model": "fake"}
 LONG = [1, *range(2, 60), *range(2, 60)]
 
 
 class Desk:
-    """SessionPool over a fake engine, with a clock to be set."""
+    """A session pool over a fake engine, with a clock to be set."""
 
     def __init__(self, folder: Path, max_bytes: int = 1 << 30) -> None:
         options = EngineOptions(Path("fake"), draft="off", n_ctx=400, n_batch=16, n_sessions=2)
         self.engine = Engine(options, load_model=loader(Script()))
         self.disk = SessionDisk(folder, KEY, max_bytes)
         self.now = 0.0
-        self.conversations = SessionPool(self.engine, str, self.disk, lambda: self.now)
+        self.pool = SessionPool(self.engine, str, self.disk, lambda: self.now)
 
     def answer(self, prompt: list[int]) -> tuple[SessionSlot, int]:
         """Returns the session that served a prompt, and how much of the prompt it knew."""
-        held = self.conversations.acquire(Prompt(prompt))
-        turn = begin(held.session, prompt, Chooser(GREEDY), 4)
+        slot = self.pool.acquire(Prompt(prompt))
+        assert slot is not None
+        turn = begin(slot.session, prompt, Chooser(GREEDY), 4)
         list(generate(turn))
-        self.conversations.release(held, 0, ())
-        return held, turn.stats.n_reused
+        self.pool.release(slot, 0, ())
+        return slot, turn.stats.n_reused
 
     def save(self) -> bool:
-        is_saved = self.conversations.save_one()
+        is_saved = self.pool.save_one()
         self.disk.wait()
         return is_saved
 
@@ -56,13 +57,13 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 
 def test_a_long_conversation_is_not_written_for_every_short_turn(desk):
     """An agent's tool loop wrote gigabytes a turn."""
-    held, _ = desk.answer(LONG)
+    slot, _ = desk.answer(LONG)
     assert desk.save() and not desk.save()
-    desk.answer([*held.session.tokens, 5])
-    assert held.is_unsaved and not desk.save(), "six tokens of 125 can wait"
-    desk.now += SETTLED_S
-    assert desk.save(), "until it rests"
-    desk.answer([*held.session.tokens, *range(2, 30)])
+    desk.answer([*slot.session.tokens, 5])
+    assert slot.is_unsaved and not desk.save(), "six tokens of 125 can wait"
+    desk.now += UNUSED_BEFORE_SAVE_S
+    assert desk.save(), "until nobody uses it"
+    desk.answer([*slot.session.tokens, *range(2, 30)])
     assert desk.save(), "a fifth of it is new"
 
 
@@ -70,9 +71,9 @@ def test_a_conversation_that_is_still_being_written_comes_back(desk):
     """Its file was not there yet: it was called damaged, and the prompt was processed again."""
     may_write = threading.Event()
     desk.disk._jobs.put(may_write.wait)
-    held, _ = desk.answer(LONG)
-    tokens = list(held.session.tokens)
-    desk.conversations._leave(held)
+    slot, _ = desk.answer(LONG)
+    tokens = list(slot.session.tokens)
+    desk.pool._evict(slot)
     assert not list(desk.disk.folder.iterdir())
     back, n_reused = desk.answer([*tokens, 7, 8])
     assert n_reused >= len(tokens) - 1
@@ -88,18 +89,18 @@ def test_a_disk_that_is_full_loses_a_file_and_keeps_no_half(desk, monkeypatch, c
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(session_file, "_write_synced", full)
-    held, _ = desk.answer(LONG)
+    slot, _ = desk.answer(LONG)
     with caplog.at_level(logging.WARNING):
         assert desk.save()
     assert "session not saved" in caplog.text and "No space left" in caplog.text
     assert not list(desk.disk.folder.iterdir()) and not desk.disk.saved
-    _, n_reused = desk.answer([*held.session.tokens, 7])
+    _, n_reused = desk.answer([*slot.session.tokens, 7])
     assert n_reused, "it goes on in memory"
 
 
 def test_files_over_the_size_go_the_longest_unused_first(tmp_path):
     desk = Desk(tmp_path)
-    held, _ = desk.answer(LONG)
+    desk.answer(LONG)
     desk.save()
     [first] = tmp_path.iterdir()
     desk.disk.max_bytes = first.stat().st_size * 3 // 2

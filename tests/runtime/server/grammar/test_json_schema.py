@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step35.chat.events import ToolCallArguments
 from step35.chat.messages import Conversation, Message, Tool
 from step35.chat.output_parser import OutputParser
 from step35.native.model import Model
@@ -228,5 +229,5 @@ def test_nothing_is_in_the_way_of_a_plain_question() -> None:
 def test_what_the_grammar_allows_the_parser_reads_with_the_schemas_types() -> None:
     parser = OutputParser([WRITE], False, lambda: "c")
     events = parser.feed(call("write", path="a", n="-7", force="True", tags='["a"]')) + parser.finish(False)
-    arguments = "".join(event.fragment for event in events if hasattr(event, "fragment"))
+    arguments = "".join(event.fragment for event in events if isinstance(event, ToolCallArguments))
     assert json.loads(arguments) == {"path": "a", "n": -7, "force": True, "tags": ["a"]}

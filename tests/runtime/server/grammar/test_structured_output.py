@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from narrowed import present
 from server_fakes import answer, serve
 from step35.chat.collected import Collected
 from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.server.api import chat_completions
 from step35.server.api.collected import collect
-from step35.server.scheduler import Limits
+from step35.server.policy import Limits
 from step35.server.service import Service, Serving
 from tiny_model import tiny_gguf
 
@@ -48,7 +49,7 @@ def answers(draft: str) -> tuple[dict[str, Collected], int]:
             request = chat_completions.read({"messages": HELLO, "max_tokens": 200, "temperature": 0, **body})
             job, events = await answer(service, request, name)
             found[name] = collect(events)
-            n_drafted += job.turn.stats.n_drafted
+            n_drafted += present(job.status.run).turn.stats.n_drafted
         return found, n_drafted
 
     ticks = count()  # every decode takes as long: what is drafted doesn't depend on the machine, and is much

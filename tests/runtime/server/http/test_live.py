@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from live_server import LiveServer, conversation_log
+from narrowed import of, present
 from tiny_model import tiny_gguf
 
 KEY = "secret-key"
@@ -169,12 +170,13 @@ def test_messages_whole_streamed_and_counted(claude):
 def test_an_error_comes_in_the_apis_own_form_with_its_id(claude, gpt, server):
     with pytest.raises(anthropic.BadRequestError) as caught:
         claude.messages.create(model="tiny", messages=[{"role": "user", "content": "x" * 60000}], max_tokens=5)
-    assert caught.value.body["type"] == "error" and caught.value.body["error"]["type"] == "invalid_request_error"
-    assert "prompt is too long" in caught.value.body["error"]["message"]
-    assert caught.value.request_id.startswith("req_")
+    body = of(dict, caught.value.body)
+    assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
+    assert "prompt is too long" in body["error"]["message"]
+    assert present(caught.value.request_id).startswith("req_")
     with pytest.raises(openai.BadRequestError, match="n expected 1, got 3") as caught:
         gpt.chat.completions.create(model="tiny", messages=HELLO, n=3)
-    assert caught.value.request_id.startswith("req_") and caught.value.param == "n"
+    assert present(caught.value.request_id).startswith("req_") and caught.value.param == "n"
 
 
 # HTTP

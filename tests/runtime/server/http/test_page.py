@@ -2,11 +2,15 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from live_server import LiveServer
 from tiny_model import tiny_gguf
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 webdriver = pytest.importorskip("selenium.webdriver")
 wait = pytest.importorskip("selenium.webdriver.support.wait")
@@ -24,7 +28,7 @@ def server() -> Iterator[LiveServer]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["webdriver.Chrome"]:
+def browser() -> Iterator["Chrome"]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (
@@ -42,7 +46,7 @@ def browser() -> Iterator["webdriver.Chrome"]:
 
 
 @pytest.fixture(scope="module")
-def page(server: LiveServer, browser: "webdriver.Chrome") -> "Page":
+def page(server: LiveServer, browser: "Chrome") -> "Page":
     page = Page(browser)
     browser.get(server.url)
     page.wait(lambda: page.is_shown("locked"))
@@ -55,7 +59,7 @@ def page(server: LiveServer, browser: "webdriver.Chrome") -> "Page":
 class Page:
     """The page as someone sees it, by the ids of its elements."""
 
-    def __init__(self, browser: "webdriver.Chrome") -> None:
+    def __init__(self, browser: "Chrome") -> None:
         self.browser = browser
 
     def find(self, name: str):

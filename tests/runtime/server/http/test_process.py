@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,21 @@ def test_the_port_is_open_before_the_model_is_loaded_and_the_start_is_told_in_fe
         told = [line for line in server.lines if line.startswith("step35: ")]
         assert len(told) <= 6 and re.match(r"step35: http://127\.0\.0\.1:\d+ \(loading", told[0])
         assert not conversation_log(server.lines) or conversation_log(server.lines)[0]["path"] != "/health"
+
+
+@pytest.mark.parametrize("option", ["--record", "--trace"])
+def test_requests_and_answers_are_recorded_where_a_folder_is_named(tmp_path: Path, option: str):
+    """The option's old name works as before, with a note."""
+    folder = tmp_path / "new"
+    with LiveServer(tiny_gguf(), *FLAGS, option, str(folder)) as server:
+        server.ready()
+        _, answer = server.post("/v1/completions", {"prompt": "swordfish", "max_tokens": 3, "temperature": 0})
+        files = server.wait(lambda: sorted(folder.iterdir())[1:] and sorted(folder.iterdir()))
+        assert ("step35: --trace is now called --record" in server.lines) == (option == "--trace")
+    own = answer["id"].removeprefix("cmpl-")
+    assert [path.name for path in files] == [f"{own}-answer.txt", f"{own}-request.json"]
+    assert json.loads(files[1].read_text())["prompt"] == "swordfish"
+    assert repr(answer["choices"][0]["text"]) in files[0].read_text()
 
 
 @pytest.mark.parametrize(
