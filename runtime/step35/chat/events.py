@@ -85,6 +85,8 @@ AnswerEvent = ReasoningDelta | ContentDelta | ToolCallBegin | ToolCallArguments 
 
 def merged(events: Sequence[_E]) -> list[_E | ReasoningDelta | ContentDelta | ToolCallArguments]:
     """Joins neighbours of the same kind; events of other kinds stay as they are."""
+    if len(events) < 2:  # as after most tokens
+        return [*events]
     joined: list[_E | ReasoningDelta | ContentDelta | ToolCallArguments] = []
     for kind, group in groupby(events, type):
         same = list(group)
