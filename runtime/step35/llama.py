@@ -91,7 +91,7 @@ class Llama(StockLlama):
     def _read_template(self) -> None:
         if self.engine.chat_template is None:
             return
-        self._chat_handlers[CHAT_FORMAT] = stock_chat(self._session, chat_prompts(self.engine, TurnMap()))
+        self._chat_handlers[CHAT_FORMAT] = stock_chat(self.engine, self._session, chat_prompts(self.engine, TurnMap()))
         if self.chat_format is None and self.chat_handler is None:
             self.chat_format = CHAT_FORMAT
 

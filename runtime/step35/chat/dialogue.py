@@ -14,6 +14,7 @@ from step35.chat.session_file import SavedSession, read_cells, read_session, wri
 from step35.chat.session_key import session_key
 from step35.engine.decode_loop import Turn, begin, generate
 from step35.engine.detokenize import TextStream
+from step35.engine.engine import Engine
 from step35.engine.session import Session
 from step35.errors import ModelError, SettingsError
 from step35.sampling.sampler import Sampling
@@ -23,8 +24,7 @@ from step35.sampling.token_chooser import Chooser
 class Reply:
     """An answer that is being generated: iterate over its text, up to its end or a Cancelled."""
 
-    def __init__(self, conversation: Conversation, prompt: Prompt, turn: Turn) -> None:
-        engine = turn.session.engine
+    def __init__(self, engine: Engine, conversation: Conversation, prompt: Prompt, turn: Turn) -> None:
         self.conversation, self.prompt, self.turn = conversation, prompt, turn
         parser = OutputParser((), prompt.opens_reasoning, lambda: "")
         self._answer = Answer(partial(engine.piece, special=True), parser)
@@ -52,13 +52,13 @@ class Reply:
 class Dialogue:
     """A person's conversation with the model: `ask`, iterate over the reply, then `keep` it."""
 
-    def __init__(self, session: Session, sampling: Sampling) -> None:
+    def __init__(self, engine: Engine, session: Session, sampling: Sampling) -> None:
         """Raises ModelError if the model's file has no chat template."""
-        self.session = session
+        self.engine, self.session = engine, session
         self.messages: tuple[Message, ...] = ()
         self._sampling = sampling
         self._known = TurnMap()
-        self._prompts = chat_prompts(session.engine, self._known)
+        self._prompts = chat_prompts(engine, self._known)
         self._turns: tuple[KnownTurn, ...] = ()
         self._last_start = 0
 
@@ -66,7 +66,8 @@ class Dialogue:
         """Returns the reply to a message. Until it is kept, the conversation is as before."""
         conversation = Conversation((*self.messages, Message("user", text)))
         prompt = self._prompts.build(conversation)
-        return Reply(conversation, prompt, begin(self.session, prompt.tokens, Chooser(self._sampling)))
+        turn = begin(self.session, prompt.tokens, Chooser(self._sampling))
+        return Reply(self.engine, conversation, prompt, turn)
 
     def keep(self, reply: Reply) -> None:
         """Adds the question and what was answered so far, with the tokens that were sampled."""
@@ -84,7 +85,7 @@ class Dialogue:
         """Writes the conversation with its cells."""
         if not self.session.n_past:
             raise SettingsError("nothing to save: the conversation has no tokens yet; say something first")
-        key = session_key(self.session.engine)
+        key = session_key(self.engine)
         write_session(path, key, self.session.snapshot(), self._turns, self._last_start, self.messages)
 
     def load(self, path: Path) -> None:
@@ -99,7 +100,7 @@ class Dialogue:
         self.messages, self._turns, self._last_start = saved.messages, saved.turns, saved.last_start
 
     def _check(self, saved: SavedSession) -> None:
-        for name, wanted in session_key(self.session.engine).items():
+        for name, wanted in session_key(self.engine).items():
             if (got := saved.key.get(name)) != wanted:
                 raise ModelError(
                     f"saved with another {name}: {saved.path} expected {wanted}, got {got}; "

@@ -7,6 +7,7 @@ from step35.chat.chat_prompts import ChatPrompts
 from step35.chat.messages import Message
 from step35.chat.openai_messages import conversation_of
 from step35.chat.prompt_builder import Prompt
+from step35.engine.engine import Engine
 from step35.engine.session import Session
 from step35.native.library import ChatFormatterResponse, chat_handler
 
@@ -14,12 +15,12 @@ Complete = Callable[..., Any]
 """llama_cpp's create_completion: a completion, or an iterator of its chunks if `stream`."""
 
 
-def stock_chat(session: Session, prompts: ChatPrompts) -> Callable[..., Any]:
+def stock_chat(engine: Engine, session: Session, prompts: ChatPrompts) -> Callable[..., Any]:
     """Returns a chat handler for llama_cpp: a message that comes back unchanged keeps the ids it was sampled with."""
 
     def answer(*, llama: Any, messages: Sequence[Mapping[str, Any]], tools: Any = None, **options: Any) -> Any:
         prompt = prompts.build(conversation_of(messages, tools))
-        model = _PromptedModel(session, prompts, prompt, llama.create_completion, llama.verbose)
+        model = _PromptedModel(engine, session, prompts, prompt, llama.create_completion, llama.verbose)
         return chat_handler(model.format)(llama=model, messages=messages, tools=tools, **options)
 
     return answer
@@ -29,14 +30,21 @@ class _PromptedModel:
     """Stands in for the model while llama_cpp's handler answers one request: its prompt is built already."""
 
     def __init__(
-        self, session: Session, prompts: ChatPrompts, prompt: Prompt, complete: Complete, verbose: bool
+        self,
+        engine: Engine,
+        session: Session,
+        prompts: ChatPrompts,
+        prompt: Prompt,
+        complete: Complete,
+        verbose: bool,
     ) -> None:
         self.verbose = verbose
-        self._session, self._prompts, self._prompt, self._complete = session, prompts, prompt, complete
+        self._engine, self._session = engine, session
+        self._prompts, self._prompt, self._complete = prompts, prompt, complete
 
     def format(self, **_: Any) -> ChatFormatterResponse:
-        engine = self._session.engine
-        return ChatFormatterResponse(prompt="", stop=[engine.token_text(engine.eos)], added_special=True)
+        end = self._engine.token_text(self._engine.eos)
+        return ChatFormatterResponse(prompt="", stop=[end], added_special=True)
 
     def tokenize(self, *_: Any, **__: Any) -> list[int]:
         return self._prompt.tokens
@@ -61,7 +69,7 @@ class _PromptedModel:
         tokens, n_prompt = list(self._session.tokens), len(self._prompt.tokens)
         if tokens[:n_prompt] != self._prompt.tokens:  # the caller used the session otherwise between two chunks
             return
-        if self._session.engine.is_end(tokens[-1]):
+        if self._engine.is_end(tokens[-1]):
             tokens.pop()
         elif choices[-1]["finish_reason"] == "stop":
             return

@@ -22,7 +22,7 @@ def run(engine: Engine, sampling: Sampling) -> None:
     """Reads messages and answers them until end of input."""
     _enable_history()
     with engine.open_session() as session:
-        dialogue = Dialogue(session, sampling)
+        dialogue = Dialogue(engine, session, sampling)
         click.echo(HELP, err=True)
         for line in _lines():
             try:
@@ -74,7 +74,7 @@ def _command(dialogue: Dialogue, line: str) -> bool:
 def _answer(dialogue: Dialogue, line: str) -> None:
     """Shows the answer to a message; Ctrl-C ends it, and what was said is kept."""
     reply = dialogue.ask(line)
-    with stopping(dialogue.session.engine), closing(_Printer(sys.stdout.isatty(), reply.in_reasoning)) as printer:
+    with stopping(dialogue.engine), closing(_Printer(sys.stdout.isatty(), reply.in_reasoning)) as printer:
         try:
             for text in reply:
                 printer.show(text, reply.in_reasoning)

@@ -27,7 +27,7 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture
 def dialogue(engine: Engine) -> Iterator[Dialogue]:
     with engine.open_session() as session:
-        yield Dialogue(session, GREEDY)
+        yield Dialogue(engine, session, GREEDY)
 
 
 def answer(dialogue: Dialogue, question: str, n_most: int = 1000) -> tuple[Reply, str]:
@@ -45,7 +45,7 @@ def answer(dialogue: Dialogue, question: str, n_most: int = 1000) -> tuple[Reply
 def test_every_decoded_token_of_the_history_is_reused(engine: Engine, sampling: Sampling) -> None:
     """The third turn decoded the second's answer again: the template drops the reasoning of older turns."""
     with engine.open_session() as session:
-        dialogue = Dialogue(session, sampling)
+        dialogue = Dialogue(engine, session, sampling)
         for question in QUESTIONS:
             n_decoded = session.n_past
             reply, _ = answer(dialogue, question)
@@ -85,7 +85,7 @@ def test_an_answer_that_was_stopped_keeps_what_was_said(dialogue: Dialogue, n_pi
         for n, piece in enumerate(reply, 1):
             text += piece
             if n == n_pieces:
-                dialogue.session.engine.cancel()
+                dialogue.engine.cancel()
     dialogue.keep(reply)
     said = dialogue.messages[-1]
     assert (said.reasoning or said.content) and text.startswith(said.reasoning or "")
@@ -109,7 +109,7 @@ def test_a_saved_conversation_goes_on_as_it_would_have(engine: Engine, dialogue:
     n_decoded, messages = dialogue.session.n_past, dialogue.messages
     _, wanted = answer(dialogue, QUESTIONS[2])
     with engine.open_session() as session:
-        other = Dialogue(session, GREEDY)
+        other = Dialogue(engine, session, GREEDY)
         other.load(path)
         assert other.messages == messages and session.n_past == n_decoded
         reply, text = answer(other, QUESTIONS[2])
