@@ -98,7 +98,9 @@ class Answer:
     def _take(self, text: str) -> list[AnswerEvent]:
         if not text:
             return []
-        return self._until_stop(self.parser.feed(text) if self.parser else [ContentDelta(text)])
+        if self.parser is None:
+            return self._content(self._stops.add(text))
+        return self._until_stop(self.parser.feed(text))
 
     def _until_stop(self, events: Sequence[AnswerEvent]) -> list[AnswerEvent]:
         """Returns events as far as a stop string lets them."""
