@@ -12,13 +12,13 @@ import click
 import pytest
 
 import convert_step35
+import module_map
 import step35
 from checkpoints import BUNDLED, REAL, tensor_shapes
 from convert_step35.cli import cli as convert_cli
 from step35.cli import cli as run_cli
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = (ROOT / "converter" / "convert_step35", ROOT / "runtime" / "step35")
 ARCHIVE = ROOT / "docs" / "log.md"
 """Its entries are in the words, and with the module names, of their day."""
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "patches" / "README.md"])
@@ -26,7 +26,6 @@ CURRENT = [path for path in DOCUMENTS if path != ARCHIVE]
 COMMANDS: dict[str, click.Group] = {"convert-step35": convert_cli, "step35": run_cli}
 OTHERS_FILES = {"docs/step3.5-flash.md"}
 """Named in a document, and not in this repository: StepFun's."""
-SOURCES = (".py", ".cpp", ".hpp", ".html", ".json")
 
 documents = pytest.mark.parametrize("document", CURRENT, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -122,24 +121,35 @@ def test_the_readme_shows_commands() -> None:
 # the map of modules
 
 
-def mapped(package: Path) -> list[str]:
-    """What docs/design.md lists of a package, by paths in it; folders end in a slash."""
-    heading = f"### {package.relative_to(ROOT).as_posix()}\n"
-    section = text_of(ROOT / "docs" / "design.md").partition(heading)[2].partition("\n#")[0]
-    return re.findall(r"^ *- `([^`]+)`: \S", section, re.MULTILINE)
+def test_the_module_map_is_that_of_the_folders() -> None:
+    """After a new module, or a new first line: python tests/support/module_map.py."""
+    written = text_of(module_map.DESIGN).partition(module_map.MARK)[2]
+    assert written == f"{module_map.module_map()}\n"
 
 
-def there(package: Path) -> list[str]:
-    files = [path for path in package.rglob("*") if path.suffix in SOURCES and not path.name.startswith("__")]
-    folders = {folder for path in files for folder in path.relative_to(package).parents if folder != Path()}
-    names = [path.relative_to(package).as_posix() for path in files]
-    return [*(f"{folder.as_posix()}/" for folder in folders), *names]
-
-
-@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("package", module_map.PACKAGES, ids=lambda path: path.name)
 def test_the_module_map_names_every_folder_and_module_once(package: Path) -> None:
-    """A new module gets a line in docs/design.md: `- `folder/module.py`: its job.`"""
-    assert sorted(mapped(package)) == sorted(there(package))
+    section = module_map.module_map().partition(f"### {package.relative_to(ROOT).as_posix()}\n")[2].partition("\n#")[0]
+    files = [path for path in package.rglob("*") if path.suffix in module_map.SOURCES]
+    folders = {folder for path in files for folder in path.relative_to(package).parents if folder != Path()}
+    names = [path.relative_to(package).as_posix() for path in files if not path.name.startswith("__")]
+    named = re.findall(r"^ *- `([^`]+)`: \S", section, re.MULTILINE)
+    assert sorted(named) == sorted([*names, *(f"{folder.as_posix()}/" for folder in folders)])
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/design.md"])
+def test_the_chain_of_folders_is_the_one_that_imports_follow(document: str) -> None:
+    for package, folders in module_map.floors().items():
+        chain = " < ".join(", ".join(floor) for floor in folders).replace("llama", "llama.py")
+        assert f"{package}: (top){chain}" in " ".join(text_of(ROOT / document).split())
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/design.md"])
+def test_modules_that_are_named_by_folder_exist(document: str) -> None:
+    named = re.findall(r"`([a-z0-9_]+(?:/[a-z0-9_]+)*/[a-z0-9_.]*)`", text_of(ROOT / document))
+    roots = (ROOT, *module_map.PACKAGES, *(package.parent for package in module_map.PACKAGES))
+    found = {name for name in named for root in roots if any((root / f"{name}{end}").exists() for end in ("", ".py"))}
+    assert len(found) > 10 and set(named) - found == set()
 
 
 # numbers
