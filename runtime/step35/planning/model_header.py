@@ -237,8 +237,8 @@ def _layers(keys: "_Keys", n_layers: int, shapes: dict[str, tuple[int, ...]]) ->
         strict=True,
     )
     return tuple(
-        LayerShape(n_head, n_past, bool(sliding), f"blk.{i}.ffn_gate_exps.weight" in shapes, routed > 0, shared > 0)
-        for i, (n_head, n_past, sliding, routed, shared) in enumerate(columns)
+        LayerShape(n_head, n_head_kv, bool(sliding), f"blk.{i}.ffn_gate_exps.weight" in shapes, routed > 0, shared > 0)
+        for i, (n_head, n_head_kv, sliding, routed, shared) in enumerate(columns)
     )
 
 
