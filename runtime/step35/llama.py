@@ -23,6 +23,7 @@ import numpy as np
 from step35.chat.chat_prompts import chat_prompts
 from step35.chat.sampled_turns import TurnMap
 from step35.chat.stock_chat import stock_chat
+from step35.choices import KV_TYPES
 from step35.engine.decode_loop import Turn, begin, step
 from step35.engine.detokenize import TextStream
 from step35.engine.engine import Engine
@@ -39,7 +40,7 @@ from step35.sampling.token_chooser import Chooser, TokenLogprobs
 
 CHAT_FORMAT = "chat_template.default"
 """llama_cpp's name for a chat by the file's own template."""
-_KV_NAMES = {None: "f16", 0: "f32", 1: "f16", 2: "q4_0", 8: "q8_0", 30: "bf16"}
+_KV_NAMES = {None: "f16"} | {kv_type.native: name for name, kv_type in KV_TYPES.items()}
 _SERVED = {
     "n_gpu_layers", "use_mmap", "use_mlock", "seed", "n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch",
     "logits_all", "offload_kqv", "flash_attn", "op_offload", "no_perf", "last_n_tokens_size", "chat_format",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from step35 import __version__
+from step35.choices import DRAFTS, KV_TYPES, LOAD_MODES
 from step35.cli.backend import backend, rpc_server
 from step35.cli.count_tokens import count_tokens
 from step35.cli.doctor import doctor
@@ -20,7 +21,6 @@ from step35.cli.serve import make_serve
 from step35.cli.trace import trace
 from step35.cli.tune import tune
 from step35.errors import Step35Error
-from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
 
 if TYPE_CHECKING:
     from step35.engine.decode_loop import Stats
@@ -47,15 +47,15 @@ def cli(debug: bool) -> None:
 _MODEL_OPTIONS = (
     click.argument("model", type=click.Path(path_type=Path)),
     click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none."),
-    click.option("--draft", type=click.Choice(DRAFT_MODES), default="auto", show_default=True, help="How to draft."),
+    click.option("--draft", type=click.Choice(list(DRAFTS)), default="auto", show_default=True, help="How to draft."),
     click.option(
         "-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default 32768, or less if that is what fits."
     ),
     click.option("-b", "--batch", "n_batch", type=int, help="Prompt tokens per decode; default planned."),
     click.option("-t", "--threads", "n_threads", type=int, help="CPU threads; default the cores."),
     click.option("--ngl", "n_gpu_layers", type=int, help="Layers on the GPU, -1 is all; default planned."),
-    click.option("--load-mode", type=click.Choice(LOAD_MODES), help="How weights are read; default planned."),
-    click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache; default planned."),
+    click.option("--load-mode", type=click.Choice(list(LOAD_MODES)), help="How weights are read; default planned."),
+    click.option("--kv-type", type=click.Choice(list(KV_TYPES)), help="Type of the KV cache; default planned."),
     click.option(
         "--plan", "plan_path", type=click.Path(path_type=Path), help="Run what this plan file says; see step35 plan."
     ),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from step35.options import KV_TYPES, EngineOptions
+from step35.choices import KV_TYPES
+from step35.options import EngineOptions
 from step35.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _refuse_beside_a_plan(*names: str) -> None:
 @click.option(
     "-b", "--batch", "n_batch", type=click.IntRange(8, 1 << 16), help="Prompt tokens per decode; default the plan's."
 )
-@click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache; default the plan's.")
+@click.option("--kv-type", type=click.Choice(list(KV_TYPES)), help="Type of the KV cache; default the plan's.")
 @click.option(
     "--sessions", "n_sessions", type=click.IntRange(1, 64), default=1, show_default=True, help="Sessions at a time."
 )

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
-from step35.drafting.calibration import CALIBRATED_WIDTHS, calibrate, choose_padding
+from step35.choices import LOAD_MODES
+from step35.drafting.calibration import calibrate, choose_padding
 from step35.drafting.drafter import Drafter
-from step35.drafting.mtp_heads import REPLAYED_ROWS, Heads
+from step35.drafting.mtp_heads import Heads
 from step35.engine.budget import Budget
 from step35.engine.session import Session, n_cells
 from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
@@ -14,6 +15,7 @@ from step35.native.interface import ContextInterface
 from step35.options import EngineOptions, ModelOptions
 from step35.planning.memory_pressure import Level, Reading
 from step35.planning.model_header import shard_paths
+from step35.row_counts import head_rows, verify_rows
 from step35.sampling.token_chooser import TokenGrammar
 from step35.sizes import format_size
 
@@ -21,15 +23,13 @@ if TYPE_CHECKING:
     from step35.native.model import Model
     from step35.planning.admission import Guard, MemoryDemand
 
-HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
-
 
 def _load(options: ModelOptions) -> "Model":
     from step35.native.model import Model
     from step35.planning.admission import drop_from_page_cache
 
     model = Model(options)
-    if options.load_mode in ("none", "direct_io"):  # the weights were copied
+    if LOAD_MODES[options.load_mode].copies:
         drop_from_page_cache(shard_paths(options.path))
     return model
 
@@ -78,19 +78,20 @@ class Engine:
 
     def _open(self, load_model: "Callable[[ModelOptions], Model]") -> None:
         options = self.options
-        wants_heads = options.draft not in ("off", "ngram")
+        wants_heads = options.drafting.uses_heads
         self.model = self._load_trunk(load_model, wants_heads and options.mtp is None)
         self.n_ctx = _context_size(options, self.model)
         self.window = self.model.n_swa
-        self.trunk: ContextInterface = self.model.open_trunk(options.context(n_outputs=_n_outputs(options)))
+        n_outputs = verify_rows(options.n_batch, options.n_sessions)
+        self.trunk: ContextInterface = self.model.open_trunk(options.context(n_outputs=n_outputs))
         self._closers.append(self.trunk.close)
-        self.drafter = Drafter(options.draft, self._open_heads(load_model) if wants_heads else None, self.clock)
+        self.drafter = Drafter(options.drafting, self._open_heads(load_model) if wants_heads else None, self.clock)
         self._free_sequences = list(range(options.n_sessions))[::-1]
         self._sessions: dict[int, Session] = {}
         heads = self.drafter.heads
         if heads:
             choose_padding(heads, self.clock)
-        if options.draft in ("auto", "ngram"):
+        if options.drafting.uses_lookup:
             calibrate(self.trunk, self.n_vocab, heads, self.drafter.controller.costs, self.clock)
 
     def _watch(self, guard: "Guard") -> None:
@@ -116,10 +117,9 @@ class Engine:
         if not model.n_heads:
             self.notes.append(f"{model.facts.path} has no MTP heads: running without them")
             return None
-        depth = int(self.options.draft) if self.options.draft.isdigit() else model.n_heads
-        n_batch = max(HEAD_BATCH, REPLAYED_ROWS * self.options.n_sessions)
+        n_batch = head_rows(self.options.n_sessions)
         contexts = []
-        for head in range(min(depth, model.n_heads)):
+        for head in range(self.options.drafting.n_heads(model.n_heads)):
             contexts.append(model.open_head(head, self.options.context(n_batch=n_batch, n_outputs=n_batch)))
             self._closers.append(contexts[-1].close)
         return Heads(contexts, self.window, self.model.n_embd, model.draft_vocabulary)
@@ -251,10 +251,6 @@ class Engine:
     def open_grammar(self, gbnf: str) -> TokenGrammar:
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)
-
-
-def _n_outputs(options: EngineOptions) -> int:
-    return min(options.n_batch, max(CALIBRATED_WIDTHS) * options.n_sessions)
 
 
 def _context_size(options: EngineOptions, model: "Model") -> int:

@@ -6,13 +6,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from step35.choices import KV_TYPES
 from step35.cores import usable_cores
 from step35.errors import Cancelled, ContextFull, NativeError
 from step35.native.library import HEADS_RETURN_ALL_ROWS, C, bind, forget_errors, reason
 from step35.native.rows import Rows
 from step35.options import ContextOptions
-
-KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 
 _context_p = C.llama_context_p_ctypes
 _set_nextn = bind(
@@ -165,7 +164,7 @@ class Context:
         # llama.cpp's own number may be more than the cores: its threads spin, and wait for each other's time slices
         params.n_threads = options.n_threads or min(params.n_threads, usable_cores())
         params.n_threads_batch = options.n_threads_batch or params.n_threads
-        params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.type_k = params.type_v = KV_TYPES[options.kv_type].native
         params.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
         params.ctx_type = C.LLAMA_CONTEXT_TYPE_DEFAULT if head is None else C.LLAMA_CONTEXT_TYPE_MTP
         params.offload_kqv, params.op_offload = options.offload_kqv, options.op_offload

@@ -1,7 +1,7 @@
 """llama.cpp's library: the one module that imports llama_cpp.
 
-It loads the chosen build, binds the symbols outside the stable C interface, and keeps llama.cpp's log. The other modules
-of this folder make typed classes of it. Every failure leaves as one of our errors.
+It loads the chosen build, binds the symbols outside the stable C interface, and keeps llama.cpp's log. The other
+modules of this folder make typed classes of it. Every failure leaves as one of our errors.
 """
 
 import ctypes

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 
+from step35.choices import LOAD_MODES
 from step35.errors import ModelError, NativeError, SettingsError
 from step35.markup import TURN_START
 from step35.native.context import Context, OnExperts
@@ -15,14 +16,6 @@ from step35.native.grammar import Grammar
 from step35.native.library import C, bind, forget_errors, reason, start_backend
 from step35.native.long_runs import cut_long_runs
 from step35.options import ContextOptions, ModelOptions
-
-LOAD_MODES = {
-    "auto": C.LLAMA_LOAD_MODE_AUTO,
-    "none": C.LLAMA_LOAD_MODE_NONE,
-    "mmap": C.LLAMA_LOAD_MODE_MMAP,
-    "mlock": C.LLAMA_LOAD_MODE_MMAP_MLOCK,
-    "direct_io": C.LLAMA_LOAD_MODE_DIRECT_IO,
-}
 
 
 class Model:
@@ -160,7 +153,7 @@ def _load(options: ModelOptions, is_trimmed: bool) -> object:
         _spread_numa()
     params = C.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
-    params.load_mode = LOAD_MODES[options.load_mode]
+    params.load_mode = getattr(C, f"LLAMA_LOAD_MODE_{LOAD_MODES[options.load_mode].native}")
     params.load_mtp = options.load_heads
     overrides, shares = _overrides(options.overrides), _shares(options.tensor_split)  # llama.cpp borrows both
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p) if overrides else None

@@ -53,23 +53,21 @@ class MemoryDemand:
 
 def need(options: EngineOptions, machine: Machine) -> MemoryDemand:
     """Returns what an engine with these options would take; reads headers only."""
-    drafts = options.draft not in ("off", "ngram")
-    if not drafts:
+    if not options.drafting.uses_heads:
         options = replace(options, mtp=None)  # it isn't loaded
     header = read_model(options.model, options.mtp)
     layout = layout_of(header, options, machine)
-    run = _run(options, header.shape.n_heads if drafts else 0)
+    run = _run(options, options.drafting.n_heads(header.shape.n_heads))
     used = usage(header, machine, run, layout, Loading(options.load_mode, options.op_offload))
     return MemoryDemand(used, tuple(pools(machine)))
 
 
 def _run(options: EngineOptions, n_heads: int) -> Run:
-    depth = int(options.draft) if options.draft.isdigit() else n_heads
     return Run(
         options.n_ctx,
         options.n_batch,
         options.n_sessions,
-        min(depth, n_heads),
+        n_heads,
         options.kv_type,
         options.n_checkpoints,
         options.flash_attention is not False,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from step35.choices import Draft
 from step35.options import EngineOptions
 from step35.planning.admission import MemoryDemand
 from step35.planning.advice import advice
@@ -73,7 +74,7 @@ def _header(model: Path, mtp: Path | None, draft: str) -> Header:
 
 
 def _drafts(draft: str) -> bool:
-    return draft not in ("off", "ngram")
+    return Draft.of(draft).uses_heads
 
 
 def _needs_bandwidth(judged: PlanReport) -> bool:

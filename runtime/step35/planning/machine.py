@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from step35.choices import PLANNED_LOAD_MODES
 from step35.errors import SettingsError
 from step35.native.device_kinds import DISCRETE, INTEGRATED, REMOTE
 from step35.sizes import parse_size
 from step35.yaml_file import Section, one_of, positive, read_yaml, text, whole
 
 GIB = 2**30
-LOAD_MODES = ("none", "mmap", "direct_io")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def machine_of(entry: Section | None, name: str) -> Machine:
         reserve_bytes=entry.take("reserve", _size, _SIZE, 4 * GIB),
         bandwidth=entry.take("gbps", positive, _NUMBER) * 1e9,
         gpus=tuple(_gpu(gpu) for gpu in entry.sections("gpus")),
-        load_mode=entry.take("load_mode", one_of(*LOAD_MODES), f"one of {', '.join(LOAD_MODES)}", "none"),
+        load_mode=entry.take("load_mode", one_of(*PLANNED_LOAD_MODES), _LOAD_MODE, "none"),
         decode_share=entry.take("decode_share", positive, _NUMBER, 0.6),
         flops=entry.take("tflops", positive, _NUMBER, 0.0) * 1e12,
     )
@@ -119,6 +119,7 @@ def machine_of(entry: Section | None, name: str) -> Machine:
 
 
 _SIZE, _NUMBER = "a size such as 24GiB", "a number above 0"
+_LOAD_MODE = f"one of {', '.join(PLANNED_LOAD_MODES)}"
 
 
 def _size(value: object) -> int:
