@@ -89,6 +89,11 @@ class EngineOptions:
         """What `draft` names."""
         return DRAFTS[self.draft]
 
+    @property
+    def side_file(self) -> Path | None:
+        """The file of its own that the heads are loaded from; None where none is."""
+        return self.mtp if self.drafting.uses_heads else None
+
     def load(self, path: Path, *, with_heads: bool) -> ModelOptions:
         """Returns the options of loading one of the engine's files.
 

@@ -16,7 +16,7 @@ from step35.cli.count_tokens import count_tokens
 from step35.cli.doctor import doctor
 from step35.cli.launch import launch
 from step35.cli.mtp import mtp
-from step35.cli.plan import options_of, plan
+from step35.cli.plan import engine_plan, plan
 from step35.cli.serve import make_serve
 from step35.cli.trace import trace
 from step35.cli.tune import tune
@@ -100,7 +100,8 @@ def generate(prompt, prompt_file, n_predict, temp, top_k, top_p, min_p, seed, as
         raise click.UsageError("give the text with either -p TEXT or -f FILE")
     text = prompt if prompt is not None else prompt_file.read()
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
-    with Engine(options_of(**engine_options)) as engine, engine.open_session() as session:
+    planned = engine_plan(**engine_options)
+    with Engine(planned.options, planned.headers) as engine, engine.open_session() as session:
         for note in engine.notes:
             click.echo(f"step35: {note}", err=True)
         turn = begin(session, engine.tokenize(text), Chooser(sampling), n_predict)
@@ -125,7 +126,8 @@ def chat(temp, top_k, top_p, min_p, seed, **engine_options) -> None:
     from step35.engine.engine import Engine
     from step35.sampling.sampler import Sampling
 
-    with Engine(options_of(**engine_options)) as engine:
+    planned = engine_plan(**engine_options)
+    with Engine(planned.options, planned.headers) as engine:
         for note in engine.notes:
             click.echo(f"step35: {note}", err=True)
         run(engine, Sampling(temp, top_k, top_p, min_p, seed))
@@ -146,7 +148,7 @@ def bench(frontiers, n_predict, temp, top_k, top_p, min_p, seed, csv_file, png, 
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
     rows = []
     drafts, lengths = list(dict.fromkeys(["off", draft])), _frontiers(frontiers)
-    for row in measure(options_of(**engine_options), drafts, lengths, n_predict, sampling):
+    for row in measure(engine_plan(**engine_options), drafts, lengths, n_predict, sampling):
         rows.append(row)
         click.echo(
             f"draft {row.draft} at {row.n_context}: prefill {row.prefill_tps} tok/s, decode {row.decode_tps} tok/s",

@@ -8,11 +8,12 @@ import click
 from click.core import ParameterSource
 
 from step35.choices import KV_TYPES
-from step35.options import EngineOptions
 from step35.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from step35.planning.model_header import Header
+    from step35.planning.autoplan import EnginePlan
+    from step35.planning.hardware import Sources
+    from step35.planning.model_header import Header, Headers
 
 
 class Size(click.ParamType):
@@ -29,25 +30,32 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def options_of(
+def engine_plan(
     model: Path, plan_path: Path | None, mtp: Path | None, draft: str = "auto", **settings: Any
-) -> EngineOptions:
-    """Returns the engine's options from a command's: the plan file's, or those of a plan made for this box.
+) -> "EnginePlan":
+    """Returns what a command's options come to: what the plan file says, or a plan made for this box.
 
     A setting of None is left to the plan. Says on stderr what the user may not expect.
     """
+    from step35.planning.autoplan import file_plan
+    from step35.planning.hardware import before_loading
+    from step35.planning.model_header import read_headers
+
     if plan_path is None:
-        from step35.planning.autoplan import auto_options
-        from step35.planning.hardware import before_loading
-
-        planned = auto_options(model, before_loading(), mtp=mtp, draft=draft, **settings)
-        if planned.note:
-            click.echo(f"step35: {planned.note}", err=True)
-        return planned.options
+        sources = before_loading()  # a llama.cpp that can't be loaded is named before a file that is wrong
+        return plan_for_this_box(read_headers(model, mtp), sources, draft, **settings)
     _refuse_beside_a_plan(*settings)
-    from step35.planning.llama_options import planned_options
+    return file_plan(read_headers(model, mtp), plan_path, draft=draft)
 
-    return planned_options(model, plan_path, mtp=mtp, draft=draft)
+
+def plan_for_this_box(headers: "Headers", sources: "Sources", draft: str, **settings: Any) -> "EnginePlan":
+    """Returns a plan made for this box; says on stderr what the user may not expect."""
+    from step35.planning.autoplan import auto_plan
+
+    planned = auto_plan(headers, sources, draft=draft, **settings)
+    if planned.note:
+        click.echo(f"step35: {planned.note}", err=True)
+    return planned
 
 
 def _refuse_beside_a_plan(*names: str) -> None:

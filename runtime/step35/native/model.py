@@ -11,7 +11,7 @@ from step35.errors import ModelError, NativeError, SettingsError
 from step35.markup import TURN_START
 from step35.native.context import Context, OnExperts
 from step35.native.devices import add_rpc_server
-from step35.native.file_facts import ARCHITECTURE, read_facts
+from step35.native.draft_vocabulary import ARCHITECTURE, DraftVocabulary
 from step35.native.grammar import Grammar
 from step35.native.library import C, bind, forget_errors, reason, start_backend
 from step35.native.long_runs import cut_long_runs
@@ -21,12 +21,13 @@ from step35.options import ContextOptions, ModelOptions
 class Model:
     """A loaded GGUF: weights and vocabulary. Opens contexts on itself."""
 
-    def __init__(self, options: ModelOptions) -> None:
+    def __init__(self, options: ModelOptions, draft_vocabulary: DraftVocabulary | None = None) -> None:
+        """`draft_vocabulary` is that of a file with trimmed heads."""
         start_backend()
-        self.facts = read_facts(options.path)
-        self._handle = _load(options, self.facts.draft_vocabulary is not None)
+        self.path = options.path
+        self.draft_vocabulary = draft_vocabulary
+        self._handle = _load(options, draft_vocabulary is not None)
         self._vocab = C.llama_model_get_vocab(self._handle)
-        self.draft_vocabulary = self.facts.draft_vocabulary
         self._pieces: dict[tuple[int, bool], bytes] = {}
         self._is_eog: dict[int, bool] = {}
         self.n_logits: int = C.llama_vocab_n_tokens(self._vocab)
@@ -35,7 +36,6 @@ class Model:
         self.n_embd: int = C.llama_model_n_embd(self._handle)
         self.n_swa: int = C.llama_model_n_swa(self._handle)
         self.n_ctx_train: int = C.llama_model_n_ctx_train(self._handle)
-        self.n_heads = self.facts.n_heads if options.load_heads else 0
         self.n_bytes: int = C.llama_model_size(self._handle)
         self.bos: int = C.llama_vocab_bos(self._vocab)
         self.eos: int = C.llama_vocab_eos(self._vocab)

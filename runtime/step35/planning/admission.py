@@ -26,7 +26,7 @@ from step35.planning.memory_usage import (
     taken,
     usage,
 )
-from step35.planning.model_header import Header, read_model
+from step35.planning.model_header import Header, Headers
 from step35.planning.remote import with_remotes
 from step35.planning.reported_buffers import differences, read_buffers
 from step35.planning.watchdog import Watchdog, read_memory
@@ -51,11 +51,9 @@ class MemoryDemand:
                 )
 
 
-def need(options: EngineOptions, machine: Machine) -> MemoryDemand:
-    """Returns what an engine with these options would take; reads headers only."""
-    if not options.drafting.uses_heads:
-        options = replace(options, mtp=None)  # it isn't loaded
-    header = read_model(options.model, options.mtp)
+def memory_demand(options: EngineOptions, headers: Headers, machine: Machine) -> MemoryDemand:
+    """Returns what an engine with these options would take."""
+    header = headers.joined(with_heads=options.drafting.uses_heads)
     layout = layout_of(header, options, machine)
     run = _run(options, options.drafting.n_heads(header.shape.n_heads))
     used = usage(header, machine, run, layout, Loading(options.load_mode, options.op_offload))
@@ -79,7 +77,7 @@ def layout_of(header: Header, options: EngineOptions, machine: Machine) -> Layou
     layers = header.shape.layers
     places = _places(header, options, machine)
     heads = [_last_gpu(options, machine)] * (len(layers) - header.shape.n_trunk)
-    devices = [*places[: header.shape.n_trunk], *heads] if options.mtp else places[: len(layers)]
+    devices = [*places[: header.shape.n_trunk], *heads] if options.side_file else places[: len(layers)]
     experts = tuple(
         tuple(_override(f"blk.{i}.ffn_{matrix}_exps.weight", options) or device for matrix in MATRICES)
         if layer.is_moe
@@ -123,23 +121,23 @@ def _override(name: str, options: EngineOptions) -> str | None:
 class Guard:
     """What an engine needs, on the box that it is loaded on."""
 
-    need: MemoryDemand
+    demand: MemoryDemand
     machine: Machine
     sources: Sources
 
     @property
     def cache_bytes(self) -> int:
         """What checkpoints, snapshots and other caches may take together: what the plan has left of the RAM."""
-        ram = self.need.pools[-1]
-        planned = self.need.usage.get(HOST, {}).get(Purpose.CHECKPOINTS, 0)
-        return max(0, ram.budget - taken(self.need.usage, ram) + planned)
+        ram = self.demand.pools[-1]
+        planned = self.demand.usage.get(HOST, {}).get(Purpose.CHECKPOINTS, 0)
+        return max(0, ram.budget - taken(self.demand.usage, ram) + planned)
 
     def differences(self) -> list[str]:
         """Returns what llama.cpp took otherwise than counted; to be asked after loading."""
         from step35.native.devices import gpu_names
         from step35.native.library import take_allocations
 
-        return differences(self.need.usage, read_buffers(take_allocations()), gpu_names())
+        return differences(self.demand.usage, read_buffers(take_allocations()), gpu_names())
 
     def watchdog(self, *, shrink: Callable[[], object], on_change: Callable[[Level, Reading], None]) -> Watchdog:
         """Returns a watchdog, not started yet, for the memory that the plan left free."""
@@ -147,7 +145,7 @@ class Guard:
         return Watchdog(lambda: read_memory(self.sources), thresholds, shrink=shrink, on_change=on_change)
 
 
-def check_memory(options: EngineOptions) -> Guard | None:
+def check_memory(options: EngineOptions, headers: Headers) -> Guard | None:
     """Raises DoesNotFit if this box's free memory can't hold an engine with these options; None if it is unknown."""
     from step35.native.library import take_allocations
 
@@ -157,8 +155,8 @@ def check_memory(options: EngineOptions) -> Guard | None:
         return None
     if options.rpc:
         machine = with_remotes(machine, options.rpc, network_bandwidth=1.0)
-    guard = Guard(need(options, machine), machine, sources)
-    guard.need.check()
+    guard = Guard(memory_demand(options, headers, machine), machine, sources)
+    guard.demand.check()
     take_allocations()  # those of other engines
     return guard
 

@@ -1,33 +1,17 @@
 """From a placement to the options that make llama.cpp do exactly that."""
 
-import os
 from collections import Counter
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from step35.options import EngineOptions
 from step35.planning.memory_usage import HOST, MATRICES, Layout, gpu_name
-from step35.planning.model_header import Header, read_model
+from step35.planning.model_header import Header
 from step35.planning.placement import Placement
-from step35.planning.plan_file import read_plan
-from step35.planning.remote import parse_endpoint
 
 OFFLOAD_VARIABLE = "GGML_OP_OFFLOAD_MIN_BATCH"
 """Read once, when ggml's backends are registered: to be set before the first model is loaded."""
 ALL_LAYERS = -1
-
-
-def planned_options(model: Path, plan: Path, *, mtp: Path | None = None, draft: str = "auto") -> EngineOptions:
-    """Returns the engine's options of a plan file, and sets what ggml reads from the environment.
-
-    Raises SettingsError that names the line of a mistake in the plan.
-    """
-    header = read_model(model, mtp)
-    placement = read_plan(plan, header)
-    for host in placement.rpc:
-        parse_endpoint(host)
-    os.environ.update(environment(placement))
-    return engine_options(placement, header, mtp=mtp, draft=draft)
 
 
 def engine_options(

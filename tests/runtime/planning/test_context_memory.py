@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import planned_gguf
 from checkpoints import REAL, TINY, Shape
 from dry_run import DryModel, sizes_of
-from fake_native import FakeModel, Script
+from fake_native import FakeModel, Script, loader
 from step35.engine.engine import Engine
 from step35.errors import ModelError
 from step35.native.rows import Rows
@@ -69,7 +69,7 @@ def contexts(run: Run):
             opened.append(options)
             return super()._open(options, head)
 
-    with Engine(options(run), load_model=lambda model_options: Recorder(Script(), model_options)):
+    with Engine(options(run), loading=loader(Script(), Recorder)):
         pass
     return opened
 
@@ -122,7 +122,7 @@ def test_a_real_load_with_a_side_file_takes_what_was_counted(trunk, kv_type, n_s
     )
     with Engine(options) as engine:
         trunk_sizes, *head_sizes = [sizes_of(c.handle) for c in (engine.trunk, *engine.drafter.heads.contexts)]
-        counted = engine.need.usage["CPU"]
+        counted = engine.demand.usage["CPU"]
         assert engine.notes == []
     header = read_model(model, heads)
     ours = trunk_context(header.shape, run), *[head_context(header.shape, run)] * 3

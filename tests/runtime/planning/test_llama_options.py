@@ -20,11 +20,11 @@ from step35.native import library
 from step35.native.device_kinds import DISCRETE
 from step35.native.model import Model
 from step35.options import EngineOptions, ModelOptions
-from step35.planning.admission import drop_from_page_cache, need
+from step35.planning.admission import MemoryDemand, drop_from_page_cache, memory_demand
 from step35.planning.llama_options import engine_options, environment, overrides
 from step35.planning.machine import GIB, Gpu, Machine, known_machines
 from step35.planning.memory_usage import HOST, Layout
-from step35.planning.model_header import Group, read_header, read_model
+from step35.planning.model_header import Group, read_header, read_headers, read_model
 from step35.planning.placement import Constraints, place
 from step35.planning.plan_file import to_text
 from tiny_model import tiny_gguf
@@ -43,6 +43,10 @@ def tiny(tmp_path_factory):
 def box(ram: int, *gpu_bytes: int) -> Machine:
     gpus = tuple(Gpu("a GPU", DISCRETE, n, n, 1e12, 25e9, 1e14, 0) for n in gpu_bytes)
     return Machine("a box", "", 8, 1, ram, ram, 0, 75e9, gpus, "none")
+
+
+def need(options: EngineOptions, machine: Machine) -> MemoryDemand:
+    return memory_demand(options, read_headers(options.model, options.mtp), machine)
 
 
 # what llama.cpp is told

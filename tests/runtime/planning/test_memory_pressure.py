@@ -146,7 +146,7 @@ def test_what_cannot_be_dropped_stays_and_what_does_not_fit_is_refused():
 
 
 def fake_engine(**options) -> Engine:
-    return Engine(EngineOptions(Path("fake.gguf"), n_ctx=512, draft="off", **options), load_model=loader(Script()))
+    return Engine(EngineOptions(Path("fake.gguf"), n_ctx=512, draft="off", **options), loading=loader(Script()))
 
 
 def run(session, prompt, n_predict=4, checkpoint_positions=()):

@@ -90,7 +90,7 @@ def test_a_real_load_that_takes_more_is_reported(monkeypatch):
 
     from step35.planning import admission
 
-    true_need = admission.need
-    monkeypatch.setattr(admission, "need", lambda options, machine: true_need(replace(options, n_ctx=2048), machine))
+    count = admission.memory_demand
+    monkeypatch.setattr(admission, "memory_demand", lambda options, *of: count(replace(options, n_ctx=2048), *of))
     with Engine(EngineOptions(tiny_gguf("Q4_K_M"), n_ctx=4096, draft="off")) as engine:
         assert any(note.startswith("KV cache on CPU: counted ") for note in engine.notes)
