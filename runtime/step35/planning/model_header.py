@@ -316,15 +316,29 @@ def _layers(metadata: Metadata, n_layers: int, stored: dict[str, StoredTensor]) 
         metadata.each(_key("swiglu_clamp_shexp"), n_layers, 0.0),
         strict=True,
     )
-    moe = {_layer_of(name) for name in stored if _EXPERTS.search(name)}
+    moe = _moe_layers(metadata.path, stored)
     return tuple(
         LayerShape(n_head, n_head_kv, bool(sliding), i in moe, routed > 0, shared > 0)
         for i, (n_head, n_head_kv, sliding, routed, shared) in enumerate(columns)
     )
 
 
-_LAYER = re.compile(r"blk\.(\d{1,4})\.(.+)", re.ASCII)
-_EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps\.")
+def _moe_layers(path: Path, stored: dict[str, StoredTensor]) -> set[int]:
+    """Returns the layers with routed experts; raises ModelError if one lacks a matrix of them."""
+    experts = {(int(match[1]), match[2]) for match in map(_EXPERTS.match, stored) if match}
+    layers = {layer for layer, _ in experts}
+    for layer in sorted(layers):
+        missing = [matrix for matrix in ("gate", "up", "down") if (layer, matrix) not in experts]
+        if missing:
+            raise ModelError(
+                f"incomplete model: {path} expected gate, up and down experts in layer {layer}, got no {missing[0]}; "
+                "convert it again"
+            )
+    return layers
+
+
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)", re.ASCII)
+_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.", re.ASCII)
 _GROUPS = (
     (re.compile(r".*norm\.weight|rope_freqs.*"), Group.NORMS),
     (re.compile(r"ffn_(gate|up|down)_exps\..*"), Group.EXPERTS),
