@@ -21,10 +21,11 @@ from step35.native.device_kinds import DISCRETE
 from step35.native.model import Model
 from step35.options import EngineOptions, ModelOptions
 from step35.planning.admission import MemoryDemand, drop_from_page_cache, memory_demand
-from step35.planning.llama_options import engine_options, environment, overrides
+from step35.planning.context_memory import Run
+from step35.planning.llama_options import engine_options, environment, layout_of, overrides, run_of
 from step35.planning.machine import GIB, Gpu, Machine, known_machines
 from step35.planning.memory_usage import HOST, Layout
-from step35.planning.model_header import Group, read_header, read_headers, read_model
+from step35.planning.model_header import Group, LayerShape, read_header, read_headers, read_model
 from step35.planning.placement import Constraints, place
 from step35.planning.plan_file import to_text
 from tiny_model import tiny_gguf
@@ -89,6 +90,41 @@ def test_layers_and_output_lie_where_planned(tiny, n_on_host, counts, data):
     placement = replace(place(tiny, box(64 * GIB), Constraints(n_ctx=512)).placement, layout=layout)
     options = engine_options(placement, header).load(tiny.path, with_heads=True)
     assert spread(options, header.n_blocks, len(counts) + data.draw(st.integers(0, 2))) == places
+
+
+@st.composite
+def planned(draw: st.DrawFn) -> tuple[Layout, int, int, bool]:
+    """A layout as plans have them, the layers of the trunk and those its file declares, and whether heads lie beside.
+
+    Layers and output are in the order of the devices, experts with their layer or on the host, and the heads of a side
+    file with the output.
+    """
+    n_on_host, counts = draw(st.integers(0, 9)), draw(st.lists(st.integers(0, 9), max_size=4))
+    places = [HOST] * n_on_host + [f"GPU{i}" for i, n in enumerate(counts) for _ in range(n)]
+    places = places if len(places) > 1 else [HOST, *places, "GPU1"]
+    is_side, n_trunk = draw(st.booleans()), len(places) - 1
+    layers = [*places[:-1], *([places[-1]] * draw(st.integers(1, 3)) if is_side else [])]
+    if not is_side and n_trunk > 3 and draw(st.booleans()):
+        n_trunk -= draw(st.integers(1, 3))
+    n_declared = draw(st.integers(0, 3)) if is_side or n_trunk == len(layers) else len(layers) - n_trunk
+    experts = [draw(st.just(()) | st.tuples(*[st.sampled_from([layer, HOST])] * 3)) for layer in layers]
+    return Layout(tuple(layers), tuple(experts), places[-1]), n_trunk, n_trunk + n_declared, is_side
+
+
+@settings(deadline=None, max_examples=300)
+@given(planned(), st.integers(0, 2))
+def test_options_say_all_that_a_plan_says(tiny, plan, n_more_gpus):
+    """From a layout and its run to options and back: several GPUs, a part of the layers, heads here or in a side file."""
+    layout, n_trunk, n_blocks, is_side = plan
+    kinds = tuple(LayerShape(4, 2, False, bool(devices), False, False) for devices in layout.experts)
+    shape = replace(tiny.shape, n_trunk=n_trunk, n_heads=len(kinds) - n_trunk, layers=kinds)
+    header = replace(tiny, shape=shape, n_blocks=n_blocks)
+    machine = box(64 * GIB, *[GIB] * (max((int(gpu[3:]) + 1 for gpu in layout.gpus), default=0) + n_more_gpus))
+    run = Run(n_ctx=4096, n_batch=256, n_sessions=3, n_heads=shape.n_heads, kv_type="q8_0", n_checkpoints=2)
+    placement = replace(place(tiny, box(64 * GIB), Constraints(n_ctx=512)).placement, layout=layout, run=run)
+    options = engine_options(placement, header, mtp=Path("heads.gguf") if is_side else None)
+    assert layout_of(header, options, machine) == layout
+    assert run_of(header, options) == run
 
 
 @pytest.mark.parametrize("own_heads", [False, True], ids=["trunk alone", "heads in both files"])
