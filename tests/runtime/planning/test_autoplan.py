@@ -11,7 +11,7 @@ from step35.errors import DoesNotFit, ModelError
 from step35.native.device_kinds import DISCRETE, Device
 from step35.planning import hardware
 from step35.planning.autoplan import DEFAULT_CTX, EnginePlan, auto_plan
-from step35.planning.hardware import Sources
+from step35.planning.hardware import Memory, Sources
 from step35.planning.machine import GIB
 from step35.planning.model_header import read_header, read_headers
 
@@ -23,8 +23,8 @@ class Box:
 
     def __init__(self, *devices: Device, available: int = 120) -> None:
         self.n_measured = 0
-        meminfo = f"MemTotal: {128 * 2**20} kB\nMemAvailable: {available * 2**20} kB\n"
-        self.sources = Sources({"/proc/meminfo": meminfo}.get, lambda: list(devices), self._measure, 8, "Linux")
+        memory = Memory(128 * GIB, available * GIB)
+        self.sources = Sources({}.get, lambda: list(devices), self._measure, 8, "Linux", lambda: memory)
 
     def _measure(self, n_threads: int) -> float:
         self.n_measured += 1

@@ -13,7 +13,7 @@ from checkpoints import REAL
 from made_up_reference import reference_logits
 from step35.errors import DoesNotFit, NativeError
 from step35.options import EngineOptions
-from step35.planning.hardware import Sources, probe
+from step35.planning.hardware import Memory, Sources, probe
 from step35.planning.machine import GIB, Machine
 from step35.planning.model_header import Headers, read_header, read_headers
 from step35.selftest import synthetic_model
@@ -35,9 +35,8 @@ FIRST_WEIGHTS = [-0.32410097122192383, -0.08300900459289551, 0.8700135946273804]
 
 
 def a_box(files=None, *, available=60):
-    meminfo = f"MemTotal: {64 * 2**20} kB\nMemAvailable: {available * 2**20} kB\n"
-    texts = {"/proc/meminfo": meminfo, **(files or {})}
-    return Sources(texts.get, list, lambda n_threads: 50e9, 8, "Linux")
+    memory = Memory(64 * GIB, available * GIB)
+    return Sources((files or {}).get, list, lambda n_threads: 50e9, 8, "Linux", lambda: memory)
 
 
 class FakeEngine:
