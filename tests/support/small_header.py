@@ -50,7 +50,7 @@ ENTRIES["tokenizer.ggml.tokens"] = (["a", "b", "é"], V.ARRAY)
 def write(path: Path, changes: Mapping[str, Entry | None] = {}, tensors: tuple[str, ...] = TENSORS) -> bytes:
     """Writes the file with some keys changed, or left out (None); returns its bytes."""
     writer = GGUFWriter(path, "step35")
-    for key, entry in (ENTRIES | changes).items():
+    for key, entry in {**ENTRIES, **changes}.items():
         if entry is not None:
             writer.add_key_value(key, *entry)
     for name in tensors:

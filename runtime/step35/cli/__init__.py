@@ -17,6 +17,7 @@ from step35.cli.doctor import doctor
 from step35.cli.launch import launch
 from step35.cli.mtp import mtp
 from step35.cli.plan import engine_plan, plan
+from step35.cli.renamed_option import mtp_file_option
 from step35.cli.serve import make_serve
 from step35.cli.trace import trace
 from step35.cli.tune import tune
@@ -30,7 +31,7 @@ EXAMPLES = """
 Examples:
   step35 generate model.gguf -p "def quicksort(items):" -n 200
   step35 generate model.gguf -f prompt.txt --temp 0 --json
-  step35 chat model.gguf --mtp mtp-model.gguf
+  step35 chat model.gguf --mtp-file mtp-model.gguf
   step35 serve model.gguf --ctx 131072
 """
 
@@ -46,12 +47,14 @@ def cli(debug: bool) -> None:
 
 _MODEL_OPTIONS = (
     click.argument("model", type=click.Path(path_type=Path)),
-    click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none."),
+    mtp_file_option,
     click.option("--draft", type=click.Choice(list(DRAFTS)), default="auto", show_default=True, help="How to draft."),
     click.option(
         "-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default 32768, or less if that is what fits."
     ),
-    click.option("-b", "--batch", "n_batch", type=int, help="Prompt tokens per decode; default planned."),
+    click.option(
+        "-b", "--batch", "n_batch", type=int, help="Prompt tokens per decode (batch and ubatch); default planned."
+    ),
     click.option("-t", "--threads", "n_threads", type=int, help="CPU threads; default the cores."),
     click.option("--ngl", "n_gpu_layers", type=int, help="Layers on the GPU, -1 is all; default planned."),
     click.option("--load-mode", type=click.Choice(list(LOAD_MODES)), help="How weights are read; default planned."),

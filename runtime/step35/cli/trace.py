@@ -1,4 +1,4 @@
-"""`step35 trace`: a profiling run that counts which experts fire, for `step35 plan --trace`."""
+"""`step35 trace`: a profiling run that counts which experts fire, for `step35 plan --routing`."""
 
 import json
 from collections.abc import Sequence

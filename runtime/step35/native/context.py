@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -97,9 +98,9 @@ class _Batch:
         self._one = np.ones(n_max, np.int32)
         self._seq_rows = (self.seq.ctypes.data + 4 * np.arange(n_max)).astype(np.uint64)
         self.c = C.llama_batch()
+        kinds: dict[str, Any] = dict(C.llama_batch._fields_)
         for field, array in self._pointers():
-            kind = dict(C.llama_batch._fields_)[field]
-            setattr(self.c, field, ctypes.cast(array.ctypes.data, kind))
+            setattr(self.c, field, ctypes.cast(array.ctypes.data, kinds[field]))
 
     def put(self, at: int, rows: Rows) -> int:
         """Writes rows from place `at` on; returns the place after them."""
@@ -129,7 +130,7 @@ class Context:
 
     def __init__(
         self,
-        handle: object,
+        handle: Any,
         n_embd: int,
         n_logits: int,
         options: ContextOptions,
@@ -155,7 +156,7 @@ class Context:
             _set_nextn(self._ctx, True, not self.returns_all_rows)
 
     @staticmethod
-    def _open(handle: object, options: ContextOptions, head: int | None, watch: object = None) -> object:
+    def _open(handle: Any, options: ContextOptions, head: int | None, watch: object = None) -> Any:
         params = C.llama_context_default_params()
         if watch is not None:
             params.cb_eval = watch
@@ -299,4 +300,5 @@ class Context:
 def _view(address: int | None, n_rows: int, width: int) -> np.ndarray:
     if not address:
         raise NativeError(f"llama.cpp returned no rows: expected {n_rows} of width {width}")
-    return np.frombuffer((ctypes.c_float * (n_rows * width)).from_address(address), np.float32).reshape(n_rows, width)
+    values: Any = (ctypes.c_float * (n_rows * width)).from_address(address)
+    return np.frombuffer(values, np.float32).reshape(n_rows, width)

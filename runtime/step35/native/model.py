@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from step35.choices import LOAD_MODES
 from step35.errors import ModelError, NativeError, SettingsError
@@ -36,7 +37,6 @@ class Model:
         self.n_embd: int = C.llama_model_n_embd(self._handle)
         self.n_swa: int = C.llama_model_n_swa(self._handle)
         self.n_ctx_train: int = C.llama_model_n_ctx_train(self._handle)
-        self.n_bytes: int = C.llama_model_size(self._handle)
         self.bos: int = C.llama_vocab_bos(self._vocab)
         self.eos: int = C.llama_vocab_eos(self._vocab)
         self.add_bos: bool = C.llama_vocab_get_add_bos(self._vocab)
@@ -146,7 +146,7 @@ class Model:
             room = n + 1
 
 
-def _load(options: ModelOptions, is_trimmed: bool) -> object:
+def _load(options: ModelOptions, is_trimmed: bool) -> Any:
     for endpoint in options.rpc:
         add_rpc_server(endpoint)
     if options.spreads_numa:
@@ -168,7 +168,7 @@ def _load(options: ModelOptions, is_trimmed: bool) -> object:
 
 
 @cache  # llama.cpp borrows it
-def _renamed() -> "ctypes.Array[C.llama_model_kv_override]":
+def _renamed() -> "ctypes.Array[Any]":
     """Makes llama.cpp load trimmed heads as what they are but for the ids."""
     entries = (C.llama_model_kv_override * 2)()
     entries[0].tag, entries[0].key = C.LLAMA_KV_OVERRIDE_TYPE_STR, b"general.architecture"

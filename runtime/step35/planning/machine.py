@@ -82,9 +82,8 @@ def models_path() -> Path:
 
 def known_machines(path: Path | None = None) -> dict[str, Machine]:
     """Returns the machines of models.yaml by name."""
-    section = read_yaml(path or models_path()).section("machines")
-    assert section is not None
-    return {name: machine_of(section.section(name), name) for name in section.keys()}  # noqa: SIM118
+    machines = read_yaml(path or models_path()).section("machines")
+    return {name: machine_of(machines.section(name), name) for name in machines.names()}
 
 
 def find_machine(name: str) -> Machine:
@@ -97,9 +96,8 @@ def find_machine(name: str) -> Machine:
     return known[name]
 
 
-def machine_of(entry: Section | None, name: str) -> Machine:
+def machine_of(entry: Section, name: str) -> Machine:
     """Returns the machine of one entry; raises SettingsError that names the line."""
-    assert entry is not None
     total = entry.take("memory", _size, _SIZE)
     machine = Machine(
         name=name,

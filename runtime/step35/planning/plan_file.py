@@ -199,9 +199,8 @@ def _assign(
 ) -> dict[tuple[int, str], str]:
     """Returns the device of each (layer, matrix); every wanted one must be there exactly once."""
     section = plan.section(key)
-    assert section is not None
     assigned: dict[tuple[int, str], str] = {}
-    for device in section.keys():  # noqa: SIM118
+    for device in section.names():
         if device not in devices:
             raise section.fault(device, f"a device, one of {', '.join(devices)}", device)
         for part in section.take(device, _parts, _RANGES):

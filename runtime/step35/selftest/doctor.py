@@ -133,7 +133,7 @@ def arithmetic(load_engine: LoadEngine) -> Finding:
     try:
         logits = made_up_logits(load_engine)
     except Step35Error as error:
-        return Finding("arithmetic", str(error), "mend what is said there, and ask the doctor again")
+        return Finding("arithmetic", str(error), "fix that, and run step35 doctor again")
     known = synthetic_model.known_logits()
     error = max(abs(float(logits[token]) - value) for token, value in known.logits.items()) / known.spread
     found = (
@@ -191,7 +191,7 @@ def heads(header: Header) -> Finding:
     if header.shape.n_heads:
         return Finding("MTP heads", f"{header.shape.n_heads}")
     return Finding(
-        "MTP heads", "none: no drafting, unless --mtp gives a side file (convert-step35 run CHECKPOINT --mtp only)"
+        "MTP heads", "none: no drafting, unless --mtp-file gives a side file (convert-step35 run CHECKPOINT --mtp only)"
     )
 
 

@@ -3,6 +3,7 @@
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from step35.planning.plan_file import to_text
 from step35.selftest.doctor import examine_model
 from tiny_model import tiny_gguf
 
-SETTINGS = {"n_ctx": 256, "n_batch": 32, "n_threads": 1}
+SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_threads": 1}
 
 
 @pytest.fixture

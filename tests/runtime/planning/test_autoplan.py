@@ -64,7 +64,7 @@ def test_a_split_is_planned_with_the_measured_bandwidth_and_said(real):
     plan = planned(real, box.sources)
     assert box.n_measured == 1
     assert plan.options.overrides
-    assert plan.note.startswith("planned split: ")
+    assert plan.note is not None and plan.note.startswith("planned split: ")
     assert "of the routed experts on the GPU, the rest in RAM" in plan.note
     assert int(os.environ["GGML_OP_OFFLOAD_MIN_BATCH"]) > 32
 
@@ -84,6 +84,7 @@ def test_layers_placed_by_hand_are_left_alone(real):
 def test_a_context_nobody_asked_for_is_shortened_and_one_asked_for_is_refused(real):
     plan = planned(real, Box(available=108).sources, draft="off")
     assert plan.options.n_ctx < DEFAULT_CTX
+    assert plan.note is not None
     assert f"context {plan.options.n_ctx} instead of {DEFAULT_CTX}, the longest that fits" in plan.note
     with pytest.raises(DoesNotFit, match=r"doesn't fit: RAM expected .* needs .*; try ctx \d+"):
         planned(real, Box(available=108).sources, draft="off", n_ctx=200_000)

@@ -6,6 +6,7 @@ import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,14 +135,14 @@ def test_a_trunk_with_a_side_file_is_cut_where_planned(side_files, name, own_hea
     whole, trunk, heads = side_files
     model, machine = whole if own_heads else trunk, known_machines()[name]
     header = read_model(model, heads)
-    judged = place(header, machine, Constraints(n_ctx=32768))
-    layout, options = judged.placement.layout, engine_options(judged.placement, header, mtp=heads)
+    report = place(header, machine, Constraints(n_ctx=32768))
+    layout, options = report.placement.layout, engine_options(report.placement, header, mtp=heads)
     if machine.gpus:
         n_blocks = 48 if own_heads else 45
         got = spread(options.load(model, with_heads=False), n_blocks, len(machine.gpus))
         assert (got[:45], got[-1]) == (list(layout.layers[:45]), layout.output)
         assert spread(options.load(heads, with_heads=True), 48, len(machine.gpus))[45:48] == list(layout.layers[45:])
-    assert need(options, machine).usage == judged.usage
+    assert need(options, machine).usage == report.usage
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,8 @@ def test_a_script_can_run_a_plan(tmp_path):
     with closing(Llama(str(model), plan=str(plan), verbose=False)) as llama:
         assert llama.n_ctx() == 1024
         assert llama.engine.options.kv_type == "q8_0"
-        assert llama("def f(x):", max_tokens=4, temperature=0)["usage"]["completion_tokens"] == 4
+        answer: Any = llama("def f(x):", max_tokens=4, temperature=0)
+        assert answer["usage"]["completion_tokens"] == 4
     with pytest.raises(SettingsError, match="plan and n_ctx: the plan says it already"):
         Llama(str(model), plan=str(plan), n_ctx=4096)
 
@@ -255,8 +257,8 @@ def test_what_fits_is_let_through_and_what_does_not_is_refused_with_the_numbers(
 @pytest.mark.parametrize("name", [*known_machines()])
 def test_the_guard_sees_a_plans_options_as_the_plan_does(real, name):
     machine = known_machines()[name]
-    judged = place(real, machine, Constraints(n_ctx=32768))
-    assert need(engine_options(judged.placement, real), machine).usage == judged.usage
+    report = place(real, machine, Constraints(n_ctx=32768))
+    assert need(engine_options(report.placement, real), machine).usage == report.usage
 
 
 def test_a_side_files_own_matrices_count(real, side_files):

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,14 +39,18 @@ def a_box(files=None, *, available=60):
 
 
 class FakeEngine:
-    """Gives a token after a prompt; counts how it was decoded."""
+    """Gives a token after a prompt; counts how it was decoded. It is its own trunk."""
 
     def __init__(self, n_vocab, answer):
         self.prompt = []
-        self.trunk = SimpleNamespace(
-            truncate=lambda seq, n: self.prompt.clear(), decode=self.decode, logits=self.logits
-        )
         self.n_vocab, self.answer = n_vocab, answer
+
+    @property
+    def trunk(self) -> "FakeEngine":
+        return self
+
+    def truncate(self, seq, n_keep):
+        self.prompt.clear()
 
     def decode(self, rows):
         self.prompt.append(list(rows[0].tokens))
