@@ -28,6 +28,7 @@ from step35.native.context import Context
 from step35.native.model import Model
 from step35.native.rows import Rows
 from step35.options import ContextOptions, ModelOptions
+from step35.planning.model_header import read_header
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the bundled checkpoint's text
@@ -65,7 +66,7 @@ def make(out: Path, type_name: str) -> None:
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--rounds", default=5, show_default=True)
 def costs(files: tuple[Path, ...], rounds: int) -> None:
-    models = {file.name: Model(ModelOptions(file, load_heads=True, load_mode="mmap")) for file in files}
+    models = {file.name: _load(file) for file in files}
     options = ContextOptions(N_CTX, N_BATCH, n_outputs=N_BATCH, n_threads=1)
     heads = {name: model.open_head(0, options) for name, model in models.items()}
     taken: dict[tuple[str, int, int], list[float]] = {}
@@ -82,6 +83,10 @@ def costs(files: tuple[Path, ...], rounds: int) -> None:
             f"{name}, {n_rows} rows, {n_outputs} outputs: {1e3 * low:.2f} ms at best, median {1e3 * middle:.2f}, "
             f"{low / base:.3f} of all outputs of the first file"
         )
+
+
+def _load(file: Path) -> Model:
+    return Model(ModelOptions(file, load_heads=True, load_mode="mmap"), read_header(file).draft_vocabulary)
 
 
 def _times(head: Context, n_embd: int, n_rows: int, n_outputs: int) -> Iterator[float]:

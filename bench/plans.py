@@ -94,16 +94,16 @@ def machine_section(machine: Machine, found: dict[str, Header]) -> str:
     return "\n".join([f"## {machine.name}", "", f"{machine.about}.", "", *rows, ""])
 
 
-def _row(header: Header, n_ctx: int, judged: PlanReport) -> str:
-    placement = judged.placement
-    used = {device: sum(sizes.values()) / GIB for device, sizes in judged.usage.items()}
+def _row(header: Header, n_ctx: int, report: PlanReport) -> str:
+    placement = report.placement
+    used = {device: sum(sizes.values()) / GIB for device, sizes in report.usage.items()}
     gpus = " + ".join(f"{n:.1f}" for device, n in used.items() if device != HOST) or "-"
-    first, last = judged.speeds[0], judged.speeds[-1]
+    first, last = report.speeds[0], report.speeds[-1]
     drafting = f"{first.drafted:.1f} (depth {first.depth})" if first.depth else "-"
     cells = (
         f"{header.recipe} ({header.n_bytes / GIB:.1f} GiB)",
         f"{n_ctx // 1024}k",
-        "fits" if judged.fits else "**no**",
+        "fits" if report.fits else "**no**",
         placement.policy,
         f"{placement.run.n_batch}, {placement.run.kv_type}",
         gpus,

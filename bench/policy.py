@@ -6,8 +6,8 @@ rule of depth is compared with every fixed depth on any box, without noise: deco
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -17,10 +17,12 @@ from rich.table import Table
 from peers import at_temperatures, make_tasks
 from step35 import Engine, EngineOptions, Sampling
 from step35.engine.decode_loop import begin, generate
+from step35.engine.loading import ON_THIS_BOX, Loading
 from step35.native.context import Context, OnExperts
 from step35.native.model import Model
 from step35.native.rows import Rows
 from step35.options import ContextOptions, ModelOptions
+from step35.planning.model_header import Header
 from step35.sampling.token_chooser import Chooser
 
 MODES = ("off", "auto", "1", "2", "3", "ngram")
@@ -64,8 +66,8 @@ class WorldClock:
             self.now += (w.decode[min(n_rows, 4) - 1] + w.token * max(0, n_rows - 4)) / 1e3
 
 
-def load_on(clock: WorldClock) -> Callable[[ModelOptions], Model]:
-    """Returns what Engine takes as `load_model`: a real model whose contexts move the clock."""
+def load_on(clock: WorldClock) -> Loading:
+    """Returns what Engine takes as `loading`: a real model whose contexts move the clock."""
 
     def charged(context: Context, is_head: bool) -> Context:
         decode = context.decode
@@ -84,7 +86,10 @@ def load_on(clock: WorldClock) -> Callable[[ModelOptions], Model]:
         def open_head(self, head: int, options: ContextOptions) -> Context:
             return charged(super().open_head(head, options), is_head=True)
 
-    return ChargedModel
+    def load(options: ModelOptions, header: Header) -> Model:
+        return ChargedModel(options, header.draft_vocabulary)
+
+    return replace(ON_THIS_BOX, load=load, admit=lambda *_: None)
 
 
 def tokens_a_second(model: Path, world: World, draft: str) -> dict[tuple[str, float], float]:
@@ -92,7 +97,7 @@ def tokens_a_second(model: Path, world: World, draft: str) -> dict[tuple[str, fl
     clock = WorldClock(world)
     tokens, seconds = defaultdict(int), defaultdict(float)
     options = EngineOptions(model, draft=draft, n_ctx=2048, n_batch=512, n_threads=1)
-    with Engine(options, load_model=load_on(clock), clock=clock) as engine:
+    with Engine(options, loading=load_on(clock), clock=clock) as engine:
         for task in at_temperatures(make_tasks(4, 8, 192), (0.0, 1.0)):
             sampling = Sampling(temperature=task.temperature, top_k=0, top_p=1.0, min_p=0.0, seed=task.seed)
             with engine.open_session() as session:

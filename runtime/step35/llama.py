@@ -23,23 +23,23 @@ import numpy as np
 from step35.chat.chat_prompts import chat_prompts
 from step35.chat.sampled_turns import TurnMap
 from step35.chat.stock_chat import stock_chat
+from step35.choices import KV_TYPES
 from step35.engine.decode_loop import Turn, begin, step
 from step35.engine.detokenize import TextStream
 from step35.engine.engine import Engine
 from step35.engine.session import Snapshot
 from step35.errors import SettingsError
-from step35.native.file_facts import read_facts
 from step35.native.library import LlamaGrammar, LlamaState, StockLlama
 from step35.options import EngineOptions
-from step35.planning.autoplan import AutoPlan, auto_options
+from step35.planning.autoplan import EnginePlan, auto_plan, file_plan
 from step35.planning.hardware import before_loading
-from step35.planning.llama_options import planned_options
+from step35.planning.model_header import Headers, read_headers
 from step35.sampling.sampler import Sampling
 from step35.sampling.token_chooser import Chooser, TokenLogprobs
 
 CHAT_FORMAT = "chat_template.default"
 """llama_cpp's name for a chat by the file's own template."""
-_KV_NAMES = {None: "f16", 0: "f32", 1: "f16", 2: "q4_0", 8: "q8_0", 30: "bf16"}
+_KV_NAMES = {None: "f16"} | {kv_type.native: name for name, kv_type in KV_TYPES.items()}
 _SERVED = {
     "n_gpu_layers", "use_mmap", "use_mlock", "seed", "n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch",
     "logits_all", "offload_kqv", "flash_attn", "op_offload", "no_perf", "last_n_tokens_size", "chat_format",
@@ -72,20 +72,20 @@ class Llama(StockLlama):
         self.model_path, self.verbose = model_path, settings["verbose"]
         self.last_n_tokens_size = settings["last_n_tokens_size"]
         self._seed = settings["seed"]
-        note = None
+        headers = read_headers(Path(model_path), Path(mtp_path) if mtp_path else None)
         if plan is None:
-            planned = _auto_options(model_path, draft, mtp_path, settings, options)
-            self.engine, note = Engine(planned.options), planned.note
+            planned = _auto_plan(headers, draft, settings, options)
         else:
             _refuse_beside_a_plan(options)
-            self.engine = Engine(planned_options(Path(model_path), Path(plan), mtp=_path(mtp_path), draft=draft))
+            planned = file_plan(headers, Path(plan), draft=draft)
+        self.engine = Engine(planned.options, planned.headers)
         self._session = self.engine.open_session()
         self.metadata = self.engine.model.all_metadata()
         self.chat_format, self.chat_handler = settings["chat_format"], settings["chat_handler"]
         self._chat_handlers = {}
         self._read_template()
         self.cache = self.draft_model = None
-        for line in [*filter(None, [note]), *self.engine.notes] if self.verbose else ():
+        for line in [*filter(None, [planned.note]), *self.engine.notes] if self.verbose else ():
             print(f"step35: {line}", file=sys.stderr)
 
     def _read_template(self) -> None:
@@ -338,18 +338,14 @@ def _refuse_beside_a_plan(given: dict[str, Any]) -> None:
         raise SettingsError(f"plan and {name}: the plan says it already; leave one out, or edit the plan")
 
 
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text else None
-
-
-def _engine_options(model_path: str, draft: str, mtp_path: str | None, s: dict[str, Any]) -> EngineOptions:
+def _engine_options(headers: Headers, draft: str, s: dict[str, Any]) -> EngineOptions:
     if s["type_k"] != s["type_v"]:
         raise SettingsError(f"bad cache types: type_v expected type_k's {s['type_k']}, got {s['type_v']}")
     n_threads = s["n_threads"] or max((os.cpu_count() or 2) // 2, 1)
-    n_ctx = s["n_ctx"] or _trained_context(model_path)
+    n_ctx = s["n_ctx"] or headers.model.shape.n_ctx_train
     return EngineOptions(
-        Path(model_path),
-        _path(mtp_path),
+        headers.model.path,
+        headers.side_path,
         draft,
         n_ctx=n_ctx,
         n_batch=max(8, min(s["n_batch"], s["n_ubatch"], n_ctx)),
@@ -364,17 +360,11 @@ def _engine_options(model_path: str, draft: str, mtp_path: str | None, s: dict[s
     )
 
 
-def _auto_options(
-    model_path: str, draft: str, mtp_path: str | None, settings: dict[str, Any], given: dict[str, Any]
-) -> AutoPlan:
-    """Returns a plan's options; what the caller gave wins over the plan."""
-    stock = _engine_options(model_path, draft, mtp_path, settings)
+def _auto_plan(headers: Headers, draft: str, settings: dict[str, Any], given: dict[str, Any]) -> EnginePlan:
+    """Returns a plan for this box; what the caller gave wins over it."""
+    stock = _engine_options(headers, draft, settings)
     by_hand = {field: getattr(stock, field) for name, field in _FIELDS.items() if name in given}
-    return auto_options(Path(model_path), before_loading(), mtp=_path(mtp_path), draft=draft, **by_hand)
-
-
-def _trained_context(model_path: str) -> int:
-    return read_facts(Path(model_path)).n_ctx_train
+    return auto_plan(headers, before_loading(), draft=draft, **by_hand)
 
 
 def _tokens(turn: Turn) -> Iterator[int]:

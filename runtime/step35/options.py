@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from step35.choices import DRAFTS, KV_TYPES, LOAD_MODES, Draft, check_choice
 from step35.errors import SettingsError
 
 MAX_SEQUENCES = 64
-DRAFT_MODES = ("auto", "off", "1", "2", "3", "ngram")
-LOAD_MODES = ("auto", "none", "mmap", "mlock", "direct_io")
-KV_TYPES = ("f16", "bf16", "f32", "q8_0", "q4_0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +80,19 @@ class EngineOptions:
         _check_range("n_checkpoints", self.n_checkpoints, 0, 1 << 10)
         _check_range("n_threads", self.n_threads, 0, 4096)
         _check_range("n_threads_batch", self.n_threads_batch, 0, 4096)
-        _check_one_of("draft", self.draft, DRAFT_MODES)
-        _check_one_of("load_mode", self.load_mode, LOAD_MODES)
-        _check_one_of("kv_type", self.kv_type, KV_TYPES)
+        check_choice("draft", self.draft, DRAFTS)
+        check_choice("load_mode", self.load_mode, LOAD_MODES)
+        check_choice("kv_type", self.kv_type, KV_TYPES)
+
+    @property
+    def drafting(self) -> Draft:
+        """What `draft` names."""
+        return DRAFTS[self.draft]
+
+    @property
+    def side_file(self) -> Path | None:
+        """The file of its own that the heads are loaded from; None where none is."""
+        return self.mtp if self.drafting.uses_heads else None
 
     def load(self, path: Path, *, with_heads: bool) -> ModelOptions:
         """Returns the options of loading one of the engine's files.
@@ -126,8 +134,3 @@ def _last_alone(shares: tuple[float, ...]) -> tuple[float, ...]:
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise SettingsError(f"bad option: {name} expected {low} to {high}, got {value}")
-
-
-def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise SettingsError(f"bad option: {name} expected one of {', '.join(known)}, got {value!r}")

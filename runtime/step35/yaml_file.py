@@ -30,7 +30,9 @@ class Section:
 
     def take(self, key: str, kind: Callable[[Any], _T], want: str, default: Any = _NEEDED) -> _T:
         """Returns a value; `kind` makes it from what YAML read and raises ValueError or TypeError if it can't."""
-        node = self._node_of(key, default)
+        node = self._node_of(key)
+        if node is None and default is _NEEDED:
+            raise self._missing(key)
         if node is None:
             return default
         value = self._value(node)
@@ -41,21 +43,22 @@ class Section:
 
     def section(self, key: str) -> "Section":
         """Returns the mapping under a key."""
-        node = self._node_of(key, None)
+        node = self._node_of(key)
         if node is None:
             raise self._missing(key)
         return Section(self._file, node, self._loader, self._path(key))
 
     def sections(self, key: str) -> list["Section"]:
         """Returns the mappings of a list; none if the key is absent."""
-        node = self._node_of(key, None)
+        node = self._node_of(key)
         if node is None:
             return []
         if not isinstance(node, yaml.SequenceNode):
             raise self.error(self._path(key), "a list", repr(self._value(node)), node)
         return [Section(self._file, item, self._loader, f"{self._path(key)}[{i}]") for i, item in enumerate(node.value)]
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Returns the mapping's keys."""
         return list(self._entries)
 
     def end(self) -> None:
@@ -72,13 +75,9 @@ class Section:
         line = (node or self._node).start_mark.line + 1
         return SettingsError(f"bad value: {self._file} line {line}: {what} expected {want}, got {got}")
 
-    def _node_of(self, key: str, default: Any) -> yaml.Node | None:
+    def _node_of(self, key: str) -> yaml.Node | None:
         self._left.discard(key)
-        if key in self._entries:
-            return self._entries[key]
-        if default is _NEEDED:
-            raise self._missing(key)
-        return None
+        return self._entries.get(key)
 
     def _missing(self, key: str) -> SettingsError:
         for meant in get_close_matches(key, self._left, 1):

@@ -19,6 +19,8 @@ PURE = [
     "drafting.hidden_ring",
     "drafting.prompt_lookup",
     "options",
+    "choices",
+    "row_counts",
     "native.rows",
     "sampling.sampler",
     "engine.prefix",

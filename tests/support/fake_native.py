@@ -9,14 +9,15 @@ lost cell fails. All of that is AssertionError: a bug of the driver, not an inpu
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
 
+from step35.engine.loading import Loading
 from step35.errors import Cancelled
 from step35.native.rows import Rows
-from step35.options import ContextOptions, ModelOptions
+from step35.options import ContextOptions, EngineOptions, ModelOptions
+from step35.planning.model_header import Header, Headers, ModelShape
 
 N_VOCAB = 64
 N_EMBD = 4
@@ -52,7 +53,7 @@ class FakeModel:
         self.script = script
         self.n_swa = script.n_swa
         self.n_heads = script.n_heads if options.load_heads else 0
-        self.facts = SimpleNamespace(path=options.path, has_trunk=True)
+        self.path = options.path
 
     def open_trunk(self, options: ContextOptions) -> "FakeContext":
         return self._open(options, None)
@@ -79,9 +80,33 @@ class FakeModel:
         pass
 
 
-def loader(script: Script) -> Callable[[ModelOptions], FakeModel]:
-    """Returns what Engine takes as `load_model`."""
-    return lambda options: FakeModel(script, options)
+def loader(script: Script, make: Callable[[Script, ModelOptions], FakeModel] = FakeModel) -> Loading:
+    """Returns what Engine takes as `loading`: no file is read, and no memory watched."""
+    return Loading(
+        lambda options: headers_of(script, options), lambda options, _: make(script, options), lambda *_: None
+    )
+
+
+def headers_of(script: Script, options: EngineOptions) -> Headers:
+    """Returns what the header of a fake model's file would say."""
+    shape = ModelShape(
+        n_trunk=1,
+        n_heads=script.n_heads,
+        n_embd=N_EMBD,
+        n_ff=1,
+        n_ff_expert=1,
+        n_ff_shared=1,
+        n_expert=1,
+        n_expert_used=1,
+        n_vocab=N_VOCAB,
+        n_head_vocab=N_VOCAB,
+        head_dim=1,
+        window=script.n_swa,
+        n_ctx_train=FakeModel.n_ctx_train,
+        layers=(),
+    )
+    n_blocks, path = 1 + script.n_heads, options.model
+    return Headers(Header(path, (path,), "fake", "", shape, (), "", n_blocks, has_trunk=True))
 
 
 def next_token(token: int, position: int) -> int:

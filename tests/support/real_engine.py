@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from step35.engine.engine import Engine
-from step35.native.model import Model
+from step35.engine.loading import ON_THIS_BOX
 from step35.options import EngineOptions
 
 
 def open_engine(options: EngineOptions, clock: Callable[[], float] = time.perf_counter) -> Engine:
     """Returns an engine without a memory check and without a watchdog."""
-    return Engine(options, load_model=Model, clock=clock)
+    return Engine(options, loading=replace(ON_THIS_BOX, admit=lambda *_: None), clock=clock)

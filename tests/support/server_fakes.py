@@ -56,7 +56,7 @@ def fake_service(
     defaults: dict[str, Any] = {"draft": "2", "n_ctx": 400, "n_batch": 16, "n_sessions": 5}
     engine_options = EngineOptions(Path("fake"), **defaults | options)
     serving = Serving("fake", Limits(n_parallel, n_waiting))
-    return Service(serving, lambda: Engine(engine_options, load_model=loader(script or Script())), clock)
+    return Service(serving, lambda: Engine(engine_options, loading=loader(script or Script())), clock)
 
 
 def ask(prompt: list[int], n_predict: int = 8, **fields: Any) -> GenerationRequest:

@@ -95,12 +95,16 @@ def find_cmake(box: BuildHost) -> str:
 
 def _jobs_here(target: str) -> int:
     sources = hardware.this_box()
-    return jobs_for(target, sources.n_cpus, hardware.ram(sources)[1])
+    memory = hardware.ram(sources)
+    return jobs_for(target, sources.n_cpus, None if memory is None else memory.available)
 
 
-def jobs_for(target: str, n_cores: int, available: int) -> int:
-    """Returns how many compilers run at a time: the cores, but those for GPUs only as many as the memory holds."""
-    if target not in ("cuda", "rocm") or not available:
+def jobs_for(target: str, n_cores: int, available: int | None) -> int:
+    """Returns how many compilers run at a time: the cores, but those for GPUs only as many as the memory has room for.
+
+    `available` is None if nobody knows.
+    """
+    if target not in ("cuda", "rocm") or available is None:
         return n_cores
     return max(1, min(n_cores, available // GPU_COMPILER_BYTES))
 

@@ -85,16 +85,19 @@ def _arch_flags(target: str, archs: str) -> dict[str, str]:
 
 
 def _architectures(target: str, names: Sequence[str]) -> str:
-    known, found = ARCHITECTURES.get(target, {}), []
-    for name in names:
-        number = re.fullmatch(_PATTERNS.get(target, "(?!)"), name)
-        if name not in known and not number:
-            want = f"one of {', '.join(known)} or a number such as {'sm_121' if target == 'cuda' else 'gfx1151'}"
-            raise BackendError(
-                f"unknown architecture: expected {want if known else f'none for {target}'}, got {name!r}"
-            )
-        found.append(known[name] if name in known else number[1])
+    found = [_architecture(target, name) for name in names]
     return ";".join(dict.fromkeys(";".join(found).split(";"))) if found else ""
+
+
+def _architecture(target: str, name: str) -> str:
+    known = ARCHITECTURES.get(target, {})
+    number = re.fullmatch(_PATTERNS.get(target, "(?!)"), name)
+    if name in known:
+        return known[name]
+    if number:
+        return number[1]
+    want = f"one of {', '.join(known)} or a number such as {'sm_121' if target == 'cuda' else 'gfx1151'}"
+    raise BackendError(f"unknown architecture: expected {want if known else f'none for {target}'}, got {name!r}")
 
 
 # where a box has its compilers

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 import click
 
 from step35 import __version__
+from step35.choices import DRAFTS, KV_TYPES, LOAD_MODES
 from step35.cli.backend import backend, rpc_server
 from step35.cli.count_tokens import count_tokens
 from step35.cli.doctor import doctor
 from step35.cli.launch import launch
 from step35.cli.mtp import mtp
-from step35.cli.plan import options_of, plan
+from step35.cli.plan import engine_plan, plan
+from step35.cli.renamed_option import mtp_file_option
 from step35.cli.serve import make_serve
 from step35.cli.trace import trace
 from step35.cli.tune import tune
 from step35.errors import Step35Error
-from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
 
 if TYPE_CHECKING:
     from step35.engine.decode_loop import Stats
@@ -30,7 +31,7 @@ EXAMPLES = """
 Examples:
   step35 generate model.gguf -p "def quicksort(items):" -n 200
   step35 generate model.gguf -f prompt.txt --temp 0 --json
-  step35 chat model.gguf --mtp mtp-model.gguf
+  step35 chat model.gguf --mtp-file mtp-model.gguf
   step35 serve model.gguf --ctx 131072
 """
 
@@ -46,16 +47,18 @@ def cli(debug: bool) -> None:
 
 _MODEL_OPTIONS = (
     click.argument("model", type=click.Path(path_type=Path)),
-    click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none."),
-    click.option("--draft", type=click.Choice(DRAFT_MODES), default="auto", show_default=True, help="How to draft."),
+    mtp_file_option,
+    click.option("--draft", type=click.Choice(list(DRAFTS)), default="auto", show_default=True, help="How to draft."),
     click.option(
         "-c", "--ctx", "n_ctx", type=int, help="Context size in tokens; default 32768, or less if that is what fits."
     ),
-    click.option("-b", "--batch", "n_batch", type=int, help="Prompt tokens per decode; default planned."),
+    click.option(
+        "-b", "--batch", "n_batch", type=int, help="Prompt tokens per decode (batch and ubatch); default planned."
+    ),
     click.option("-t", "--threads", "n_threads", type=int, help="CPU threads; default the cores."),
     click.option("--ngl", "n_gpu_layers", type=int, help="Layers on the GPU, -1 is all; default planned."),
-    click.option("--load-mode", type=click.Choice(LOAD_MODES), help="How weights are read; default planned."),
-    click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache; default planned."),
+    click.option("--load-mode", type=click.Choice(list(LOAD_MODES)), help="How weights are read; default planned."),
+    click.option("--kv-type", type=click.Choice(list(KV_TYPES)), help="Type of the KV cache; default planned."),
     click.option(
         "--plan", "plan_path", type=click.Path(path_type=Path), help="Run what this plan file says; see step35 plan."
     ),
@@ -100,7 +103,8 @@ def generate(prompt, prompt_file, n_predict, temp, top_k, top_p, min_p, seed, as
         raise click.UsageError("give the text with either -p TEXT or -f FILE")
     text = prompt if prompt is not None else prompt_file.read()
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
-    with Engine(options_of(**engine_options)) as engine, engine.open_session() as session:
+    planned = engine_plan(**engine_options)
+    with Engine(planned.options, planned.headers) as engine, engine.open_session() as session:
         for note in engine.notes:
             click.echo(f"step35: {note}", err=True)
         turn = begin(session, engine.tokenize(text), Chooser(sampling), n_predict)
@@ -125,7 +129,8 @@ def chat(temp, top_k, top_p, min_p, seed, **engine_options) -> None:
     from step35.engine.engine import Engine
     from step35.sampling.sampler import Sampling
 
-    with Engine(options_of(**engine_options)) as engine:
+    planned = engine_plan(**engine_options)
+    with Engine(planned.options, planned.headers) as engine:
         for note in engine.notes:
             click.echo(f"step35: {note}", err=True)
         run(engine, Sampling(temp, top_k, top_p, min_p, seed))
@@ -146,7 +151,7 @@ def bench(frontiers, n_predict, temp, top_k, top_p, min_p, seed, csv_file, png, 
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
     rows = []
     drafts, lengths = list(dict.fromkeys(["off", draft])), _frontiers(frontiers)
-    for row in measure(options_of(**engine_options), drafts, lengths, n_predict, sampling):
+    for row in measure(engine_plan(**engine_options), drafts, lengths, n_predict, sampling):
         rows.append(row)
         click.echo(
             f"draft {row.draft} at {row.n_context}: prefill {row.prefill_tps} tok/s, decode {row.decode_tps} tok/s",

@@ -9,7 +9,7 @@ from typing import TextIO
 from step35.engine.decode_loop import begin, generate
 from step35.engine.engine import Engine
 from step35.errors import SettingsError
-from step35.options import EngineOptions
+from step35.planning.autoplan import EnginePlan
 from step35.sampling.sampler import Sampling
 from step35.sampling.token_chooser import Chooser
 
@@ -29,11 +29,11 @@ class Measurement:
 
 
 def measure(
-    options: EngineOptions, drafts: Sequence[str], frontiers: Sequence[int], n_predict: int, sampling: Sampling
+    plan: EnginePlan, drafts: Sequence[str], frontiers: Sequence[int], n_predict: int, sampling: Sampling
 ) -> Iterator[Measurement]:
     """Yields a measurement for each way to draft at each frontier, which must grow."""
     for draft in drafts:
-        with Engine(replace(options, draft=draft)) as engine:
+        with Engine(replace(plan.options, draft=draft), plan.headers) as engine:
             yield from _measure_engine(engine, frontiers, n_predict, sampling)
 
 

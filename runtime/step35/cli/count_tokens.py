@@ -25,10 +25,11 @@ def count_tokens(model: Path, texts: tuple[Path, ...]) -> None:
     """
     from step35.native.model import Model
     from step35.options import ModelOptions
+    from step35.planning.model_header import read_header
     from step35.yaml_file import read_text
 
     found: Counter[int] = Counter()
-    vocabulary = Model(ModelOptions(model, vocab_only=True))
+    vocabulary = Model(ModelOptions(model, vocab_only=True), read_header(model).draft_vocabulary)
     try:
         for path in texts:
             for tokens in tokenized(vocabulary, read_text(path)):

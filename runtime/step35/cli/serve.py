@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from step35.cli.plan import Size, options_of
+from step35.cli.plan import Size, engine_plan
 
 if TYPE_CHECKING:
-    from step35.options import EngineOptions
+    from step35.planning.autoplan import EnginePlan
     from step35.server.http.serve import Address
     from step35.server.service import Service
 
@@ -132,26 +132,27 @@ def _serve(
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener = listen(address)
     address = replace(address, port=listener.getsockname()[1])
-    options = _options(parallel, n_sessions, engine_options)
+    plan = _plan(parallel, n_sessions, engine_options)
+    options = plan.options
     serving = Serving(
         name or options.model.stem, Limits(min(parallel, options.n_sessions), n_waiting), session_dir, session_size
     )
-    service = Service(serving, lambda: _open(options))
+    service = Service(serving, lambda: _open(plan))
     click.echo(f"step35: {address} (loading {options.model.name})", err=True)
     run(service, Access(api_key, cors, record_dir=record), listener, lambda: _say_ready(service, address), drain_s)
 
 
-def _options(parallel: int, n_sessions: int | None, engine_options: dict) -> "EngineOptions":
-    """Returns the engine's options; a plan file has its own number of sessions."""
+def _plan(parallel: int, n_sessions: int | None, engine_options: dict) -> "EnginePlan":
+    """Returns the engine's plan; a plan file has its own number of sessions."""
     if engine_options["plan_path"] is not None:
-        return options_of(**engine_options)
-    return options_of(**engine_options, n_sessions=n_sessions or min(parallel + N_SPARE, 64))
+        return engine_plan(**engine_options)
+    return engine_plan(**engine_options, n_sessions=n_sessions or min(parallel + N_SPARE, 64))
 
 
-def _open(options: "EngineOptions"):
+def _open(plan: "EnginePlan"):
     from step35.engine.engine import Engine
 
-    return Engine(options)
+    return Engine(plan.options, plan.headers)
 
 
 def _say_ready(service: "Service", address: "Address") -> None:

@@ -1,4 +1,4 @@
-"""`step35 trace`: a profiling run that counts which experts fire, for `step35 plan --trace`."""
+"""`step35 trace`: a profiling run that counts which experts fire, for `step35 plan --routing`."""
 
 import json
 from collections.abc import Sequence
@@ -27,17 +27,22 @@ BATCH = 256
 @click.option("--json", "as_json", is_flag=True, help="Print the trace instead of its summary.")
 def trace(model, files, most, n_threads, out, as_json) -> None:
     """Runs prompts through MODEL and counts the experts of every layer; slower than a normal run."""
-    from step35.cli.plan import options_of
+    from step35.cli.plan import plan_for_this_box
     from step35.engine.engine import Engine
-    from step35.planning.model_header import read_header
+    from step35.planning.hardware import before_loading
+    from step35.planning.model_header import read_headers
     from step35.planning.routing_trace import report, summarize, to_data
     from step35.yaml_file import read_text
 
-    n_ctx = min(most, read_header(model).shape.n_ctx_train)
-    options = options_of(model, None, None, "off", n_ctx=n_ctx, n_batch=min(BATCH, n_ctx), n_threads=n_threads)
-    with Engine(options) as engine:
+    headers = read_headers(model)
+    shape = headers.model.shape
+    n_ctx = min(most, shape.n_ctx_train)
+    planned = plan_for_this_box(
+        headers, before_loading(), "off", n_ctx=n_ctx, n_batch=min(BATCH, n_ctx), n_threads=n_threads
+    )
+    with Engine(planned.options, headers) as engine:
         prompts = [engine.tokenize(read_text(path))[:n_ctx] for path in files]
-        routing = summarize(record(engine, prompts), read_header(model).shape.n_expert)
+        routing = summarize(record(engine, prompts), shape.n_expert)
     out = out or model.with_name(model.name + ".trace.json")
     data = to_data(routing, model.name)
     out.write_text(json.dumps(data), encoding="utf-8")

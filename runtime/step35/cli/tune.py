@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from step35.cli.renamed_option import mtp_file_option
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--mtp", type=click.Path(path_type=Path), help="A file with the MTP heads, if MODEL has none.")
+@mtp_file_option
 @click.option(
     "--plan", "plan_path", type=click.Path(path_type=Path), help="Tune this plan instead of one made for this box."
 )

@@ -21,12 +21,13 @@ def measure_apart(model: Path, plan: Path, mtp: Path | None, workload: Workload)
 def measure_here(model: Path, plan: Path, mtp: Path | None, workload: Workload) -> Sample:
     """Returns the speeds of a workload under a plan file, in this process."""
     from step35.cli.bench import measure
-    from step35.planning.llama_options import planned_options
+    from step35.planning.autoplan import file_plan
+    from step35.planning.model_header import read_headers
     from step35.sampling.sampler import Sampling
 
-    options = planned_options(model, plan, mtp=mtp)
+    planned = file_plan(read_headers(model, mtp), plan)
     frontiers = [workload.n_prompt]
-    rows = list(measure(options, [options.draft], frontiers, workload.n_predict, Sampling(temperature=0)))
+    rows = list(measure(planned, [planned.options.draft], frontiers, workload.n_predict, Sampling(temperature=0)))
     return Sample(rows[-1].prefill_tps, rows[-1].decode_tps)
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import numpy as np
 
 from step35.drafting.decode_costs import Costs
-from step35.drafting.mtp_heads import REPLAYED_ROWS, Heads
+from step35.drafting.mtp_heads import Heads
 from step35.native.interface import ContextInterface
 from step35.native.rows import Rows
+from step35.row_counts import MEASURED_WIDTHS, REPLAYED_ROWS
 
-CALIBRATED_WIDTHS = (1, 2, 3, 4, 8)
 USUAL_ROWS = 2
 """Of a head's run: the new one, and one that was accepted or is replayed."""
 
@@ -18,7 +18,7 @@ Clock = Callable[[], float]
 
 def calibrate(trunk: ContextInterface, n_vocab: int, heads: Heads, costs: Costs, clock: Clock) -> None:
     """Measures a decode of each width and a run of each head; on a busy machine the fastest is the truest."""
-    for width in CALIBRATED_WIDTHS:
+    for width in MEASURED_WIDTHS:
         tokens = [i * n_vocab // width for i in range(width)]  # unlike ones touch other experts
         costs.observe_verify(width, _least_s(trunk, Rows(0, 0, tokens, outputs=width), clock))
     if heads:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from step35.choices import Draft
 from step35.drafting.acceptance import Drafted
 from step35.drafting.depth_controller import DepthController
 from step35.drafting.draft_round import DraftRound, DraftState
@@ -16,16 +17,15 @@ from step35.sampling.sampler import choose_with_margin
 
 
 class Drafter:
-    """Proposes drafts by MTP heads and prompt lookup, as `mode` says (see options.DRAFT_MODES)."""
+    """Proposes drafts by MTP heads and prompt lookup, as `mode` says."""
 
-    def __init__(self, mode: str, heads: Heads | None, clock: Callable[[], float]) -> None:
-        self.mode = mode
+    def __init__(self, mode: Draft, heads: Heads | None, clock: Callable[[], float]) -> None:
         self.heads = heads or Heads((), 0, 0)
         self.controller = DepthController(len(self.heads))
         self._clock = clock
-        self._fixed_depth = int(mode) if mode.isdigit() else None
+        self._fixed_depth = mode.depth
         self.wants_hidden = len(self.heads) > 0
-        self._is_off = mode not in ("auto", "ngram") and not self.wants_hidden
+        self._is_off = not mode.uses_lookup and not self.wants_hidden
 
     # what is kept about a timeline
 

@@ -22,9 +22,7 @@ from step35.drafting.hidden_ring import HiddenRows
 from step35.native.draft_vocabulary import DraftVocabulary
 from step35.native.interface import ContextInterface
 from step35.native.rows import Rows
-
-REPLAYED_ROWS = 4
-"""Rows of a usual run: the new one, and those that read drafts of the round before, which may have been rejected."""
+from step35.row_counts import REPLAYED_ROWS
 
 
 class Heads:

@@ -4,16 +4,18 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
-from step35.drafting.calibration import CALIBRATED_WIDTHS, calibrate, choose_padding
+from step35.drafting.calibration import calibrate, choose_padding
 from step35.drafting.drafter import Drafter
-from step35.drafting.mtp_heads import REPLAYED_ROWS, Heads
+from step35.drafting.mtp_heads import Heads
 from step35.engine.budget import Budget
+from step35.engine.loading import ON_THIS_BOX, Loading
 from step35.engine.session import Session, n_cells
 from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
 from step35.native.interface import ContextInterface
-from step35.options import EngineOptions, ModelOptions
+from step35.options import EngineOptions
 from step35.planning.memory_pressure import Level, Reading
-from step35.planning.model_header import shard_paths
+from step35.planning.model_header import Header, Headers
+from step35.row_counts import head_rows, verify_rows
 from step35.sampling.token_chooser import TokenGrammar
 from step35.sizes import format_size
 
@@ -21,30 +23,9 @@ if TYPE_CHECKING:
     from step35.native.model import Model
     from step35.planning.admission import Guard, MemoryDemand
 
-HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
-
-
-def _load(options: ModelOptions) -> "Model":
-    from step35.native.model import Model
-    from step35.planning.admission import drop_from_page_cache
-
-    model = Model(options)
-    if options.load_mode in ("none", "direct_io"):  # the weights were copied
-        drop_from_page_cache(shard_paths(options.path))
-    return model
-
-
-def _check_memory(options: EngineOptions) -> "Guard | None":
-    from step35.native.file_facts import read_facts
-    from step35.planning.admission import check_memory
-
-    for path in filter(None, (options.model, options.mtp)):
-        read_facts(path)  # what is wrong with the file is said before what is wrong with its size
-    return check_memory(options)
-
 
 class Engine:
-    """A loaded model. `load_model` is the seam where tests put a fake llama.cpp.
+    """A loaded model. `headers` are read if nobody has read them yet; `loading` is where tests put a fake llama.cpp.
 
     `notes` tells in plain words what differs from what was asked for. `budget` is for all that is kept for later.
     `pressure` is how short the memory is; who must act on it adds a function to `on_pressure`, which the watchdog's
@@ -54,87 +35,84 @@ class Engine:
     def __init__(
         self,
         options: EngineOptions,
+        headers: Headers | None = None,
         *,
-        load_model: "Callable[[ModelOptions], Model]" = _load,
+        loading: Loading = ON_THIS_BOX,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.options = options
         self.clock = clock
         self.notes: list[str] = []
-        self.need: MemoryDemand | None = None
+        self.demand: MemoryDemand | None = None
         """What everything takes, by device and purpose, as counted before loading; None if nobody knows the memory."""
         self.budget = Budget()
         self.pressure, self._reading = Level.CALM, Reading(0)
         self.on_pressure: list[Callable[[Level], None]] = []
         self._closers: list[Callable[[], None]] = []
         try:
-            guard = _check_memory(options) if load_model is _load else None  # another loader has no file to judge
-            self._open(load_model)
+            self.headers = headers or loading.read(options)
+            guard = loading.admit(options, self.headers)
+            self._open(loading)
             if guard is not None:
                 self._watch(guard)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, load_model: "Callable[[ModelOptions], Model]") -> None:
+    def _open(self, loading: Loading) -> None:
         options = self.options
-        wants_heads = options.draft not in ("off", "ngram")
-        self.model = self._load_trunk(load_model, wants_heads and options.mtp is None)
+        wants_heads = options.drafting.uses_heads
+        self.model = self._load(loading, self.headers.model, with_heads=wants_heads and self.headers.side is None)
         self.n_ctx = _context_size(options, self.model)
         self.window = self.model.n_swa
-        self.trunk: ContextInterface = self.model.open_trunk(options.context(n_outputs=_n_outputs(options)))
+        n_outputs = verify_rows(options.n_batch, options.n_sessions)
+        self.trunk: ContextInterface = self.model.open_trunk(options.context(n_outputs=n_outputs))
         self._closers.append(self.trunk.close)
-        self.drafter = Drafter(options.draft, self._open_heads(load_model) if wants_heads else None, self.clock)
+        self.drafter = Drafter(options.drafting, self._open_heads(loading) if wants_heads else None, self.clock)
         self._free_sequences = list(range(options.n_sessions))[::-1]
         self._sessions: dict[int, Session] = {}
         heads = self.drafter.heads
         if heads:
             choose_padding(heads, self.clock)
-        if options.draft in ("auto", "ngram"):
+        if options.drafting.uses_lookup:
             calibrate(self.trunk, self.n_vocab, heads, self.drafter.controller.costs, self.clock)
 
     def _watch(self, guard: "Guard") -> None:
-        self.need = guard.need
+        self.demand = guard.demand
         self.notes += guard.differences()
         self.budget.limit = guard.cache_bytes
         watchdog = guard.watchdog(shrink=self.budget.halve, on_change=self.on_memory_level)
         self._closers.append(watchdog.stop)
         watchdog.start()
 
-    def _load_trunk(self, load_model: "Callable[[ModelOptions], Model]", with_heads: bool) -> "Model":
-        options = self.options
-        model = load_model(options.load(options.model, with_heads=with_heads))
+    def _load(self, loading: Loading, header: Header, *, with_heads: bool) -> "Model":
+        model = loading.load(self.options.load(header.path, with_heads=with_heads), header)
         self._closers.append(model.close)
-        if not model.facts.has_trunk:
-            raise ModelError(
-                f"no trunk: {options.model} holds only MTP heads; give the model's file, and this one with --mtp"
-            )
         return model
 
-    def _open_heads(self, load_model: "Callable[[ModelOptions], Model]") -> Heads | None:
-        model = self._head_model(load_model)
-        if not model.n_heads:
-            self.notes.append(f"{model.facts.path} has no MTP heads: running without them")
+    def _open_heads(self, loading: Loading) -> Heads | None:
+        header = self.headers.side or self.headers.model
+        if not header.shape.n_heads:
+            self.notes.append(f"{header.path} has no MTP heads: running without them")
             return None
-        depth = int(self.options.draft) if self.options.draft.isdigit() else model.n_heads
-        n_batch = max(HEAD_BATCH, REPLAYED_ROWS * self.options.n_sessions)
+        model = self._head_model(loading)
+        n_batch = head_rows(self.options.n_sessions)
         contexts = []
-        for head in range(min(depth, model.n_heads)):
+        for head in range(self.options.drafting.n_heads(header.shape.n_heads)):
             contexts.append(model.open_head(head, self.options.context(n_batch=n_batch, n_outputs=n_batch)))
             self._closers.append(contexts[-1].close)
-        return Heads(contexts, self.window, self.model.n_embd, model.draft_vocabulary)
+        return Heads(contexts, self.window, self.model.n_embd, header.draft_vocabulary)
 
-    def _head_model(self, load_model: "Callable[[ModelOptions], Model]") -> "Model":
-        if self.options.mtp is None:
+    def _head_model(self, loading: Loading) -> "Model":
+        if self.headers.side is None:
             return self.model
-        model = load_model(self.options.load(self.options.mtp, with_heads=True))
-        self._closers.append(model.close)
+        model = self._load(loading, self.headers.side, with_heads=True)
         for name in ("n_vocab", "n_embd", "n_swa", "vocab_digest"):
             wanted, got = getattr(self.model, name), getattr(model, name)
             if wanted != got:
                 raise ModelError(
-                    f"the MTP file doesn't belong to the model: {self.options.mtp} expected {name}={wanted} "
-                    f"as in {self.options.model}, got {got}; make it from the same checkpoint"
+                    f"the MTP file doesn't belong to the model: {self.headers.side.path} expected {name}={wanted} "
+                    f"as in {self.headers.model.path}, got {got}; make it from the same checkpoint"
                 )
         return model
 
@@ -251,10 +229,6 @@ class Engine:
     def open_grammar(self, gbnf: str) -> TokenGrammar:
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)
-
-
-def _n_outputs(options: EngineOptions) -> int:
-    return min(options.n_batch, max(CALIBRATED_WIDTHS) * options.n_sessions)
 
 
 def _context_size(options: EngineOptions, model: "Model") -> int:

@@ -50,7 +50,7 @@ def _unusable(cause: Exception, where: str | None, pinned: str) -> Step35Error:
             f"can't load {PACKAGE}: {cause}; install what is missing, or the version that step35 is made for: "
             f"pip install --force-reinstall --no-cache-dir {PACKAGE}=={pinned}"
         )
-    remedy = f"unset {VARIABLE}, or mend what it names"
+    remedy = f"unset {VARIABLE}, or fix what it names"
     if Path(where).parent == builds.home():
         remedy = f"step35 backend remove {Path(where).name} and build it again; step35 backend use stock does without"
     return BackendError(f"can't load llama.cpp from {where}: {cause}; {remedy}")

@@ -3,16 +3,16 @@
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from step35.choices import KV_TYPES
 from step35.cores import usable_cores
 from step35.errors import Cancelled, ContextFull, NativeError
 from step35.native.library import HEADS_RETURN_ALL_ROWS, C, bind, forget_errors, reason
 from step35.native.rows import Rows
 from step35.options import ContextOptions
-
-KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 
 _context_p = C.llama_context_p_ctypes
 _set_nextn = bind(
@@ -98,9 +98,9 @@ class _Batch:
         self._one = np.ones(n_max, np.int32)
         self._seq_rows = (self.seq.ctypes.data + 4 * np.arange(n_max)).astype(np.uint64)
         self.c = C.llama_batch()
+        kinds: dict[str, Any] = dict(C.llama_batch._fields_)
         for field, array in self._pointers():
-            kind = dict(C.llama_batch._fields_)[field]
-            setattr(self.c, field, ctypes.cast(array.ctypes.data, kind))
+            setattr(self.c, field, ctypes.cast(array.ctypes.data, kinds[field]))
 
     def put(self, at: int, rows: Rows) -> int:
         """Writes rows from place `at` on; returns the place after them."""
@@ -130,7 +130,7 @@ class Context:
 
     def __init__(
         self,
-        handle: object,
+        handle: Any,
         n_embd: int,
         n_logits: int,
         options: ContextOptions,
@@ -156,7 +156,7 @@ class Context:
             _set_nextn(self._ctx, True, not self.returns_all_rows)
 
     @staticmethod
-    def _open(handle: object, options: ContextOptions, head: int | None, watch: object = None) -> object:
+    def _open(handle: Any, options: ContextOptions, head: int | None, watch: object = None) -> Any:
         params = C.llama_context_default_params()
         if watch is not None:
             params.cb_eval = watch
@@ -165,7 +165,7 @@ class Context:
         # llama.cpp's own number may be more than the cores: its threads spin, and wait for each other's time slices
         params.n_threads = options.n_threads or min(params.n_threads, usable_cores())
         params.n_threads_batch = options.n_threads_batch or params.n_threads
-        params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.type_k = params.type_v = KV_TYPES[options.kv_type].native
         params.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
         params.ctx_type = C.LLAMA_CONTEXT_TYPE_DEFAULT if head is None else C.LLAMA_CONTEXT_TYPE_MTP
         params.offload_kqv, params.op_offload = options.offload_kqv, options.op_offload
@@ -300,4 +300,5 @@ class Context:
 def _view(address: int | None, n_rows: int, width: int) -> np.ndarray:
     if not address:
         raise NativeError(f"llama.cpp returned no rows: expected {n_rows} of width {width}")
-    return np.frombuffer((ctypes.c_float * (n_rows * width)).from_address(address), np.float32).reshape(n_rows, width)
+    values: Any = (ctypes.c_float * (n_rows * width)).from_address(address)
+    return np.frombuffer(values, np.float32).reshape(n_rows, width)

@@ -12,8 +12,10 @@ import numpy as np
 
 from step35.errors import ModelError
 
-ARCHITECTURE = "step35-trimmed-heads"
-"""The files' general.architecture: who doesn't translate the ids can't load them by mistake."""
+ARCHITECTURE = "step35"
+"""The general.architecture of a model's files."""
+TRIMMED = "step35-trimmed-heads"
+"""That of files with trimmed heads: who doesn't translate the ids can't load them by mistake."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +35,7 @@ class DraftVocabulary:
 def checked(path: Path, tokens: np.ndarray, stand_ins: np.ndarray, digest: str) -> DraftVocabulary:
     """Returns the vocabulary that a file's arrays describe; raises ModelError if they contradict each other."""
     n, n_model = len(tokens), len(stand_ins)
-    is_sound = 0 < n <= n_model and tokens[0] >= 0 and tokens[-1] < n_model and bool((np.diff(tokens) > 0).all())
+    is_sound = 0 < n <= n_model and tokens[0] >= 0 and tokens[-1] < n_model and bool((tokens[1:] > tokens[:-1]).all())
     is_sound = is_sound and stand_ins.min() >= 0 and stand_ins.max() < n
     if not is_sound or not np.array_equal(stand_ins[tokens], np.arange(n)):
         raise ModelError(

@@ -1,6 +1,7 @@
 """GBNF grammars over a model's vocabulary."""
 
 import ctypes
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from step35.native.library import C, forget_errors, reason
 class Grammar:
     """The state of a GBNF grammar: which tokens may come next."""
 
-    def __init__(self, vocab: object, n_vocab: int, gbnf: str) -> None:
+    def __init__(self, vocab: Any, n_vocab: int, gbnf: str) -> None:
         """`vocab` is a llama_vocab of `n_vocab` tokens; raises SettingsError on text that isn't GBNF."""
         forget_errors()
         self._sampler = C.llama_sampler_init_grammar(vocab, gbnf.encode(), b"root")

@@ -1,13 +1,14 @@
 """llama.cpp's library: the one module that imports llama_cpp.
 
-It loads the chosen build, binds the symbols outside the stable C interface, and keeps llama.cpp's log. The other modules
-of this folder make typed classes of it. Every failure leaves as one of our errors.
+It loads the chosen build, binds the symbols outside the stable C interface, and keeps llama.cpp's log. The other
+modules of this folder make typed classes of it. Every failure leaves as one of our errors.
 """
 
 import ctypes
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from step35.errors import NativeError
@@ -16,11 +17,14 @@ from step35.native.chosen_build import check_identity, chosen_libraries, describ
 PINNED_VERSION = "0.3.36"
 
 with chosen_libraries(PINNED_VERSION):
-    import llama_cpp.llama_cpp as C
+    import llama_cpp.llama_cpp as binding
     from llama_cpp import Llama as _Llama
     from llama_cpp import LlamaGrammar, LlamaState  # noqa: F401
     from llama_cpp import __version__ as binding_version
     from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler
+
+C: Any = binding
+"""llama.cpp's functions. Any: the binding names C's types where ctypes takes Python's, and handles are addresses."""
 
 log = logging.getLogger("step35.llama_cpp")
 log.addHandler(logging.NullHandler())  # without it, Python prints a library's warnings on stderr
@@ -113,13 +117,12 @@ def running_backend() -> str:
     return describe(C._base_path, _identity())
 
 
-_started = False
-
-
 def start_backend() -> None:
     """Starts llama.cpp's backends once, with its log in ours."""
-    global _started
     C.llama_log_set(_route_log, None)
-    if not _started:
-        C.llama_backend_init()
-        _started = True
+    _start_once()
+
+
+@cache
+def _start_once() -> None:
+    C.llama_backend_init()

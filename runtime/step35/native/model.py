@@ -5,35 +5,30 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
+from step35.choices import LOAD_MODES
 from step35.errors import ModelError, NativeError, SettingsError
 from step35.markup import TURN_START
 from step35.native.context import Context, OnExperts
 from step35.native.devices import add_rpc_server
-from step35.native.file_facts import ARCHITECTURE, read_facts
+from step35.native.draft_vocabulary import ARCHITECTURE, DraftVocabulary
 from step35.native.grammar import Grammar
 from step35.native.library import C, bind, forget_errors, reason, start_backend
 from step35.native.long_runs import cut_long_runs
 from step35.options import ContextOptions, ModelOptions
 
-LOAD_MODES = {
-    "auto": C.LLAMA_LOAD_MODE_AUTO,
-    "none": C.LLAMA_LOAD_MODE_NONE,
-    "mmap": C.LLAMA_LOAD_MODE_MMAP,
-    "mlock": C.LLAMA_LOAD_MODE_MMAP_MLOCK,
-    "direct_io": C.LLAMA_LOAD_MODE_DIRECT_IO,
-}
-
 
 class Model:
     """A loaded GGUF: weights and vocabulary. Opens contexts on itself."""
 
-    def __init__(self, options: ModelOptions) -> None:
+    def __init__(self, options: ModelOptions, draft_vocabulary: DraftVocabulary | None = None) -> None:
+        """`draft_vocabulary` is that of a file with trimmed heads."""
         start_backend()
-        self.facts = read_facts(options.path)
-        self._handle = _load(options, self.facts.draft_vocabulary is not None)
+        self.path = options.path
+        self.draft_vocabulary = draft_vocabulary
+        self._handle = _load(options, draft_vocabulary is not None)
         self._vocab = C.llama_model_get_vocab(self._handle)
-        self.draft_vocabulary = self.facts.draft_vocabulary
         self._pieces: dict[tuple[int, bool], bytes] = {}
         self._is_eog: dict[int, bool] = {}
         self.n_logits: int = C.llama_vocab_n_tokens(self._vocab)
@@ -42,8 +37,6 @@ class Model:
         self.n_embd: int = C.llama_model_n_embd(self._handle)
         self.n_swa: int = C.llama_model_n_swa(self._handle)
         self.n_ctx_train: int = C.llama_model_n_ctx_train(self._handle)
-        self.n_heads = self.facts.n_heads if options.load_heads else 0
-        self.n_bytes: int = C.llama_model_size(self._handle)
         self.bos: int = C.llama_vocab_bos(self._vocab)
         self.eos: int = C.llama_vocab_eos(self._vocab)
         self.add_bos: bool = C.llama_vocab_get_add_bos(self._vocab)
@@ -153,14 +146,14 @@ class Model:
             room = n + 1
 
 
-def _load(options: ModelOptions, is_trimmed: bool) -> object:
+def _load(options: ModelOptions, is_trimmed: bool) -> Any:
     for endpoint in options.rpc:
         add_rpc_server(endpoint)
     if options.spreads_numa:
         _spread_numa()
     params = C.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
-    params.load_mode = LOAD_MODES[options.load_mode]
+    params.load_mode = getattr(C, f"LLAMA_LOAD_MODE_{LOAD_MODES[options.load_mode].native}")
     params.load_mtp = options.load_heads
     overrides, shares = _overrides(options.overrides), _shares(options.tensor_split)  # llama.cpp borrows both
     params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p) if overrides else None
@@ -175,7 +168,7 @@ def _load(options: ModelOptions, is_trimmed: bool) -> object:
 
 
 @cache  # llama.cpp borrows it
-def _renamed() -> "ctypes.Array[C.llama_model_kv_override]":
+def _renamed() -> "ctypes.Array[Any]":
     """Makes llama.cpp load trimmed heads as what they are but for the ids."""
     entries = (C.llama_model_kv_override * 2)()
     entries[0].tag, entries[0].key = C.LLAMA_KV_OVERRIDE_TYPE_STR, b"general.architecture"

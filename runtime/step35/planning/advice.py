@@ -13,27 +13,24 @@ from step35.yaml_file import Section, read_yaml, text
 _DOWN = 2
 
 
-def advice(header: Header, machine: Machine, wishes: Constraints) -> list[str]:
+def advice(header: Header, machine: Machine, constraints: Constraints) -> list[str]:
     """Returns what would fit: at most a context and a recipe, as the user would ask for them."""
     found = []
-    n_ctx = longest_context(header, machine, wishes)
-    if n_ctx and wishes.n_ctx is not None:
-        found.append(f"ctx {min(n_ctx, wishes.n_ctx)}")
-    recipe = fitting_recipe(header, machine, wishes)
+    n_ctx = longest_context(header, machine, constraints)
+    if n_ctx and constraints.n_ctx is not None:
+        found.append(f"ctx {min(n_ctx, constraints.n_ctx)}")
+    recipe = fitting_recipe(header, machine, constraints)
     if recipe:
         found.append(f"recipe {recipe}")
     return found
 
 
-def fitting_recipe(header: Header, machine: Machine, wishes: Constraints) -> str | None:
+def fitting_recipe(header: Header, machine: Machine, constraints: Constraints) -> str | None:
     """Returns the best recipe, smaller than this file, that fits with the context asked for."""
     recipes = read_yaml(models_path()).section("recipes")
-    assert recipes is not None
-    for name in recipes.keys():  # noqa: SIM118
-        recipe = recipes.section(name)
-        assert recipe is not None
-        smaller = with_recipe(header, recipe)
-        if smaller.n_bytes < header.n_bytes and place(smaller, machine, wishes).fits:
+    for name in recipes.names():
+        smaller = with_recipe(header, recipes.section(name))
+        if smaller.n_bytes < header.n_bytes and place(smaller, machine, constraints).fits:
             return name
     return None
 

@@ -124,9 +124,9 @@ class _Builder:
 
     def _attention(self, layer: LayerShape, x: Node) -> Node:
         u, head = self.step.n_tokens, self.shape.head_dim
-        n_q, n_past = layer.n_head, layer.n_head_kv
-        q, k, v = (self.node((head * n, u), x) for n in (n_q, n_past, n_past))
-        q, k, v = self.view(q, head, n_q, u), self.view(k, head, n_past, u), self.view(v, head, n_past, u)
+        n_q, n_kv = layer.n_head, layer.n_head_kv
+        q, k, v = (self.node((head * n, u), x) for n in (n_q, n_kv, n_kv))
+        q, k, v = self.view(q, head, n_q, u), self.view(k, head, n_kv, u), self.view(v, head, n_kv, u)
         q, k = self.over(self.norm(q), self.positions), self.over(self.norm(k), self.positions)
         inputs = self.inputs[layer.is_sliding]
         q, k = self._rotated(q, inputs.k_rotation), self._rotated(k, inputs.k_rotation)

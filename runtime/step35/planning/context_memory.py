@@ -9,17 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
+from step35.choices import KV_TYPES
 from step35.planning import graph_allocator as graph_memory
 from step35.planning.compute_graphs import F16, F32, Step, head_graph, trunk_graph
 from step35.planning.model_header import Header, LayerShape, ModelShape, Tensor, is_skipped
+from step35.row_counts import head_rows, verify_rows
 
 CELL_PADDING = 256
 """llama.cpp pads a context and the sliding-window ring to this many cells."""
-VERIFY_ROWS = 8
-"""Rows of logits that the engine asks one decode for, a session."""
-HEAD_ROWS = 32
-REPLAYED_ROWS = 4
-KV_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +35,6 @@ class Run:
     @property
     def n_cells(self) -> int:
         return padded(self.n_ctx)
-
-    @property
-    def head_rows(self) -> int:
-        return max(HEAD_ROWS, REPLAYED_ROWS * self.n_sessions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +67,7 @@ def ring_cells(shape: ModelShape, run: Run, n_batch: int) -> int:
 
 def cell_bytes(shape: ModelShape, layer: LayerShape, kv_type: str) -> int:
     """Returns the bytes of one layer's K and V of one token."""
-    return int(2 * layer.n_head_kv * shape.head_dim * KV_BITS[kv_type] / 8)
+    return int(2 * layer.n_head_kv * shape.head_dim * KV_TYPES[kv_type].n_bits / 8)
 
 
 @cache
@@ -84,7 +77,7 @@ def trunk_context(shape: ModelShape, run: Run) -> ContextBytes:
     n_ring = ring_cells(shape, run, n_batch)
     n_cells = [n_ring if layer.is_sliding else run.n_cells for layer in shape.trunk]
     kv = [cell_bytes(shape, layer, run.kv_type) * n for layer, n in zip(shape.trunk, n_cells, strict=True)]
-    step = _step(run, n_batch, min(n_batch, VERIFY_ROWS * run.n_sessions), n_ring)
+    step = _step(run, n_batch, verify_rows(n_batch, run.n_sessions), n_ring)
     outputs = F32 * (shape.n_vocab * step.n_outputs + shape.n_embd * n_batch)
     compute = graph_memory.n_bytes(trunk_graph(shape, step))
     embedded = F32 * shape.n_embd * step.n_tokens
@@ -96,7 +89,7 @@ def trunk_context(shape: ModelShape, run: Run) -> ContextBytes:
 def head_context(shape: ModelShape, run: Run) -> ContextBytes:
     """Returns the buffers of one head's context; llama.cpp keeps cells for all heads in each."""
     shape = replace(shape, n_vocab=shape.n_head_vocab)
-    n_batch = min(run.head_rows, run.n_ctx)
+    n_batch = min(head_rows(run.n_sessions), run.n_ctx)
     n_ring = ring_cells(shape, run, n_batch)
     kv = [cell_bytes(shape, layer, run.kv_type) * n_ring for layer in shape.heads]
     step = _step(run, n_batch, n_batch, n_ring)
@@ -109,8 +102,8 @@ def head_context(shape: ModelShape, run: Run) -> ContextBytes:
 
 def _step(run: Run, n_batch: int, n_outputs: int, n_ring: int) -> Step:
     n_tokens = padded(n_batch, run.n_sessions)
-    is_quantized = run.kv_type.startswith("q")
-    return Step(n_tokens, min(n_tokens, n_outputs), run.n_cells, n_ring, run.has_flash_attention, is_quantized)
+    rotates_kv = KV_TYPES[run.kv_type].is_quantized
+    return Step(n_tokens, min(n_tokens, n_outputs), run.n_cells, n_ring, run.has_flash_attention, rotates_kv)
 
 
 def _mask_bytes(step: Step, n_cells: int) -> int:

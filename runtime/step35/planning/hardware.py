@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 
 from step35.cores import usable_cores
 from step35.native.device_kinds import INTEGRATED, Device
@@ -30,6 +32,17 @@ FLOPS_PER_BANDWIDTH = 60.0
 LINK_SHARE = 0.8
 
 
+class Memory(NamedTuple):
+    """Bytes in all, and those that a program may still take."""
+
+    total: int
+    available: int
+
+
+def _nobody_knows() -> Memory | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """Where facts come from. `read` returns a system file's text, or None where there is none."""
@@ -40,11 +53,15 @@ class Sources:
     """Measures the RAM's bandwidth in bytes a second with some threads."""
     n_cpus: int
     system: str
+    memory: Callable[[], Memory | None] = _nobody_knows
+    """Of the system; None if it can't be read."""
+    address_space: Callable[[], Memory | None] = _nobody_knows
+    """Of this process, as `ulimit -v` limits it; None without a limit."""
 
 
 def probe(sources: Sources) -> Machine:
     """Returns this box as a machine to plan for."""
-    total, available = ram(sources)
+    total, available = ram(sources) or (0, 0)
     n_cores = physical_cores(sources)
     bandwidth = sources.bandwidth(n_cores)
     devices = _used([_sharing(device) if sources.system == "Darwin" else device for device in sources.devices()])
@@ -78,26 +95,14 @@ def reserve(total_bytes: int, has_gpu: bool) -> int:
 # memory
 
 
-def ram(sources: Sources) -> tuple[int, int]:
-    """Returns the bytes of RAM, and those a program may still take under its cgroup's limit."""
-    meminfo = _meminfo(sources)
-    total, available = meminfo.get("MemTotal", 0), meminfo.get("MemAvailable", 0)
-    if not total:
-        total = available = _sysctl_memory(sources)
-    for limit, used in cgroup_limits(sources) + address_space_limits(sources):
-        total, available = min(total, limit), min(available, max(0, limit - used))
-    return total, available
-
-
-def _meminfo(sources: Sources) -> dict[str, int]:
-    lines = (sources.read("/proc/meminfo") or "").splitlines()
-    pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
-    return {key: int(value.split()[0]) * 1024 for key, value in pairs}
-
-
-def _sysctl_memory(sources: Sources) -> int:
-    text = sources.read("sysctl:hw.memsize")
-    return int(text) if text else 0
+def ram(sources: Sources) -> Memory | None:
+    """Returns the RAM, and what a program may still take of it under its limits; None if it can't be read."""
+    system, space = sources.memory(), sources.address_space()
+    if system is None:
+        return None
+    limits = [Memory(limit, max(0, limit - used)) for limit, used in cgroup_limits(sources)]
+    known = [system, *limits, *([space] if space is not None else [])]
+    return Memory(min(memory.total for memory in known), min(memory.available for memory in known))
 
 
 def cgroup_limits(sources: Sources) -> list[tuple[int, int]]:
@@ -117,16 +122,6 @@ def stalls(sources: Sources) -> tuple[float, float]:
     text = next(filter(None, map(sources.read, [*folders, "/proc/pressure/memory"])), "")
     values = {line.split()[0]: float(line.split()[1].partition("=")[2]) / 100 for line in text.splitlines()}
     return values.get("some", 0.0), values.get("full", 0.0)
-
-
-def address_space_limits(sources: Sources) -> list[tuple[int, int]]:
-    """Returns (limit, bytes in use) of this process's address space, if `ulimit -v` limits it."""
-    lines = (sources.read("/proc/self/limits") or "").splitlines()
-    limit = next((line.split()[3] for line in lines if line.startswith("Max address space")), "unlimited")
-    size = sources.read("/proc/self/statm")
-    if not limit.isdigit() or not size:
-        return []
-    return [(int(limit), int(size.split()[0]) * os.sysconf("SC_PAGE_SIZE"))]
 
 
 def _cgroup_folders(sources: Sources) -> list[tuple[str, str, str]]:
@@ -243,7 +238,29 @@ def link_bandwidth(sources: Sources, address: str | None) -> float:
 
 def this_box() -> Sources:
     """Returns the sources of the box that this runs on."""
-    return Sources(_read, _devices, cached_bandwidth, usable_cores(), platform.system())
+    return Sources(_read, _devices, cached_bandwidth, usable_cores(), platform.system(), system_memory, address_space)
+
+
+def system_memory() -> Memory | None:
+    """Returns the system's memory; None if it can't be read, which says nothing about how much is free."""
+    try:
+        found = psutil.virtual_memory()
+    except (OSError, psutil.Error, RuntimeError, KeyError, ValueError):
+        return None
+    return Memory(found.total, found.available) if found.total else None
+
+
+def address_space() -> Memory | None:
+    """Returns this process's address space; None without a limit, or where the system knows none."""
+    limit_of = getattr(psutil, "RLIMIT_AS", None)
+    if limit_of is None:
+        return None
+    try:
+        process = psutil.Process()
+        limit, used = process.rlimit(limit_of)[0], process.memory_info().vms
+    except (OSError, psutil.Error):
+        return None
+    return None if limit < 0 else Memory(limit, max(0, limit - used))
 
 
 def _devices() -> list[Device]:
@@ -282,10 +299,8 @@ def _devices_of_a_child() -> list[Device]:
 
 def _read(path: str) -> str | None:
     try:
-        if path.startswith("sysctl:"):
-            return subprocess.run(["sysctl", "-n", path[7:]], capture_output=True, text=True, check=True).stdout
         return Path(path).read_text(encoding="utf-8", errors="replace")
-    except (OSError, subprocess.CalledProcessError):
+    except OSError:
         return None
 
 

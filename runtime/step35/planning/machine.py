@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from step35.choices import PLANNED_LOAD_MODES
 from step35.errors import SettingsError
 from step35.native.device_kinds import DISCRETE, INTEGRATED, REMOTE
 from step35.sizes import parse_size
 from step35.yaml_file import Section, one_of, positive, read_yaml, text, whole
 
 GIB = 2**30
-LOAD_MODES = ("none", "mmap", "direct_io")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class Machine:
     n_cores: int
     n_numa: int
     total_bytes: int
+    """Of RAM; 0 if nobody knows."""
     available_bytes: int
     reserve_bytes: int
     """What a plan leaves free for the rest of the system."""
@@ -81,9 +82,8 @@ def models_path() -> Path:
 
 def known_machines(path: Path | None = None) -> dict[str, Machine]:
     """Returns the machines of models.yaml by name."""
-    section = read_yaml(path or models_path()).section("machines")
-    assert section is not None
-    return {name: machine_of(section.section(name), name) for name in section.keys()}  # noqa: SIM118
+    machines = read_yaml(path or models_path()).section("machines")
+    return {name: machine_of(machines.section(name), name) for name in machines.names()}
 
 
 def find_machine(name: str) -> Machine:
@@ -96,9 +96,8 @@ def find_machine(name: str) -> Machine:
     return known[name]
 
 
-def machine_of(entry: Section | None, name: str) -> Machine:
+def machine_of(entry: Section, name: str) -> Machine:
     """Returns the machine of one entry; raises SettingsError that names the line."""
-    assert entry is not None
     total = entry.take("memory", _size, _SIZE)
     machine = Machine(
         name=name,
@@ -110,7 +109,7 @@ def machine_of(entry: Section | None, name: str) -> Machine:
         reserve_bytes=entry.take("reserve", _size, _SIZE, 4 * GIB),
         bandwidth=entry.take("gbps", positive, _NUMBER) * 1e9,
         gpus=tuple(_gpu(gpu) for gpu in entry.sections("gpus")),
-        load_mode=entry.take("load_mode", one_of(*LOAD_MODES), f"one of {', '.join(LOAD_MODES)}", "none"),
+        load_mode=entry.take("load_mode", one_of(*PLANNED_LOAD_MODES), _LOAD_MODE, "none"),
         decode_share=entry.take("decode_share", positive, _NUMBER, 0.6),
         flops=entry.take("tflops", positive, _NUMBER, 0.0) * 1e12,
     )
@@ -119,6 +118,7 @@ def machine_of(entry: Section | None, name: str) -> Machine:
 
 
 _SIZE, _NUMBER = "a size such as 24GiB", "a number above 0"
+_LOAD_MODE = f"one of {', '.join(PLANNED_LOAD_MODES)}"
 
 
 def _size(value: object) -> int:

@@ -1,31 +1,23 @@
-"""What a GGUF's header says of memory: its tensors with their bytes, and the model's shape.
+"""What a model's header says before any weight is read: its tensors with their bytes, its shape, its heads.
 
-Only the header is read, without llama.cpp: a file of any size, on any machine, takes a fraction of a
-second. Tensor data may be a hole. See docs/gguf.md for the names and keys.
+Only the headers are read, without llama.cpp: a file of any size, on any machine, takes a fraction of a second. See
+docs/gguf.md for the names and keys.
 """
 
 import hashlib
-import mmap
-import os
 import re
-import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
-
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from step35.errors import ModelError
 from step35.native import draft_vocabulary
+from step35.native.draft_vocabulary import ARCHITECTURE, DraftVocabulary
+from step35.planning.gguf_file import GgufFile, Metadata, StoredTensor, read_gguf
 
-ARCHITECTURE = "step35"
-_STRING, _ARRAY = 8, 9
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_MAX_DIMS = 4
-MAX_HEADER_BYTES = 256 * 2**20
-"""Far beyond any real model's; all that is mapped of a file."""
+MAX_LAYERS, MAX_EXPERTS, MAX_SHARDS = 512, 1024, 65535
+"""What llama.cpp takes: LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS, and 16 bits for split.count."""
 
 
 class Group(StrEnum):
@@ -102,6 +94,8 @@ class Header:
     """A model's header. `digest` tells this file from any other: sha256 of the header's bytes, in hex."""
 
     path: Path
+    files: tuple[Path, ...]
+    """The file itself, and its other shards."""
     name: str
     recipe: str
     shape: ModelShape
@@ -109,40 +103,130 @@ class Header:
     digest: str
     n_blocks: int
     """Layers that the (trunk's) file declares, heads included: what llama.cpp spreads over several GPUs."""
+    has_trunk: bool
+    draft_vocabulary: DraftVocabulary | None = None
+    """Of trimmed heads; None if the file's tokens are the model's."""
 
     @property
     def n_bytes(self) -> int:
         return sum(tensor.n_bytes for tensor in self.tensors)
 
 
-def read_header(path: Path) -> Header:
-    """Reads the header of a model, or of all its shards; raises ModelError on anything else."""
-    files = [_read_file(path)]
-    files += [_read_file(shard) for shard in _other_shards(path, files[0].metadata.get("split.count", 1))]
-    metadata = files[0].metadata
-    if metadata.get("general.architecture") not in (ARCHITECTURE, draft_vocabulary.ARCHITECTURE):
-        raise ModelError(
-            f"not a Step-3.5 model: {path} expected general.architecture={ARCHITECTURE}, "
-            f"got {metadata.get('general.architecture')!r}; convert a checkpoint with convert-step35"
-        )
-    raw = [tensor for file in files for tensor in file.tensors]
-    shape = _shape(path, metadata, {name: dims for name, _, dims, _ in raw})
-    tensors = tuple(_tensor(shape, *entry) for entry in raw)
-    digest = hashlib.sha256("".join(file.digest for file in files).encode()).hexdigest()
-    recipe = str(metadata.get("convert_step35.recipe", ""))
-    n_blocks = metadata[f"{ARCHITECTURE}.block_count"]
-    return Header(path, str(metadata.get("general.name", path.name)), recipe, shape, tensors, digest, n_blocks)
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """The headers of the files that an engine loads: the model's, and that of a side file that brings the heads.
 
-
-def read_model(path: Path, mtp: Path | None = None) -> Header:
-    """Returns the header of a model, joined with that of a side file that brings the heads.
-
-    Raises ModelError if the model's file holds only heads, or the other none.
+    Raises ModelError if the model's file holds only heads.
     """
-    header = read_header(path)
-    if all(tensor.layer is None or tensor.layer >= header.shape.n_trunk for tensor in header.tensors):
-        raise ModelError(f"no trunk: {path} holds only MTP heads; give the model's file, and this one with --mtp")
-    return header if mtp is None else with_side(header, read_header(mtp))
+
+    model: Header
+    side: Header | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model.has_trunk:
+            raise ModelError(
+                f"no trunk: {self.model.path} holds only MTP heads; give the model's file, and this one with --mtp-file"
+            )
+
+    @property
+    def side_path(self) -> Path | None:
+        return None if self.side is None else self.side.path
+
+    def joined(self, *, with_heads: bool = True) -> Header:
+        """Returns the header of what is loaded; without heads the side file is left out.
+
+        Raises ModelError if the side file has no heads.
+        """
+        return with_side(self.model, self.side) if self.side is not None and with_heads else self.model
+
+
+def read_headers(model: Path, mtp: Path | None = None) -> Headers:
+    """Reads the headers of a model and of a side file; raises ModelError if the model's file holds only heads."""
+    headers = Headers(read_header(model))
+    return headers if mtp is None else replace(headers, side=read_header(mtp))
+
+
+def read_model(model: Path, mtp: Path | None = None) -> Header:
+    """Returns the header of a model, joined with that of a side file that brings the heads."""
+    return read_headers(model, mtp).joined()
+
+
+def read_header(path: Path) -> Header:
+    """Reads the header of one model, or of all its shards; raises ModelError on anything else."""
+    first = read_gguf(path)
+    metadata = first.metadata
+    is_trimmed = _check_architecture(metadata)
+    paths = (path, *_other_shards(path, metadata.number("split.count", 1, high=MAX_SHARDS)))
+    files = [first, *map(read_gguf, paths[1:])]
+    stored = _distinct(path, files)
+    shape = _shape(metadata, stored)
+    _check_heads(path, metadata, shape, stored)
+    tensors = tuple(_tensor(path, shape, tensor) for tensor in stored.values())
+    return Header(
+        path=path,
+        files=paths,
+        name=metadata.text("general.name", path.name),
+        recipe=metadata.text("convert_step35.recipe"),
+        shape=shape,
+        tensors=tensors,
+        digest=hashlib.sha256("".join(file.digest for file in files).encode()).hexdigest(),
+        n_blocks=metadata.number(_key("block_count")),
+        has_trunk=shape.n_trunk > 0 and "blk.0.attn_norm.weight" in stored,
+        draft_vocabulary=_draft_vocabulary(metadata) if is_trimmed else None,
+    )
+
+
+def _check_architecture(metadata: Metadata) -> bool:
+    """Returns whether a file holds trimmed heads; raises ModelError if it is no Step-3.5 at all."""
+    architecture = metadata.text("general.architecture")
+    if architecture not in (ARCHITECTURE, draft_vocabulary.TRIMMED):
+        raise ModelError(
+            f"not a Step-3.5 model: {metadata.path} expected general.architecture={ARCHITECTURE}, "
+            f"got {architecture[:64]!a}; convert a checkpoint with convert-step35"
+        )
+    return architecture == draft_vocabulary.TRIMMED
+
+
+def _other_shards(path: Path, n_shards: int) -> list[Path]:
+    if n_shards <= 1:
+        return []
+    stem, mark, _ = path.name.rpartition("-00001-of-")
+    if not mark:
+        raise ModelError(f"not the first shard: {path} expected a name with -00001-of-{n_shards:05}; open that one")
+    return [path.with_name(f"{stem}-{i:05}-of-{n_shards:05}.gguf") for i in range(2, n_shards + 1)]
+
+
+def _distinct(path: Path, files: Sequence[GgufFile]) -> dict[str, StoredTensor]:
+    """Returns the tensors of all shards by name."""
+    stored = {tensor.name: tensor for file in files for tensor in file.tensors}
+    n_tensors = sum(len(file.tensors) for file in files)
+    if len(stored) != n_tensors:
+        raise ModelError(
+            f"damaged shards: {path} expected {n_tensors} tensors of different names, got {len(stored)}; "
+            "download or convert them again"
+        )
+    return stored
+
+
+def _draft_vocabulary(metadata: Metadata) -> DraftVocabulary:
+    tokens, stand_ins = (metadata.integers(_key(f"draft.{name}")) for name in ("tokens", "stand_ins"))
+    return draft_vocabulary.checked(metadata.path, tokens, stand_ins, metadata.text(_key("draft.vocab_sha256")))
+
+
+def _check_heads(path: Path, metadata: Metadata, shape: ModelShape, stored: dict[str, StoredTensor]) -> None:
+    """Raises ModelError if some of the declared heads have tensors and others none."""
+    n_declared = metadata.number(_key("nextn_predict_layers"), 0)
+    n_found = sum(_is_head(stored, shape.n_trunk + head) for head in range(n_declared))
+    has_parts = any(layer is not None and layer >= shape.n_trunk for layer in map(_layer_of, stored))
+    if n_found != (n_declared if has_parts else 0):
+        raise ModelError(
+            f"incomplete MTP heads: {path} expected {n_declared} (nextn_predict_layers), got {n_found}; "
+            "convert the checkpoint again, or make a side file with convert-step35 run --mtp only"
+        )
+
+
+def _is_head(stored: dict[str, StoredTensor], layer: int) -> bool:
+    return f"blk.{layer}.nextn.eh_proj.weight" in stored
 
 
 def with_side(header: Header, side: Header) -> Header:
@@ -184,90 +268,77 @@ def _of_head(tensor: Tensor, first_head: int) -> Tensor:
     return tensor if is_placed else replace(tensor, group=Group.HEADS, layer=first_head)
 
 
-def shard_paths(path: Path) -> list[Path]:
-    """Returns a model's files: itself, and its other shards."""
-    return [path, *_other_shards(path, _read_file(path).metadata.get("split.count", 1))]
-
-
-def _other_shards(path: Path, n_shards: int) -> list[Path]:
-    if n_shards <= 1:
-        return []
-    stem, mark, _ = path.name.rpartition("-00001-of-")
-    if not mark:
-        raise ModelError(f"not the first shard: {path} expected a name with -00001-of-{n_shards:05}; open that one")
-    return [path.with_name(f"{stem}-{i:05}-of-{n_shards:05}.gguf") for i in range(2, n_shards + 1)]
-
-
 # the model's shape
 
 
-def _shape(path: Path, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelShape:
-    keys = _Keys(path, metadata)
-    n_blocks, n_declared = keys.number("block_count"), keys.number("nextn_predict_layers", 0)
+def _key(name: str) -> str:
+    return f"{ARCHITECTURE}.{name}"
+
+
+def _shape(metadata: Metadata, stored: dict[str, StoredTensor]) -> ModelShape:
+    n_blocks = metadata.number(_key("block_count"), low=1, high=MAX_LAYERS)
+    n_declared = metadata.number(_key("nextn_predict_layers"), 0, high=n_blocks)
     n_trunk = n_blocks - n_declared
-    has_heads = f"blk.{n_trunk}.nextn.eh_proj.weight" in shapes
-    head_dim = keys.number("attention.key_length")
-    if "token_embd.weight" not in shapes:
-        raise ModelError(f"incomplete model: {path} expected token_embd.weight, got no such tensor; convert it again")
+    has_heads = n_declared > 0 and _is_head(stored, n_trunk)
+    n_expert = metadata.number(_key("expert_count"), low=1, high=MAX_EXPERTS)
+    n_vocab = _n_rows(metadata.path, stored.get("token_embd.weight"))
     return ModelShape(
         n_trunk=n_trunk,
         n_heads=n_declared if has_heads else 0,
-        n_embd=keys.number("embedding_length"),
-        n_ff=keys.number("feed_forward_length"),
-        n_ff_expert=keys.number("expert_feed_forward_length"),
-        n_ff_shared=next((s[0] for n, s in shapes.items() if n.endswith("ffn_gate_shexp.weight")), 0),
-        n_expert=keys.number("expert_count"),
-        n_expert_used=keys.number("expert_used_count"),
-        n_vocab=shapes["token_embd.weight"][0],
-        n_head_vocab=shapes["token_embd.weight"][0],
-        head_dim=head_dim,
-        window=keys.number("attention.sliding_window"),
-        n_ctx_train=keys.number("context_length"),
-        layers=_layers(keys, n_blocks if has_heads else n_trunk, shapes),
+        n_embd=metadata.number(_key("embedding_length"), low=1),
+        n_ff=metadata.number(_key("feed_forward_length")),
+        n_ff_expert=metadata.number(_key("expert_feed_forward_length")),
+        n_ff_shared=next((t.shape[0] for n, t in stored.items() if n.endswith("ffn_gate_shexp.weight") and t.shape), 0),
+        n_expert=n_expert,
+        n_expert_used=metadata.number(_key("expert_used_count"), low=1, high=n_expert),
+        n_vocab=n_vocab,
+        n_head_vocab=n_vocab,
+        head_dim=metadata.number(_key("attention.key_length"), low=1),
+        window=metadata.number(_key("attention.sliding_window")),
+        n_ctx_train=metadata.number(_key("context_length"), low=1),
+        layers=_layers(metadata, n_blocks if has_heads else n_trunk, stored),
     )
 
 
-def _layers(keys: "_Keys", n_layers: int, shapes: dict[str, tuple[int, ...]]) -> tuple[LayerShape, ...]:
+def _n_rows(path: Path, embedding: StoredTensor | None) -> int:
+    """Returns the tokens of the vocabulary, a row each."""
+    if embedding is None or not embedding.shape:
+        raise ModelError(f"incomplete model: {path} expected token_embd.weight, got no such tensor; convert it again")
+    return embedding.shape[0]
+
+
+def _layers(metadata: Metadata, n_layers: int, stored: dict[str, StoredTensor]) -> tuple[LayerShape, ...]:
     columns = zip(
-        keys.each("attention.head_count", n_layers),
-        keys.each("attention.head_count_kv", n_layers),
-        keys.each("attention.sliding_window_pattern", n_layers),
-        keys.each("swiglu_clamp_exp", n_layers, 0.0),
-        keys.each("swiglu_clamp_shexp", n_layers, 0.0),
+        metadata.counts(_key("attention.head_count"), n_layers),
+        metadata.counts(_key("attention.head_count_kv"), n_layers),
+        metadata.each(_key("attention.sliding_window_pattern"), n_layers),
+        metadata.each(_key("swiglu_clamp_exp"), n_layers, 0.0),
+        metadata.each(_key("swiglu_clamp_shexp"), n_layers, 0.0),
         strict=True,
     )
+    moe = _moe_layers(metadata.path, stored)
     return tuple(
-        LayerShape(n_head, n_past, bool(sliding), f"blk.{i}.ffn_gate_exps.weight" in shapes, routed > 0, shared > 0)
-        for i, (n_head, n_past, sliding, routed, shared) in enumerate(columns)
+        LayerShape(n_head, n_head_kv, bool(sliding), i in moe, routed > 0, shared > 0)
+        for i, (n_head, n_head_kv, sliding, routed, shared) in enumerate(columns)
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    path: Path
-    metadata: dict[str, Any]
-
-    def number(self, name: str, default: int | None = None) -> int:
-        value = self.metadata.get(f"{ARCHITECTURE}.{name}", default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self._bad(name, "a number", value)
-        return value
-
-    def each(self, name: str, n: int, default: float | None = None) -> list[Any]:
-        """Returns one value a layer; a scalar stands for all of them."""
-        value = self.metadata.get(f"{ARCHITECTURE}.{name}", default)
-        values = value if isinstance(value, list) else [value] * n
-        if None in values or len(values) < n:
-            raise self._bad(name, f"{n} values", value)
-        return values[:n]
-
-    def _bad(self, name: str, want: str, got: object) -> ModelError:
-        return ModelError(
-            f"bad metadata: {self.path} {ARCHITECTURE}.{name} expected {want}, got {got!r}; convert it again"
-        )
+def _moe_layers(path: Path, stored: dict[str, StoredTensor]) -> set[int]:
+    """Returns the layers with routed experts; raises ModelError if one lacks a matrix of them."""
+    experts = {(int(match[1]), match[2]) for match in map(_EXPERTS.match, stored) if match}
+    layers = {layer for layer, _ in experts}
+    for layer in sorted(layers):
+        missing = [matrix for matrix in ("gate", "up", "down") if (layer, matrix) not in experts]
+        if missing:
+            raise ModelError(
+                f"incomplete model: {path} expected gate, up and down experts in layer {layer}, got no {missing[0]}; "
+                "convert it again"
+            )
+    return layers
 
 
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)", re.ASCII)
+_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.", re.ASCII)
 _GROUPS = (
     (re.compile(r".*norm\.weight|rope_freqs.*"), Group.NORMS),
     (re.compile(r"ffn_(gate|up|down)_exps\..*"), Group.EXPERTS),
@@ -280,130 +351,21 @@ _GROUPS = (
 )
 
 
-def _tensor(shape: ModelShape, name: str, kind: str, dims: tuple[int, ...], n_bytes: int) -> Tensor:
+def _layer_of(name: str) -> int | None:
     match = _LAYER.fullmatch(name)
-    layer = int(match[1]) if match else None
-    if layer is not None and layer >= shape.n_trunk:
-        return Tensor(name, kind, dims, n_bytes, layer, Group.HEADS)
-    short = match[2] if match else name
-    group = next((group for pattern, group in _GROUPS if pattern.fullmatch(short)), None)
-    if group is None:
-        raise ModelError(f"unknown tensor: {name} isn't one of a Step-3.5 model's; convert the checkpoint again")
-    return Tensor(name, kind, dims, n_bytes, layer, group)
+    return int(match[1]) if match else None
 
 
-# the file
+def _tensor(path: Path, shape: ModelShape, stored: StoredTensor) -> Tensor:
+    match = _LAYER.fullmatch(stored.name)
+    layer, short = (int(match[1]), match[2]) if match else (None, stored.name)
+    group = _group(short) if layer is None or layer < shape.n_trunk else Group.HEADS
+    if group is None or (layer is not None and layer >= len(shape.layers)):
+        raise ModelError(
+            f"unknown tensor: {path} {stored.name!a} isn't one of a Step-3.5 model's; convert the checkpoint again"
+        )
+    return Tensor(stored.name, stored.kind, stored.shape, stored.n_bytes, layer, group)
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    metadata: dict[str, Any]
-    tensors: list[tuple[str, str, tuple[int, ...], int]]
-    digest: str
-
-
-def _read_file(path: Path) -> _File:
-    if not path.is_file():
-        raise ModelError(f"no model file: {path} doesn't exist or isn't a file")
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-            if magic != b"GGUF":
-                raise ModelError(f"not a GGUF file: {path} expected the magic b'GGUF', got {magic!r}")
-            n_bytes = os.fstat(file.fileno()).st_size
-            with mmap.mmap(file.fileno(), min(n_bytes, MAX_HEADER_BYTES), access=mmap.ACCESS_READ) as data:
-                return _parse(path, data, n_bytes)
-    except OSError as error:
-        raise ModelError(f"can't read the model: {path}: {error.strerror}") from error
-    except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError) as error:
-        raise ModelError(f"unreadable GGUF header: {path}: {error}; download or convert it again") from error
-
-
-def _parse(path: Path, data: mmap.mmap, file_bytes: int) -> _File:
-    cursor = _Cursor(data, 4)
-    version = cursor.number("I")
-    if version not in (2, 3):
-        raise ModelError(f"unknown GGUF version: {path} expected 2 or 3, got {version}; convert the model again")
-    n_tensors, n_keys = cursor.number("Q"), cursor.number("Q")
-    metadata = dict(cursor.entry() for _ in range(n_keys))
-    tensors = [cursor.tensor() for _ in range(n_tensors)]
-    _check_data(path, metadata, (t[3] for t in tensors), cursor.at, file_bytes)
-    return _File(metadata, tensors, hashlib.sha256(data[: cursor.at]).hexdigest())
-
-
-def _check_data(path: Path, metadata: dict[str, Any], sizes: Iterable[int], header_end: int, file_bytes: int) -> None:
-    alignment = metadata.get("general.alignment", 32)
-    end = -(-header_end // alignment) * alignment
-    for n_bytes in sizes:
-        last = end + n_bytes
-        end += -(-n_bytes // alignment) * alignment
-        if last > file_bytes:
-            raise ModelError(
-                f"incomplete file: {path} expected at least {last} bytes, got {file_bytes}; download it again"
-            )
-
-
-@dataclass(slots=True)
-class _Cursor:
-    """A place in the header, moving forward; struct.error at the file's end."""
-
-    data: mmap.mmap
-    at: int
-
-    def number(self, code: str) -> Any:
-        value = struct.unpack_from(f"<{code}", self.data, self.at)[0]
-        self.at += struct.calcsize(f"<{code}")
-        return value
-
-    def text(self) -> str:
-        start, n = self.at + 8, self.number("Q")
-        self._skip(n)
-        return self.data[start : self.at].decode()
-
-    def entry(self) -> tuple[str, Any]:
-        return self.text(), self.value(self.number("I"))
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.text()
-        if kind == _ARRAY:
-            return self._array(self.number("I"), self.number("Q"))
-        return self.number(_SCALARS[kind])
-
-    def _array(self, kind: int, n: int) -> list[Any]:
-        """Returns an array of numbers; the texts of a vocabulary are skipped."""
-        if kind == _STRING:
-            self._skip_texts(n)
-            return []
-        code = f"<{n}{_SCALARS[kind]}"
-        start = self.at
-        self._skip(struct.calcsize(code))
-        return list(struct.unpack_from(code, self.data, start))
-
-    def _skip_texts(self, n: int) -> None:
-        data, at, length = self.data, self.at, struct.Struct("<Q").unpack_from
-        for _ in range(n):  # a vocabulary and its merges: a quarter of a million
-            at += 8 + length(data, at)[0]
-        self._skip(at - self.at)
-
-    def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
-        name, n_dims = self.text(), self.number("I")
-        if n_dims > _MAX_DIMS:
-            raise ValueError(f"{name} expected at most {_MAX_DIMS} dimensions, got {n_dims}")
-        dims = tuple(self.number("Q") for _ in range(n_dims))[::-1]
-        kind = GGMLQuantizationType(self.number("I"))
-        self.number("Q")  # the offset: tensors lie one after the other
-        return name, kind.name, dims, _n_bytes(kind, dims)
-
-    def _skip(self, n_bytes: int) -> None:
-        self.at += n_bytes
-        if self.at > len(self.data):
-            raise ValueError(f"it ends at byte {len(self.data)}, {self.at - len(self.data)} bytes too early")
-
-
-def _n_bytes(kind: GGMLQuantizationType, dims: tuple[int, ...]) -> int:
-    n_weights = 1
-    for size in dims:
-        n_weights *= size
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    return n_weights // block * block_bytes
+def _group(name: str) -> Group | None:
+    return next((group for pattern, group in _GROUPS if pattern.fullmatch(name)), None)

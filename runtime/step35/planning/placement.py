@@ -1,4 +1,4 @@
-"""What goes where: from a header, a machine and wishes to a placement, with its reasons.
+"""What goes where: from a header, a machine and constraints to a placement, with its reasons.
 
 Pure. A policy lays the model out for one set of run settings; `place` walks down a ladder of settings
 until one fits, and says what it gave up. `auto` takes the policy with the fastest estimated decode.
@@ -95,7 +95,7 @@ class Placement:
         return Loading(self.load_mode, self.op_offload_from is not None)
 
 
-def wishes_of(placement: Placement, distinct: tuple[float, ...] = ()) -> Constraints:
+def constraints_of(placement: Placement, distinct: tuple[float, ...] = ()) -> Constraints:
     """Returns what one would ask for to get a plan like this; its batch and KV type may yet be traded."""
     run = placement.run
     return Constraints(
@@ -128,18 +128,18 @@ class PlanReport:
         return self.speeds[-1].decode
 
 
-def place(header: Header, machine: Machine, wishes: Constraints) -> PlanReport:
+def place(header: Header, machine: Machine, constraints: Constraints) -> PlanReport:
     """Returns the best placement that fits, or the most frugal one that doesn't; `fits` tells which.
 
-    Raises SettingsError where the wishes can't be met on any size of this machine.
+    Raises SettingsError where the constraints can't be met on any size of this machine.
     """
-    _check(header, machine, wishes)
-    if wishes.n_ctx is None:
-        return _longest(header, machine, wishes)
-    return _best([_place(header, machine, wishes, policy) for policy in _policies(machine, wishes)])
+    _check(header, machine, constraints)
+    if constraints.n_ctx is None:
+        return _longest(header, machine, constraints)
+    return _best([_place(header, machine, constraints, policy) for policy in _policies(machine, constraints)])
 
 
-def judge(header: Header, machine: Machine, placement: Placement, distinct: tuple[float, ...] = ()) -> PlanReport:
+def report_on(header: Header, machine: Machine, placement: Placement, distinct: tuple[float, ...] = ()) -> PlanReport:
     """Returns what a placement takes on a machine and how fast it may be."""
     used = usage(header, machine, placement.run, placement.layout, placement.loading)
     deployment = Deployment(header, machine, placement.run, placement.layout, distinct)
@@ -149,59 +149,59 @@ def judge(header: Header, machine: Machine, placement: Placement, distinct: tupl
     )
 
 
-def _check(header: Header, machine: Machine, wishes: Constraints) -> None:
+def _check(header: Header, machine: Machine, constraints: Constraints) -> None:
     n_most = header.shape.n_ctx_train
-    if wishes.n_ctx is not None and wishes.n_ctx > n_most:
-        raise SettingsError(f"context too long: expected at most {n_most} (the model's), got {wishes.n_ctx}")
-    if wishes.gpu_budget is not None and not machine.gpus:
+    if constraints.n_ctx is not None and constraints.n_ctx > n_most:
+        raise SettingsError(f"context too long: expected at most {n_most} (the model's), got {constraints.n_ctx}")
+    if constraints.gpu_budget is not None and not machine.gpus:
         raise SettingsError(f"no GPU to budget: {machine.name} has none; leave the GPU budget out")
     largest = max((gpu.total_bytes for gpu in machine.gpus), default=0)
-    if wishes.gpu_budget is not None and wishes.gpu_budget > largest:
+    if constraints.gpu_budget is not None and constraints.gpu_budget > largest:
         raise SettingsError(
             f"GPU budget too large: expected at most {format_size(largest)} ({machine.name}), "
-            f"got {format_size(wishes.gpu_budget)}"
+            f"got {format_size(constraints.gpu_budget)}"
         )
 
 
-def _policies(machine: Machine, wishes: Constraints) -> list[str]:
-    if machine.has_remotes and wishes.policy in ("auto", "rpc"):
+def _policies(machine: Machine, constraints: Constraints) -> list[str]:
+    if machine.has_remotes and constraints.policy in ("auto", "rpc"):
         return ["rpc"]
-    if wishes.policy == "rpc":
+    if constraints.policy == "rpc":
         raise SettingsError("policy doesn't suit: rpc expected a second box, got none; name it with --rpc HOST:PORT")
     possible = ["unified"] if machine.is_unified else ["gpu", "split"] if machine.gpus else []
-    if wishes.policy == "auto" and machine.is_unified:
+    if constraints.policy == "auto" and machine.is_unified:
         return possible  # the CPU reads the same memory, and computes more slowly
     possible.append("cpu")
-    if wishes.policy == "auto":
+    if constraints.policy == "auto":
         return possible
-    if wishes.policy not in possible:
+    if constraints.policy not in possible:
         raise SettingsError(
-            f"policy doesn't suit: {machine.name} expected one of {', '.join(possible)}, got {wishes.policy!r}"
+            f"policy doesn't suit: {machine.name} expected one of {', '.join(possible)}, got {constraints.policy!r}"
         )
-    return [wishes.policy]
+    return [constraints.policy]
 
 
-def _best(judged: list[PlanReport]) -> PlanReport:
-    fitting = [j for j in judged if j.fits]
-    return max(fitting, key=lambda j: j.decode) if fitting else judged[0]
+def _best(reports: list[PlanReport]) -> PlanReport:
+    fitting = [report for report in reports if report.fits]
+    return max(fitting, key=lambda report: report.decode) if fitting else reports[0]
 
 
-def _longest(header: Header, machine: Machine, wishes: Constraints) -> PlanReport:
+def _longest(header: Header, machine: Machine, constraints: Constraints) -> PlanReport:
     n_most = header.shape.n_ctx_train
-    n_ctx = longest_context(header, machine, wishes)
-    judged = place(header, machine, replace(wishes, n_ctx=max(n_ctx, min(CTX_STEP, n_most))))
+    n_ctx = longest_context(header, machine, constraints)
+    report = place(header, machine, replace(constraints, n_ctx=max(n_ctx, min(CTX_STEP, n_most))))
     if n_ctx in (0, n_most):
-        return judged
+        return report
     reason = f"context {n_ctx} of the model's {n_most}: the longest that fits"
-    return replace(judged, placement=replace(judged.placement, reasons=(*judged.placement.reasons, reason)))
+    return replace(report, placement=replace(report.placement, reasons=(*report.placement.reasons, reason)))
 
 
-def longest_context(header: Header, machine: Machine, wishes: Constraints) -> int:
+def longest_context(header: Header, machine: Machine, constraints: Constraints) -> int:
     """Returns the longest context that fits, in steps of 1024 tokens; 0 if none does."""
     n_most = header.shape.n_ctx_train
 
     def can_fit(n_ctx: int) -> bool:
-        return place(header, machine, replace(wishes, n_ctx=n_ctx)).fits
+        return place(header, machine, replace(constraints, n_ctx=n_ctx)).fits
 
     if can_fit(n_most):
         return n_most
@@ -215,39 +215,52 @@ def longest_context(header: Header, machine: Machine, wishes: Constraints) -> in
 # one policy
 
 
-def _place(header: Header, machine: Machine, wishes: Constraints, policy: str) -> PlanReport:
-    assert wishes.n_ctx is not None
-    rungs = _rungs(wishes, policy)
-    for run in rungs:
-        placement = _lay_out(header, machine, wishes, policy, _fit_run(header, wishes, run))
-        judged = judge(header, machine, placement, wishes.distinct)
-        if judged.fits:
+def _place(header: Header, machine: Machine, constraints: Constraints, policy: str) -> PlanReport:
+    assert constraints.n_ctx is not None
+    rungs = _rungs(constraints, policy)
+    report = _try(header, machine, constraints, policy, rungs[0])
+    taken_rung = rungs[0]
+    for rung in rungs[1:]:
+        if report.fits:
             break
-    reasons = (*judged.placement.reasons, *_trades(rungs[0], run, judged))
-    return replace(judged, placement=replace(judged.placement, reasons=reasons))
+        report, taken_rung = _try(header, machine, constraints, policy, rung), rung
+    reasons = (*report.placement.reasons, *_trades(rungs[0], taken_rung, report))
+    return replace(report, placement=replace(report.placement, reasons=reasons))
 
 
-def _rungs(wishes: Constraints, policy: str) -> list[tuple[int, str]]:
-    rungs = [(wishes.n_batch or n_batch, wishes.kv_type or kv_type) for n_batch, kv_type in _LADDERS[policy]]
+def _try(header: Header, machine: Machine, constraints: Constraints, policy: str, rung: tuple[int, str]) -> PlanReport:
+    placement = _lay_out(header, machine, constraints, policy, _fit_run(header, constraints, rung))
+    return report_on(header, machine, placement, constraints.distinct)
+
+
+def _rungs(constraints: Constraints, policy: str) -> list[tuple[int, str]]:
+    rungs = [(constraints.n_batch or n_batch, constraints.kv_type or kv_type) for n_batch, kv_type in _LADDERS[policy]]
     return list(dict.fromkeys(rungs))
 
 
-def _fit_run(header: Header, wishes: Constraints, rung: tuple[int, str]) -> Run:
-    assert wishes.n_ctx is not None
-    n_heads = header.shape.n_heads if wishes.with_heads else 0
-    return Run(wishes.n_ctx, min(rung[0], wishes.n_ctx), wishes.n_sessions, n_heads, rung[1], wishes.n_checkpoints)
+def _fit_run(header: Header, constraints: Constraints, rung: tuple[int, str]) -> Run:
+    assert constraints.n_ctx is not None
+    n_heads = header.shape.n_heads if constraints.with_heads else 0
+    return Run(
+        constraints.n_ctx,
+        min(rung[0], constraints.n_ctx),
+        constraints.n_sessions,
+        n_heads,
+        rung[1],
+        constraints.n_checkpoints,
+    )
 
 
-def _trades(best: tuple[int, str], taken_rung: tuple[int, str], judged: PlanReport) -> Iterator[str]:
-    why = f"to fit {judged.placement.run.n_ctx} tokens of context"
+def _trades(best: tuple[int, str], taken_rung: tuple[int, str], report: PlanReport) -> Iterator[str]:
+    why = f"to fit {report.placement.run.n_ctx} tokens of context"
     if taken_rung[0] < best[0]:
         yield f"batch {taken_rung[0]} instead of {best[0]}, {why}: prefill is slower"
     if taken_rung[1] != best[1]:
         yield f"KV cache {taken_rung[1]} instead of {best[1]}, {why}"
 
 
-def _lay_out(header: Header, machine: Machine, wishes: Constraints, policy: str, run: Run) -> Placement:
-    layout, reasons = _LAYOUTS[policy](header, machine, wishes, run)
+def _lay_out(header: Header, machine: Machine, constraints: Constraints, policy: str, run: Run) -> Placement:
+    layout, reasons = _LAYOUTS[policy](header, machine, constraints, run)
     deployment = Deployment(header, machine, run, layout)
     threshold = op_offload_threshold(deployment)
     spreads_numa = policy == "cpu" and machine.n_numa > 1
@@ -260,8 +273,8 @@ def _lay_out(header: Header, machine: Machine, wishes: Constraints, policy: str,
         load_mode=_load_mode(machine, policy, layout, spreads_numa),
         n_threads=machine.n_cores,
         op_offload_from=threshold,
-        gpu_budget=wishes.gpu_budget,
-        rpc=wishes.rpc,
+        gpu_budget=constraints.gpu_budget,
+        rpc=constraints.rpc,
         spreads_numa=spreads_numa,
         reasons=(*reasons, *_offload_reason(layout, threshold, run)),
     )
@@ -285,41 +298,41 @@ def _all_on(header: Header, device: str, reason: str) -> tuple[Layout, tuple[str
     return Layout((device,) * len(header.shape.layers), experts, device), (reason,)
 
 
-def _unified(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _unified(header: Header, machine: Machine, constraints: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     why = {"mmap": "the GPU maps the file itself", "none": "mapping the file would load several times slower"}
     reason = f"one memory: everything on the GPU, load mode {machine.load_mode}"
     return _all_on(header, gpu_name(0), f"{reason} ({why[machine.load_mode]})" if machine.load_mode in why else reason)
 
 
-def _cpu(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _cpu(header: Header, machine: Machine, constraints: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     nodes = f" spread over {machine.n_numa} NUMA nodes" if machine.n_numa > 1 else ""
     return _all_on(header, HOST, f"everything on the CPU, {machine.n_cores} threads{nodes}")
 
 
-def _gpu(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
-    layers = _spread(header, machine, wishes, run)
+def _gpu(header: Header, machine: Machine, constraints: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
+    layers = _spread(header, machine, constraints, run)
     experts = tuple(
         (device,) * 3 if shape.is_moe else () for device, shape in zip(layers, header.shape.layers, strict=True)
     )
     return Layout(layers, experts, layers[-1]), ("everything on the GPU",)
 
 
-def _rpc(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _rpc(header: Header, machine: Machine, constraints: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     """Whole layers: the first on the remote boxes, the last and the output here, where the logits are wanted."""
-    layout, _ = _gpu(header, machine, wishes, run)
+    layout, _ = _gpu(header, machine, constraints, run)
     counts = [f"{layout.layers.count(gpu_name(i))} layers on {gpu.name}" for i, gpu in enumerate(machine.gpus)]
     return layout, (", ".join(counts) + ": whole layers, so that a step crosses the network once each way",)
 
 
-def _split(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
+def _split(header: Header, machine: Machine, constraints: Constraints, run: Run) -> tuple[Layout, tuple[str, ...]]:
     """Attention, shared experts, dense layers, KV and heads on the GPUs, then routed experts as far as they go.
 
     Experts go matrix by matrix in the order of the layers, so all but one layer of a GPU are whole.
     """
-    layers = _spread(header, machine, wishes, run)
+    layers = _spread(header, machine, constraints, run)
     sizes = _matrix_sizes(header)
     experts = [[HOST] * 3 if shape.is_moe else [] for shape in header.shape.layers]
-    room = _rooms(header, machine, wishes, run, _with_experts(layers, experts))
+    room = _rooms(header, machine, constraints, run, _with_experts(layers, experts))
     for layer, matrix in sizes:
         room[layers[layer]] -= sizes[layer, matrix]
         if room[layers[layer]] >= 0:
@@ -343,19 +356,19 @@ def _matrix_sizes(header: Header) -> dict[tuple[int, int], int]:
     return {(layer, matrix): weight_bytes([t]) for layer, matrix, t in sorted(found, key=lambda f: f[:2])}
 
 
-def _rooms(header: Header, machine: Machine, wishes: Constraints, run: Run, bare: Layout) -> dict[str, int]:
+def _rooms(header: Header, machine: Machine, constraints: Constraints, run: Run, bare: Layout) -> dict[str, int]:
     """Returns what each GPU has left for experts, with room for the op-offload scratch."""
     used = usage(header, machine, run, bare, Loading("none", offloads_ops=True))
     return {
         pool.devices[0]: pool.budget - taken(used, pool)
-        for pool in pools(machine, wishes.gpu_budget)
+        for pool in pools(machine, constraints.gpu_budget)
         if pool.devices[0] != HOST
     }
 
 
-def _spread(header: Header, machine: Machine, wishes: Constraints, run: Run) -> tuple[str, ...]:
+def _spread(header: Header, machine: Machine, constraints: Constraints, run: Run) -> tuple[str, ...]:
     """Returns each layer's GPU: consecutive layers, in proportion to the memory that each GPU may take."""
-    *on_gpu, ram = pools(machine, wishes.gpu_budget)
+    *on_gpu, ram = pools(machine, constraints.gpu_budget)
     budgets = [min(pool.budget, ram.budget) if pool.devices[0] in ram.devices else pool.budget for pool in on_gpu]
     sizes = [0] * len(header.shape.layers)
     for tensor in header.tensors:

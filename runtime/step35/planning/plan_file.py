@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
+from step35.choices import KV_TYPES, PLANNED_LOAD_MODES
 from step35.errors import SettingsError
 from step35.options import MAX_SEQUENCES
-from step35.planning.context_memory import KV_BITS, Run
-from step35.planning.machine import LOAD_MODES, Machine
+from step35.planning.context_memory import Run
+from step35.planning.machine import Machine
 from step35.planning.memory_usage import HOST, MATRICES, Layout, gpu_name
 from step35.planning.model_header import Header, ModelShape
 from step35.planning.placement import POLICIES, Placement
@@ -126,7 +127,7 @@ def from_text(content: str, file: str, header: Header, machine: Machine | None =
         digest=digest,
         run=_run(plan, header.shape),
         layout=_layout(plan, header.shape, machine),
-        load_mode=plan.take("load_mode", one_of(*LOAD_MODES), f"one of {', '.join(LOAD_MODES)}"),
+        load_mode=plan.take("load_mode", one_of(*PLANNED_LOAD_MODES), f"one of {', '.join(PLANNED_LOAD_MODES)}"),
         n_threads=plan.take("threads", _within(1, 4096), "1 to 4096"),
         op_offload_from=plan.take("op_offload_from", _offload, f"a number of tokens, or {_NEVER}"),
         gpu_budget=plan.take("gpu_budget", _budget, f"a size such as 22GiB, or {_NO_BUDGET}", None),
@@ -149,7 +150,7 @@ def _run(plan: Section, shape: ModelShape) -> Run:
         n_batch=n_batch,
         n_sessions=plan.take("sessions", _within(1, n_most), f"1 to {n_most}, and no more than the batch"),
         n_heads=plan.take("heads", _within(0, shape.n_heads), f"0 to {shape.n_heads} (the file's)"),
-        kv_type=plan.take("kv_type", one_of(*KV_BITS), f"one of {', '.join(KV_BITS)}"),
+        kv_type=plan.take("kv_type", one_of(*KV_TYPES), f"one of {', '.join(KV_TYPES)}"),
         n_checkpoints=plan.take("checkpoints", _within(0, 1 << 10), f"0 to {1 << 10}"),
     )
 
@@ -198,9 +199,8 @@ def _assign(
 ) -> dict[tuple[int, str], str]:
     """Returns the device of each (layer, matrix); every wanted one must be there exactly once."""
     section = plan.section(key)
-    assert section is not None
     assigned: dict[tuple[int, str], str] = {}
-    for device in section.keys():  # noqa: SIM118
+    for device in section.names():
         if device not in devices:
             raise section.fault(device, f"a device, one of {', '.join(devices)}", device)
         for part in section.take(device, _parts, _RANGES):

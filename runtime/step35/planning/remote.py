@@ -66,12 +66,13 @@ def ask(endpoint: str, clock: Callable[[], float] = time.perf_counter) -> list[R
 
 
 def _device(server: socket.socket, index: int, clock: Callable[[], float]) -> RemoteDevice:
-    request, times = struct.pack("<I", index), []
-    for _ in range(3):
-        started = clock()
-        free, total = struct.unpack("<QQ", _request(server, _MEMORY, request, 16))
-        times.append(clock() - started)
-    return RemoteDevice(free, total, min(times))
+    return min((_measured(server, index, clock) for _ in range(3)), key=lambda device: device.latency_s)
+
+
+def _measured(server: socket.socket, index: int, clock: Callable[[], float]) -> RemoteDevice:
+    started = clock()
+    free, total = struct.unpack("<QQ", _request(server, _MEMORY, struct.pack("<I", index), 16))
+    return RemoteDevice(free, total, clock() - started)
 
 
 def _request(server: socket.socket, command: int, data: bytes, n_answer: int) -> bytes:

@@ -11,7 +11,7 @@ from statistics import median
 from step35.planning.machine import Machine
 from step35.planning.memory_usage import HOST, Layout
 from step35.planning.model_header import Header
-from step35.planning.placement import Placement, judge
+from step35.planning.placement import Placement, report_on
 
 N_ROUNDS = 2
 
@@ -158,7 +158,7 @@ def _line(trial: Trial, workload: Workload) -> str:
 def neighbours(header: Header, machine: Machine, plain: Placement) -> list[Change]:
     """Returns the changes worth trying that fit the machine."""
     made = [*_threads(machine, plain), *_batches(plain), *_experts(plain), *_thresholds(plain), *_heads(plain)]
-    return [change for change in made if judge(header, machine, change.apply(plain)).fits]
+    return [change for change in made if report_on(header, machine, change.apply(plain)).fits]
 
 
 def _threads(machine: Machine, plain: Placement) -> Iterator[Change]:

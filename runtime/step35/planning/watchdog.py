@@ -9,9 +9,10 @@ from step35.planning.memory_pressure import Level, Reading, Thresholds, next_lev
 INTERVAL_S = 0.5
 
 
-def read_memory(sources: Sources) -> Reading:
-    """Returns what the system says now."""
-    return Reading(ram(sources)[1], *stalls(sources))
+def read_memory(sources: Sources) -> Reading | None:
+    """Returns what the system says now; None if it can't be read."""
+    memory = ram(sources)
+    return None if memory is None else Reading(memory.available, *stalls(sources))
 
 
 class Watchdog:
@@ -19,7 +20,7 @@ class Watchdog:
 
     def __init__(
         self,
-        read: Callable[[], Reading],
+        read: Callable[[], Reading | None],
         thresholds: Thresholds,
         *,
         shrink: Callable[[], object],
@@ -33,8 +34,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="step35-watchdog", daemon=True)
 
     def check(self) -> Level:
-        """Takes one reading and acts on it."""
+        """Takes one reading and acts on it; a reading that fails changes nothing."""
         reading = self._read()
+        if reading is None:
+            return self.level
         before, self.level = self.level, next_level(self.level, reading, self._thresholds)
         if self.level is not Level.CALM:
             self._shrink()

@@ -2,18 +2,20 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, Self
 
 import numpy as np
 
 from step35.errors import BackendError, DoesNotFit, ModelError, NativeError, Step35Error
+from step35.native.rows import Rows
 from step35.options import EngineOptions
-from step35.planning.admission import drop_from_page_cache, need
+from step35.planning.admission import drop_from_page_cache, memory_demand
 from step35.planning.hardware import Sources, cgroup_limits, probe
 from step35.planning.machine import Machine
-from step35.planning.model_header import Header, ModelShape, read_model, shard_paths
+from step35.planning.model_header import Header, Headers, read_headers
 from step35.selftest import synthetic_model
 from step35.sizes import format_size
 
@@ -42,7 +44,31 @@ class Finding:
         return not self.remedy
 
 
-def examine(sources: Sources, model: Path | None, load_engine: Callable[[EngineOptions], object]) -> Iterator[Finding]:
+class TestedTrunk(Protocol):
+    """What the doctor does with an engine's trunk; see native.context.Context."""
+
+    def truncate(self, seq: int, n_keep: int) -> None: ...
+
+    def decode(self, rows: Sequence[Rows]) -> None: ...
+
+    def logits(self) -> np.ndarray: ...
+
+
+class TestedEngine(Protocol):
+    """What the doctor needs of an engine."""
+
+    @property
+    def trunk(self) -> TestedTrunk: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+LoadEngine = Callable[[EngineOptions, Headers], TestedEngine]
+
+
+def examine(sources: Sources, model: Path | None, load_engine: LoadEngine) -> Iterator[Finding]:
     """Yields findings, the installation's first; goes no further where the rest depends on what is broken."""
     try:
         yield installation()
@@ -102,12 +128,12 @@ def load_mode(machine: Machine) -> Finding:
     return Finding("load mode", f"{machine.load_mode}: {why}; a plan may say otherwise")
 
 
-def arithmetic(load_engine: Callable[[EngineOptions], object]) -> Finding:
+def arithmetic(load_engine: LoadEngine) -> Finding:
     """Runs a made-up Step-3.5, whose logits are known from another implementation, on the devices of this box."""
     try:
         logits = made_up_logits(load_engine)
     except Step35Error as error:
-        return Finding("arithmetic", str(error), "mend what is said there, and ask the doctor again")
+        return Finding("arithmetic", str(error), "fix that, and run step35 doctor again")
     known = synthetic_model.known_logits()
     error = max(abs(float(logits[token]) - value) for token, value in known.logits.items()) / known.spread
     found = (
@@ -119,13 +145,13 @@ def arithmetic(load_engine: Callable[[EngineOptions], object]) -> Finding:
     )
 
 
-def made_up_logits(load_engine: Callable[[EngineOptions], object]) -> np.ndarray:
+def made_up_logits(load_engine: LoadEngine) -> np.ndarray:
     """Returns the logits that the made-up model gives after its prompt."""
     with tempfile.TemporaryDirectory(prefix="step35-doctor-") as folder:
         path = Path(folder) / "made-up.gguf"
         synthetic_model.write(path)
         options = EngineOptions(path, draft="off", n_ctx=512, n_batch=N_SELF_TEST)
-        with load_engine(options) as engine:
+        with load_engine(options, read_headers(path)) as engine:
             parts = [
                 list(synthetic_model.PROMPT[i : i + N_SELF_TEST])
                 for i in range(0, len(synthetic_model.PROMPT), N_SELF_TEST)
@@ -136,25 +162,26 @@ def made_up_logits(load_engine: Callable[[EngineOptions], object]) -> np.ndarray
 # the model
 
 
-def examine_model(path: Path, machine: Machine, load_engine: Callable[[EngineOptions], object]) -> Iterator[Finding]:
+def examine_model(path: Path, machine: Machine, load_engine: LoadEngine) -> Iterator[Finding]:
     """Yields findings on a file: whole, complete, not too large, quick to read, and giving the right token."""
     try:
-        header = read_model(path)
+        headers = read_headers(path)
     except ModelError as error:
         yield Finding("file", str(error), "do so; or download it again, or convert the checkpoint with convert-step35")
         return
+    header = headers.model
     yield heads(header)
     yield disk(path, header.n_bytes)
-    yield holes(path)
+    yield holes(header.files)
     options = EngineOptions(path, draft="off", n_ctx=512, n_batch=N_SELF_TEST)
     try:
-        need(options, machine).check()
+        memory_demand(options, headers, machine).check()
     except DoesNotFit as error:
         yield Finding("size", str(error), f"see what would fit: step35 plan {path}")
         return
     yield Finding("size", f"{format_size(header.n_bytes)} of weights fit")
     try:
-        yield self_test(header.shape, options, load_engine)
+        yield self_test(headers, options, load_engine)
     except Step35Error as error:
         yield Finding("self-test", str(error), f"check the file with convert-step35 inspect {path}")
 
@@ -164,7 +191,7 @@ def heads(header: Header) -> Finding:
     if header.shape.n_heads:
         return Finding("MTP heads", f"{header.shape.n_heads}")
     return Finding(
-        "MTP heads", "none: no drafting, unless --mtp gives a side file (convert-step35 run CHECKPOINT --mtp only)"
+        "MTP heads", "none: no drafting, unless --mtp-file gives a side file (convert-step35 run CHECKPOINT --mtp only)"
     )
 
 
@@ -182,9 +209,9 @@ def disk(path: Path, n_bytes: int, clock: Callable[[], float] = time.perf_counte
     return Finding("disk", found, "put the file on a faster disk, such as an NVMe one" if is_slow else "")
 
 
-def holes(path: Path) -> Finding:
+def holes(files: Sequence[Path]) -> Finding:
     """Looks for places that were never written: a download that made room first and then broke off."""
-    places = [(shard, place) for shard in shard_paths(path) for place in _places(shard.stat().st_size)]
+    places = [(shard, place) for shard in files for place in _places(shard.stat().st_size)]
     n_empty = sum(not any(_read_at(*place)) for place in places)
     is_whole = n_empty <= EMPTY_SHARE * len(places)  # some rows of a vocabulary may be zeros
     found = f"{n_empty} of {len(places)} samples are nothing but zeros"
@@ -202,11 +229,12 @@ def _read_at(path: Path, start: int) -> bytes:
         return file.read(SAMPLE_PAGE)
 
 
-def self_test(shape: ModelShape, options: EngineOptions, load_engine: Callable[[EngineOptions], object]) -> Finding:
+def self_test(headers: Headers, options: EngineOptions, load_engine: LoadEngine) -> Finding:
     """Decodes the published canary on a real model; on another, the same tokens in two ways, which must agree."""
+    shape = headers.model.shape
     is_real = (shape.n_trunk, shape.n_vocab) == (REAL_TRUNK, REAL_VOCAB)
     prompt = CANARY[0] if is_real else [token % shape.n_vocab for token in range(3, 3 + 7 * N_SELF_TEST, 7)]
-    with load_engine(options) as engine:
+    with load_engine(options, headers) as engine:
         at_once = _last_logits(engine, [prompt])
         in_two = at_once if is_real else _last_logits(engine, [prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]])
     token = int(at_once.argmax())
@@ -229,9 +257,7 @@ def self_test(shape: ModelShape, options: EngineOptions, load_engine: Callable[[
     )
 
 
-def _last_logits(engine, parts: list[list[int]]) -> np.ndarray:
-    from step35.native.rows import Rows
-
+def _last_logits(engine: TestedEngine, parts: list[list[int]]) -> np.ndarray:
     start = 0
     engine.trunk.truncate(0, 0)
     for part in parts:

@@ -232,13 +232,15 @@ def _is_over(start: "asyncio.Future[Job]") -> bool:
 
 def _memory_status(engine: Engine) -> dict[str, Any]:
     """Returns what each memory was counted to hold, by purpose; no pools where the memory is unknown."""
-    need, budget = engine.need, engine.budget
+    demand, budget = engine.demand, engine.budget
     return {
         "resident_bytes": resident_bytes(),
         "pressure": engine.pressure.name.lower(),
         "caches": {"used": budget.used, "limit": budget.limit},
-        "pools": [{"name": pool.name, "budget": pool.budget, "parts": _parts(need.usage, pool)} for pool in need.pools]
-        if need
+        "pools": [
+            {"name": pool.name, "budget": pool.budget, "parts": _parts(demand.usage, pool)} for pool in demand.pools
+        ]
+        if demand
         else [],
     }
 

@@ -214,7 +214,7 @@ def test_stock_llama_cpp_refuses_the_file(heads: Path) -> None:
 
 
 def test_both_packages_name_the_architecture_alike() -> None:
-    assert draft_vocabulary.ARCHITECTURE == TRIMMED_ARCH
+    assert draft_vocabulary.TRIMMED == TRIMMED_ARCH
 
 
 def test_it_is_no_model_by_itself(heads: Path) -> None:
@@ -252,7 +252,7 @@ def test_arrays_that_contradict_each_other_are_refused(tokens: list[int], stand_
 def test_a_real_load_takes_what_was_counted(heads: Path) -> None:
     options = EngineOptions(tiny_gguf(mtp="drop"), heads, draft="3", n_ctx=512, n_threads=1, load_mode="none")
     with Engine(options) as engine:
-        assert engine.need is not None and not [
+        assert engine.demand is not None and not [
             note for note in engine.notes if "expected" in note or "counted" in note
         ], engine.notes
 

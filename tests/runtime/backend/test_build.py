@@ -216,7 +216,8 @@ def test_compilers_for_gpus_are_as_many_as_the_memory_holds() -> None:
     assert jobs_for("cuda", 20, 118 * gib) == 20
     assert jobs_for("cuda", 16, 10 * gib) == 3
     assert jobs_for("rocm", 16, gib) == 1
-    assert jobs_for("cuda", 16, 0) == 16  # unknown
+    assert jobs_for("cuda", 16, None) == 16  # unknown
+    assert jobs_for("cuda", 16, 0) == 1
 
 
 # the sources

@@ -166,8 +166,8 @@ def _answers(endpoint: str) -> bool:
 
 def plan_for(box: SecondBox, plan: Path, n_ctx: int = 256) -> Path:
     """Writes a plan that lays all layers on the second box."""
-    wishes = ["--policy", "rpc", "--rpc", box.endpoint, "--ctx", n_ctx, "-b", 64, "--out", plan]
-    done = step35("plan", tiny_gguf(), *wishes)
+    asked = ["--policy", "rpc", "--rpc", box.endpoint, "--ctx", n_ctx, "-b", 64, "--out", plan]
+    done = step35("plan", tiny_gguf(), *asked)
     assert done.returncode == 0, done.stderr
     return plan
 
@@ -186,7 +186,7 @@ def test_a_second_box_gives_the_same_text(second_box: SecondBox, tmp_path: Path,
 @pytest.mark.parametrize("side", [False, True], ids=["heads in the file", "heads in a side file"])
 def test_two_boxes_hold_exactly_what_was_planned_for_each(second_box: SecondBox, tmp_path: Path, side: bool) -> None:
     """Two rpc-servers stand for two GPUs: llama.cpp cuts the layers where the plan does, and its log tells of each."""
-    model, heads = tiny_gguf(mtp="drop" if side else "keep"), ["--mtp", tiny_gguf(mtp="only")] if side else []
+    model, heads = tiny_gguf(mtp="drop" if side else "keep"), ["--mtp-file", tiny_gguf(mtp="only")] if side else []
     with rpc_server() as third:
         rpc = ["--policy", "rpc", "--rpc", second_box.endpoint, "--rpc", third.endpoint]
         plan = ["plan", model, *heads, *rpc, "--ctx", 4096, "-b", 512, "--json", "--out", tmp_path / "plan.yaml"]
@@ -233,7 +233,7 @@ def test_a_second_box_that_goes_away_is_one_line(second_box: SecondBox, tmp_path
         plan,
     ]
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        assert child.stdout.read(1)
+        assert child.stdout is not None and child.stdout.read(1)
         second_box.server.kill()
         _, err = child.communicate()
     assert child.returncode == 1

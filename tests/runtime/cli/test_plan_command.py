@@ -77,16 +77,31 @@ def test_generate_runs_what_a_plan_says(tmp_path):
 
 def test_heads_in_a_side_file_are_planned_and_run(tmp_path):
     trunk, heads, out = tiny_gguf(mtp="drop"), tiny_gguf(mtp="only"), tmp_path / "plan.yaml"
-    planned = step35("plan", trunk, "--mtp", heads, "--ctx", 1024, "--out", out)
+    planned = step35("plan", trunk, "--mtp-file", heads, "--ctx", 1024, "--out", out)
     assert planned.returncode == 0, planned.stderr
     assert "3 MTP heads" in planned.stdout
-    run = step35("generate", trunk, "--mtp", heads, "--draft", 2, "--plan", out, "-p", "def f(x):", "-n", 8, "--json")
+    run = step35(
+        "generate", trunk, "--mtp-file", heads, "--draft", 2, "--plan", out, "-p", "def f(x):", "-n", 8, "--json"
+    )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["n_drafted"] > 0
-    wrong = step35("plan", trunk, "--mtp", trunk, "--ctx", 1024)
+    wrong = step35("plan", trunk, "--mtp-file", trunk, "--ctx", 1024)
     assert wrong.stderr.startswith("step35: error: no MTP heads: ")
     alone = step35("plan", heads, "--ctx", 1024)
     assert alone.stderr.startswith("step35: error: no trunk: ")
+
+
+def test_the_old_spellings_are_taken_with_a_note_and_hidden():
+    """`--mtp` is a mode in convert-step35, and `--trace` a folder in serve."""
+    trunk, heads = tiny_gguf(mtp="drop"), tiny_gguf(mtp="only")
+    for command in (["--mtp", heads, trunk], [trunk, "--mtp-file", heads]):
+        done = step35("plan", "--machine", "cpu-192", "--ctx", 1024, *command)
+        assert "3 MTP heads" in done.stdout, done.stderr
+        assert done.stderr == ("step35: --mtp is now --mtp-file\n" if "--mtp" in command else "")
+    traced = step35("plan", trunk, "--machine", "cpu-192", "--ctx", 1024, "--trace", "none.json")
+    assert traced.stderr.startswith("step35: --trace is now --routing\nstep35: error: can't read none.json")
+    words = [word for command in ("plan", "generate", "tune") for word in step35(command, "--help").stdout.split()]
+    assert {"--mtp-file", "--routing"} <= {*words} and not {"--mtp", "--trace"} & {*words}
 
 
 def test_a_model_larger_than_a_memory_limit_is_refused_before_it_is_loaded(model):
@@ -106,7 +121,7 @@ def test_a_model_larger_than_a_memory_limit_is_refused_before_it_is_loaded(model
         (["--machine", "h100-80", "--policy", "fast"], 1, "bad policy: expected one of auto, unified"),
         (["--machine", "h100-80", "--plan", "/nonexistent.yaml"], 1, "No such file"),
         (["--machine", "h100-80", "--plan", sys.executable], 1, "expected a text in UTF-8"),
-        (["--machine", "h100-80", "--trace", sys.executable], 1, "expected a text in UTF-8"),
+        (["--machine", "h100-80", "--routing", sys.executable], 1, "expected a text in UTF-8"),
         (
             ["--machine", "h100-80", "--plan", "/x.yaml", "--kv-type", "q8_0"],
             2,

@@ -43,7 +43,7 @@ def engine(
 ) -> Engine:
     """An engine past its calibration; on such a clock a run of a head takes the same time with any number of rows."""
     options = EngineOptions(Path("fake"), draft=draft, n_ctx=n_ctx, n_batch=n_batch, n_sessions=n_sessions)
-    e = Engine(options, load_model=loader(script), clock=clock or Ticks())
+    e = Engine(options, loading=loader(script), clock=clock or Ticks())
     for context in script.contexts:
         context.decodes.clear()
     return e

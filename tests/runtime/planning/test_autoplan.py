@@ -10,10 +10,10 @@ from checkpoints import REAL, TINY
 from step35.errors import DoesNotFit, ModelError
 from step35.native.device_kinds import DISCRETE, Device
 from step35.planning import hardware
-from step35.planning.autoplan import DEFAULT_CTX, auto_options
-from step35.planning.hardware import Sources
+from step35.planning.autoplan import DEFAULT_CTX, EnginePlan, auto_plan
+from step35.planning.hardware import Memory, Sources
 from step35.planning.machine import GIB
-from step35.planning.model_header import read_header
+from step35.planning.model_header import read_header, read_headers
 
 CARD = Device("NVIDIA GeForce RTX 4090", DISCRETE, 24 * GIB, 23 * GIB, None)
 
@@ -23,12 +23,16 @@ class Box:
 
     def __init__(self, *devices: Device, available: int = 120) -> None:
         self.n_measured = 0
-        meminfo = f"MemTotal: {128 * 2**20} kB\nMemAvailable: {available * 2**20} kB\n"
-        self.sources = Sources({"/proc/meminfo": meminfo}.get, lambda: list(devices), self._measure, 8, "Linux")
+        memory = Memory(128 * GIB, available * GIB)
+        self.sources = Sources({}.get, lambda: list(devices), self._measure, 8, "Linux", lambda: memory)
 
     def _measure(self, n_threads: int) -> float:
         self.n_measured += 1
         return 75e9
+
+
+def planned(model: Path, sources: Sources, **settings) -> EnginePlan:
+    return auto_plan(read_headers(model), sources, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -49,49 +53,50 @@ def own_environment(monkeypatch):
 @pytest.mark.parametrize("devices", [(), (CARD,)], ids=["no GPU", "a GPU"])
 def test_a_small_model_is_planned_without_measuring_and_without_a_word(tiny, devices):
     box = Box(*devices)
-    planned = auto_options(tiny, box.sources)
-    assert (box.n_measured, planned.note) == (0, None)
-    assert planned.options.n_ctx == min(DEFAULT_CTX, read_header(tiny).shape.n_ctx_train)
-    assert not planned.options.overrides
+    plan = planned(tiny, box.sources)
+    assert (box.n_measured, plan.note) == (0, None)
+    assert plan.options.n_ctx == min(DEFAULT_CTX, read_header(tiny).shape.n_ctx_train)
+    assert not plan.options.overrides
 
 
 def test_a_split_is_planned_with_the_measured_bandwidth_and_said(real):
     box = Box(CARD)
-    planned = auto_options(real, box.sources)
+    plan = planned(real, box.sources)
     assert box.n_measured == 1
-    assert planned.options.overrides
-    assert planned.note.startswith("planned split: ")
-    assert "of the routed experts on the GPU, the rest in RAM" in planned.note
+    assert plan.options.overrides
+    assert plan.note is not None and plan.note.startswith("planned split: ")
+    assert "of the routed experts on the GPU, the rest in RAM" in plan.note
     assert int(os.environ["GGML_OP_OFFLOAD_MIN_BATCH"]) > 32
 
 
 def test_what_was_asked_for_wins(real):
     given = {"n_ctx": 8192, "n_batch": 256, "n_threads": 3, "kv_type": "q8_0", "load_mode": "mmap", "n_sessions": 2}
-    options = auto_options(real, Box(CARD).sources, **given).options
+    options = planned(real, Box(CARD).sources, **given).options
     assert {name: getattr(options, name) for name in given} == given
     assert options.overrides
 
 
 def test_layers_placed_by_hand_are_left_alone(real):
-    options = auto_options(real, Box(CARD).sources, n_gpu_layers=7, n_batch=None).options
+    options = planned(real, Box(CARD).sources, n_gpu_layers=7, n_batch=None).options
     assert (options.n_gpu_layers, options.overrides, options.n_batch) == (7, (), 512)
 
 
 def test_a_context_nobody_asked_for_is_shortened_and_one_asked_for_is_refused(real):
-    planned = auto_options(real, Box(available=108).sources, draft="off")
-    assert planned.options.n_ctx < DEFAULT_CTX
-    assert f"context {planned.options.n_ctx} instead of {DEFAULT_CTX}, the longest that fits" in planned.note
+    plan = planned(real, Box(available=108).sources, draft="off")
+    assert plan.options.n_ctx < DEFAULT_CTX
+    assert plan.note is not None
+    assert f"context {plan.options.n_ctx} instead of {DEFAULT_CTX}, the longest that fits" in plan.note
     with pytest.raises(DoesNotFit, match=r"doesn't fit: RAM expected .* needs .*; try ctx \d+"):
-        auto_options(real, Box(available=108).sources, draft="off", n_ctx=200_000)
+        planned(real, Box(available=108).sources, draft="off", n_ctx=200_000)
 
 
 def test_a_box_that_is_too_small_says_what_would_fit(real):
     with pytest.raises(DoesNotFit, match="try recipe MOE_"):
-        auto_options(real, Box(available=100).sources)
+        planned(real, Box(available=100).sources)
 
 
 def test_drafting_off_plans_without_heads(real):
-    assert auto_options(real, Box().sources, draft="off").options.draft == "off"
+    assert planned(real, Box().sources, draft="off").options.draft == "off"
 
 
 def test_a_script_gets_a_plan_and_its_own_settings_win(tiny, monkeypatch):
@@ -99,22 +104,22 @@ def test_a_script_gets_a_plan_and_its_own_settings_win(tiny, monkeypatch):
 
     monkeypatch.setattr(llama, "before_loading", lambda: Box(CARD).sources)
     given = {"n_threads": 3, "use_mmap": True, "type_k": 8, "type_v": 8, "verbose": False}
-    options = llama._auto_options(str(tiny), "auto", None, llama._settings(given), given).options
+    options = llama._auto_plan(read_headers(tiny), "auto", llama._settings(given), given).options
     assert (options.n_threads, options.load_mode, options.kv_type) == (3, "auto", "q8_0")
     assert options.n_ctx == DEFAULT_CTX
     by_hand = {"n_gpu_layers": 2, "n_ctx": 0}
-    options = llama._auto_options(str(tiny), "off", None, llama._settings(by_hand), by_hand).options
+    options = llama._auto_plan(read_headers(tiny), "off", llama._settings(by_hand), by_hand).options
     assert (options.n_gpu_layers, options.n_ctx) == (2, 262144)
 
 
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(ModelError, match="no model file: .*none.gguf doesn't exist or isn't a file"):
-        auto_options(tmp_path / "none.gguf", Box().sources)
+        planned(tmp_path / "none.gguf", Box().sources)
 
 
 def test_an_unknown_memory_is_not_planned_for(tiny):
     sources = Sources(lambda path: None, list, lambda n: 1e9, 4, "Plan9")
-    assert auto_options(tiny, sources, n_ctx=1024).options.n_ctx == 1024
+    assert planned(tiny, sources, n_ctx=1024).options.n_ctx == 1024
 
 
 def test_gpus_are_listed_by_a_child(monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import planned_gguf
 from checkpoints import REAL, TINY, Shape
 from dry_run import DryModel, sizes_of
-from fake_native import FakeModel, Script
+from fake_native import FakeModel, Script, loader
 from step35.engine.engine import Engine
 from step35.errors import ModelError
 from step35.native.rows import Rows
@@ -69,7 +69,7 @@ def contexts(run: Run):
             opened.append(options)
             return super()._open(options, head)
 
-    with Engine(options(run), load_model=lambda model_options: Recorder(Script(), model_options)):
+    with Engine(options(run), loading=loader(Script(), Recorder)):
         pass
     return opened
 
@@ -98,13 +98,18 @@ def _check(dry, n_weight_bytes, ours):
     assert (dry.model, dry.context, dry.compute) == (n_weight_bytes, ours.kv, ours.compute)
 
 
+def real_sizes(engine: Engine) -> list:
+    """What the contexts of an open engine take: the trunk's, then the heads'."""
+    return [sizes_of(context.handle) for context in (engine.trunk, *engine.drafter.heads.contexts)]
+
+
 @pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K_M"])
 def test_a_real_load_takes_what_was_counted(type_name):
     """With nothing dry about it: weights, cells and buffers of an open engine, its repacked weights included."""
     header = read_header(tiny_gguf(type_name))
     run = Run(n_ctx=2048, n_batch=256, n_heads=3)
     with Engine(EngineOptions(header.path, n_ctx=2048, n_batch=256, load_mode="none")) as engine:
-        real = [sizes_of(context.handle) for context in (engine.trunk, *engine.drafter.heads.contexts)]
+        real = real_sizes(engine)
     trunk, head = trunk_context(header.shape, run), head_context(header.shape, run)
     assert [sizes.context for sizes in real] == [trunk.kv, head.kv, head.kv, head.kv]
     assert [sizes.compute for sizes in real] == [trunk.compute, head.compute, head.compute, head.compute]
@@ -121,8 +126,9 @@ def test_a_real_load_with_a_side_file_takes_what_was_counted(trunk, kv_type, n_s
         model, heads, n_ctx=1024, n_batch=128, n_sessions=n_sessions, kv_type=kv_type, load_mode="none"
     )
     with Engine(options) as engine:
-        trunk_sizes, *head_sizes = [sizes_of(c.handle) for c in (engine.trunk, *engine.drafter.heads.contexts)]
-        counted = engine.need.usage["CPU"]
+        trunk_sizes, *head_sizes = real_sizes(engine)
+        assert engine.demand is not None
+        counted = engine.demand.usage["CPU"]
         assert engine.notes == []
     header = read_model(model, heads)
     ours = trunk_context(header.shape, run), *[head_context(header.shape, run)] * 3

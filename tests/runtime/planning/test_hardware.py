@@ -1,14 +1,18 @@
 """The probe makes a machine of any box: every source of facts is given by the test."""
 
 import json
-import os
+import subprocess
+import sys
+from dataclasses import replace
 
+import psutil
 import pytest
 
 from step35.errors import SettingsError
 from step35.native.device_kinds import DISCRETE, INTEGRATED, Device
 from step35.planning import hardware
 from step35.planning.hardware import (
+    Memory,
     Sources,
     cached_bandwidth,
     cgroup_limits,
@@ -18,21 +22,26 @@ from step35.planning.hardware import (
     physical_cores,
     probe,
     ram,
+    system_memory,
 )
 from step35.planning.machine import GIB, find_machine, known_machines
-
-MEMINFO = """MemTotal:       {total} kB
-MemFree:        1000 kB
-MemAvailable:   {available} kB
-HugePages_Total:       0
-"""
+from step35.planning.watchdog import read_memory
 
 
-def a_box(files=None, *, devices=(), n_cpus=8, bandwidth=50e9, system="Linux", total=64, available=60):
+def a_box(
+    files=None, *, devices=(), n_cpus=8, bandwidth=50e9, system="Linux", total=64, available=60, address_space=None
+):
     """Returns the sources of a box with these system files; memory in GiB."""
-    meminfo = MEMINFO.format(total=total * 2**20, available=available * 2**20)
-    texts = {"/proc/meminfo": meminfo, **(files or {})}
-    return Sources(texts.get, lambda: list(devices), lambda n_threads: bandwidth, n_cpus, system)
+    memory = Memory(total * GIB, available * GIB)
+    return Sources(
+        (files or {}).get,
+        lambda: list(devices),
+        lambda n_threads: bandwidth,
+        n_cpus,
+        system,
+        lambda: memory,
+        lambda: address_space,
+    )
 
 
 def test_available_memory_is_the_kernels():
@@ -64,12 +73,48 @@ def test_a_cgroup_v1_limit_of_a_parent_binds():
 
 
 def test_a_limit_of_the_address_space_binds():
-    limits = "Limit                     Soft Limit           Hard Limit           Units\n"
-    limits += f"Max address space         {8 * GIB}           unlimited            bytes\n"
-    n_pages = 2 * GIB // os.sysconf("SC_PAGE_SIZE")
-    files = {"/proc/self/limits": limits, "/proc/self/statm": f"{n_pages} 1 1 1 0 1 0\n"}
-    assert ram(a_box(files)) == (8 * GIB, 6 * GIB)
-    assert ram(a_box(files | {"/proc/self/limits": limits.replace(str(8 * GIB), "unlimited")})) == (64 * GIB, 60 * GIB)
+    assert ram(a_box(address_space=Memory(8 * GIB, 6 * GIB))) == (8 * GIB, 6 * GIB)
+    assert ram(a_box(address_space=None)) == (64 * GIB, 60 * GIB)
+
+
+@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_AS"), reason="needs a system that limits address spaces")
+def test_this_processs_address_space_is_read_where_it_is_limited():
+    code = "import resource; from step35.planning.hardware import address_space; assert address_space() is None; "
+    code += "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40)); found = address_space(); print(*found)"
+    total, available = map(int, subprocess.check_output([sys.executable, "-c", code]).split())
+    assert total == 2**40 and 0 < total - available < 2**36
+
+
+def test_this_systems_memory_is_read():
+    found = system_memory()
+    assert found is not None and 0 < found.available <= found.total
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("gone"), psutil.AccessDenied(), KeyError("MemTotal:"), NotImplementedError()]
+)
+def test_a_memory_that_cannot_be_read_is_unknown_and_not_none_free(monkeypatch, error):
+    """Symptom: the watchdog takes a failed reading for 0 bytes, and ends the work."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(psutil, "virtual_memory", fail)
+    assert system_memory() is None
+    box = replace(a_box(), memory=system_memory)
+    assert (ram(box), read_memory(box)) == (None, None)
+    assert probe(box).total_bytes == 0
+
+
+def test_a_macs_free_memory_is_what_is_free():
+    """Symptom: all of a Mac's memory counts as free, so that neither the check nor the watchdog ever acts."""
+    box = a_box(
+        devices=[Device("Apple M4 Max", DISCRETE, 96 * GIB, 96 * GIB, None)], system="Darwin", total=128, available=40
+    )
+    machine = probe(box)
+    assert (machine.available_bytes, machine.gpus[0].free_bytes) == (40 * GIB, 40 * GIB)
+    reading = read_memory(box)
+    assert reading is not None and reading.available == 40 * GIB
 
 
 def test_hyper_threads_count_once_and_affinity_binds():
@@ -109,7 +154,7 @@ def test_a_discrete_gpu_has_what_its_driver_says_and_its_links_bandwidth():
 def test_a_macs_gpu_shares_its_memory_though_metal_calls_it_a_card():
     """Symptom: a Mac of 128 GB is planned for as a GPU of 96 and 128 of RAM."""
     m4 = Device("Apple M4 Max", DISCRETE, 96 * GIB, 96 * GIB, None)
-    box = a_box({"/proc/meminfo": "", "sysctl:hw.memsize": str(128 * GIB)}, devices=[m4], system="Darwin")
+    box = a_box(devices=[m4], system="Darwin", total=128, available=128)
     machine = probe(box)
     assert machine.is_unified
     assert (machine.gpus[0].free_bytes, machine.load_mode) == (96 * GIB, "mmap")
@@ -145,13 +190,7 @@ def test_what_an_integrated_amd_gpu_may_map_is_its_drivers_limit():
 
 
 def test_an_unknown_gpu_and_an_unknown_system_still_make_a_machine():
-    machine = probe(
-        a_box(
-            {"/proc/meminfo": "", "sysctl:hw.memsize": str(32 * GIB)},
-            devices=[Device("X", DISCRETE, GIB, GIB, None)],
-            system="Darwin",
-        )
-    )
+    machine = probe(a_box(devices=[Device("X", DISCRETE, GIB, GIB, None)], system="Darwin", total=32, available=30))
     assert machine.total_bytes == 32 * GIB
     assert machine.load_mode == "mmap"
     assert machine.gpus[0].bandwidth > 0

@@ -6,6 +6,7 @@ import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +21,12 @@ from step35.native import library
 from step35.native.device_kinds import DISCRETE
 from step35.native.model import Model
 from step35.options import EngineOptions, ModelOptions
-from step35.planning.admission import drop_from_page_cache, need
-from step35.planning.llama_options import engine_options, environment, overrides
+from step35.planning.admission import MemoryDemand, drop_from_page_cache, memory_demand
+from step35.planning.context_memory import Run
+from step35.planning.llama_options import engine_options, environment, layout_of, overrides, run_of
 from step35.planning.machine import GIB, Gpu, Machine, known_machines
 from step35.planning.memory_usage import HOST, Layout
-from step35.planning.model_header import Group, read_header, read_model
+from step35.planning.model_header import Group, LayerShape, read_header, read_headers, read_model
 from step35.planning.placement import Constraints, place
 from step35.planning.plan_file import to_text
 from tiny_model import tiny_gguf
@@ -43,6 +45,10 @@ def tiny(tmp_path_factory):
 def box(ram: int, *gpu_bytes: int) -> Machine:
     gpus = tuple(Gpu("a GPU", DISCRETE, n, n, 1e12, 25e9, 1e14, 0) for n in gpu_bytes)
     return Machine("a box", "", 8, 1, ram, ram, 0, 75e9, gpus, "none")
+
+
+def need(options: EngineOptions, machine: Machine) -> MemoryDemand:
+    return memory_demand(options, read_headers(options.model, options.mtp), machine)
 
 
 # what llama.cpp is told
@@ -87,6 +93,41 @@ def test_layers_and_output_lie_where_planned(tiny, n_on_host, counts, data):
     assert spread(options, header.n_blocks, len(counts) + data.draw(st.integers(0, 2))) == places
 
 
+@st.composite
+def planned(draw: st.DrawFn) -> tuple[Layout, int, int, bool]:
+    """A layout as plans have them, the layers of the trunk and those its file declares, and whether heads lie beside.
+
+    Layers and output are in the order of the devices, experts with their layer or on the host, and the heads of a side
+    file with the output.
+    """
+    n_on_host, counts = draw(st.integers(0, 9)), draw(st.lists(st.integers(0, 9), max_size=4))
+    places = [HOST] * n_on_host + [f"GPU{i}" for i, n in enumerate(counts) for _ in range(n)]
+    places = places if len(places) > 1 else [HOST, *places, "GPU1"]
+    is_side, n_trunk = draw(st.booleans()), len(places) - 1
+    layers = [*places[:-1], *([places[-1]] * draw(st.integers(1, 3)) if is_side else [])]
+    if not is_side and n_trunk > 3 and draw(st.booleans()):
+        n_trunk -= draw(st.integers(1, 3))
+    n_declared = draw(st.integers(0, 3)) if is_side or n_trunk == len(layers) else len(layers) - n_trunk
+    experts = [draw(st.just(()) | st.tuples(*[st.sampled_from([layer, HOST])] * 3)) for layer in layers]
+    return Layout(tuple(layers), tuple(experts), places[-1]), n_trunk, n_trunk + n_declared, is_side
+
+
+@settings(deadline=None, max_examples=300)
+@given(planned(), st.integers(0, 2))
+def test_options_say_all_that_a_plan_says(tiny, plan, n_more_gpus):
+    """From a layout and its run to options and back: several GPUs, a part of the layers, heads here or in a side file."""
+    layout, n_trunk, n_blocks, is_side = plan
+    kinds = tuple(LayerShape(4, 2, False, bool(devices), False, False) for devices in layout.experts)
+    shape = replace(tiny.shape, n_trunk=n_trunk, n_heads=len(kinds) - n_trunk, layers=kinds)
+    header = replace(tiny, shape=shape, n_blocks=n_blocks)
+    machine = box(64 * GIB, *[GIB] * (max((int(gpu[3:]) + 1 for gpu in layout.gpus), default=0) + n_more_gpus))
+    run = Run(n_ctx=4096, n_batch=256, n_sessions=3, n_heads=shape.n_heads, kv_type="q8_0", n_checkpoints=2)
+    placement = replace(place(tiny, box(64 * GIB), Constraints(n_ctx=512)).placement, layout=layout, run=run)
+    options = engine_options(placement, header, mtp=Path("heads.gguf") if is_side else None)
+    assert layout_of(header, options, machine) == layout
+    assert run_of(header, options) == run
+
+
 @pytest.mark.parametrize("own_heads", [False, True], ids=["trunk alone", "heads in both files"])
 @pytest.mark.parametrize("name", ["rtx3090x2+128", "rtx4090-24+128", "h200-141", "cpu-192"])
 def test_a_trunk_with_a_side_file_is_cut_where_planned(side_files, name, own_heads):
@@ -94,14 +135,14 @@ def test_a_trunk_with_a_side_file_is_cut_where_planned(side_files, name, own_hea
     whole, trunk, heads = side_files
     model, machine = whole if own_heads else trunk, known_machines()[name]
     header = read_model(model, heads)
-    judged = place(header, machine, Constraints(n_ctx=32768))
-    layout, options = judged.placement.layout, engine_options(judged.placement, header, mtp=heads)
+    report = place(header, machine, Constraints(n_ctx=32768))
+    layout, options = report.placement.layout, engine_options(report.placement, header, mtp=heads)
     if machine.gpus:
         n_blocks = 48 if own_heads else 45
         got = spread(options.load(model, with_heads=False), n_blocks, len(machine.gpus))
         assert (got[:45], got[-1]) == (list(layout.layers[:45]), layout.output)
         assert spread(options.load(heads, with_heads=True), 48, len(machine.gpus))[45:48] == list(layout.layers[45:])
-    assert need(options, machine).usage == judged.usage
+    assert need(options, machine).usage == report.usage
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +233,8 @@ def test_a_script_can_run_a_plan(tmp_path):
     with closing(Llama(str(model), plan=str(plan), verbose=False)) as llama:
         assert llama.n_ctx() == 1024
         assert llama.engine.options.kv_type == "q8_0"
-        assert llama("def f(x):", max_tokens=4, temperature=0)["usage"]["completion_tokens"] == 4
+        answer: Any = llama("def f(x):", max_tokens=4, temperature=0)
+        assert answer["usage"]["completion_tokens"] == 4
     with pytest.raises(SettingsError, match="plan and n_ctx: the plan says it already"):
         Llama(str(model), plan=str(plan), n_ctx=4096)
 
@@ -215,8 +257,8 @@ def test_what_fits_is_let_through_and_what_does_not_is_refused_with_the_numbers(
 @pytest.mark.parametrize("name", [*known_machines()])
 def test_the_guard_sees_a_plans_options_as_the_plan_does(real, name):
     machine = known_machines()[name]
-    judged = place(real, machine, Constraints(n_ctx=32768))
-    assert need(engine_options(judged.placement, real), machine).usage == judged.usage
+    report = place(real, machine, Constraints(n_ctx=32768))
+    assert need(engine_options(report.placement, real), machine).usage == report.usage
 
 
 def test_a_side_files_own_matrices_count(real, side_files):

@@ -98,6 +98,20 @@ def test_a_watchdog_shrinks_at_every_reading_and_tells_of_every_change():
     assert len(shrunk) == 5
 
 
+def test_a_reading_that_fails_changes_nothing():
+    """Symptom: one failed look at /proc/meminfo counts as 0 bytes, and the running work ends."""
+    readings = [Reading(300), None, None, Reading(150), None]
+    told = []
+    dog = Watchdog(
+        lambda: readings.pop(0),
+        THRESHOLDS,
+        shrink=lambda: told.append("shrink"),
+        on_change=lambda *_: told.append("told"),
+    )
+    assert [dog.check().name for _ in range(5)] == ["SHRINK", "SHRINK", "SHRINK", "REJECT", "REJECT"]
+    assert told == ["shrink", "told"] * 2
+
+
 def test_the_thread_watches_until_it_is_stopped():
     seen = threading.Event()
     dog = Watchdog(lambda: Reading(0), THRESHOLDS, shrink=seen.set, on_change=lambda *_: None, interval_s=0.001)
@@ -146,7 +160,7 @@ def test_what_cannot_be_dropped_stays_and_what_does_not_fit_is_refused():
 
 
 def fake_engine(**options) -> Engine:
-    return Engine(EngineOptions(Path("fake.gguf"), n_ctx=512, draft="off", **options), load_model=loader(Script()))
+    return Engine(EngineOptions(Path("fake.gguf"), n_ctx=512, draft="off", **options), loading=loader(Script()))
 
 
 def run(session, prompt, n_predict=4, checkpoint_positions=()):

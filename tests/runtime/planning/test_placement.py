@@ -1,4 +1,4 @@
-"""Placements: the laws that every plan obeys, on machines and wishes of any size."""
+"""Placements: the laws that every plan obeys, on machines and constraints of any size."""
 
 import ast
 from dataclasses import replace
@@ -18,7 +18,7 @@ from step35.planning.context_memory import Run, loaded_tensors
 from step35.planning.machine import Gpu, Machine, known_machines, models_path
 from step35.planning.memory_usage import HOST, Purpose, pools, taken
 from step35.planning.model_header import Group, read_header
-from step35.planning.placement import Constraints, judge, longest_context, place
+from step35.planning.placement import Constraints, longest_context, place, report_on
 from step35.planning.plan_file import from_text, to_text
 from step35.planning.speed import ACCEPTANCE, Deployment, speed, step_seconds, touched
 from step35.yaml_file import read_yaml
@@ -55,7 +55,7 @@ MACHINES = st.one_of(
         lambda ram, far, near, kind: box(ram, gpu(far, REMOTE), gpu(near, kind)), RAM, GPU_BYTES, GPU_BYTES, KINDS
     ),
 )
-WISHES = st.builds(
+CONSTRAINTS = st.builds(
     Constraints,
     n_ctx=st.integers(512, 65536),
     gpu_budget=st.none() | st.integers(1, 1 * MIB),
@@ -64,46 +64,46 @@ WISHES = st.builds(
     n_sessions=st.integers(1, 4),
     with_heads=st.booleans(),
 )
-ASKED = st.tuples(MACHINES, WISHES).map(
+ASKED = st.tuples(MACHINES, CONSTRAINTS).map(
     lambda pair: (pair[0], pair[1] if any(g.total_bytes for g in pair[0].gpus) else replace(pair[1], gpu_budget=None))
 )
 LAWS = settings(deadline=None, max_examples=60)
 
 
-def on_gpus(judged) -> int:
+def on_gpus(report) -> int:
     """Returns the weight bytes that lie on GPUs."""
     weights = (Purpose.WEIGHTS, Purpose.EXPERTS, Purpose.HEADS)
-    return sum(sizes.get(p, 0) for device, sizes in judged.usage.items() if device != HOST for p in weights)
+    return sum(sizes.get(p, 0) for device, sizes in report.usage.items() if device != HOST for p in weights)
 
 
 @LAWS
 @given(ASKED)
 def test_what_fits_is_within_every_budget(tiny, asked):
-    machine, wishes = asked
-    judged = place(tiny, machine, wishes)
-    over = [pool for pool in judged.pools if taken(judged.usage, pool) > pool.budget]
-    assert judged.fits == (not over)
+    machine, constraints = asked
+    report = place(tiny, machine, constraints)
+    over = [pool for pool in report.pools if taken(report.usage, pool) > pool.budget]
+    assert report.fits == (not over)
 
 
 @LAWS
 @given(ASKED)
 def test_every_tensor_is_placed_once_and_counted(tiny, asked):
-    machine, wishes = asked
-    judged = place(tiny, machine, wishes)
+    machine, constraints = asked
+    report = place(tiny, machine, constraints)
     devices = {HOST, *(f"GPU{i}" for i in range(len(machine.gpus)))}
-    assert all(judged.placement.layout.device_of(tensor) in devices for tensor in tiny.tensors)
+    assert all(report.placement.layout.device_of(tensor) in devices for tensor in tiny.tensors)
     weights = (Purpose.WEIGHTS, Purpose.EXPERTS, Purpose.HEADS)
-    counted = sum(sizes.get(p, 0) for sizes in judged.usage.values() for p in weights)
-    assert counted == sum(-(-t.n_bytes // 32) * 32 for t in loaded_tensors(tiny, wishes.with_heads))
+    counted = sum(sizes.get(p, 0) for sizes in report.usage.values() for p in weights)
+    assert counted == sum(-(-t.n_bytes // 32) * 32 for t in loaded_tensors(tiny, constraints.with_heads))
 
 
 @LAWS
-@given(RAM, st.lists(GPU_BYTES, min_size=1, max_size=3), st.integers(1, 40 * MIB), WISHES)
-def test_more_gpu_memory_never_places_fewer_weights_on_the_gpus(tiny, ram, sizes, more, wishes):
+@given(RAM, st.lists(GPU_BYTES, min_size=1, max_size=3), st.integers(1, 40 * MIB), CONSTRAINTS)
+def test_more_gpu_memory_never_places_fewer_weights_on_the_gpus(tiny, ram, sizes, more, constraints):
     """For one set of run settings; with several GPUs, when each of them grows alike."""
-    wishes = replace(wishes, policy="split", gpu_budget=None, n_batch=512, kv_type="f16")
-    small = place(tiny, box(ram, *map(gpu, sizes)), wishes)
-    large = place(tiny, box(ram, *(gpu(size + size * more // MIB) for size in sizes)), wishes)
+    constraints = replace(constraints, policy="split", gpu_budget=None, n_batch=512, kv_type="f16")
+    small = place(tiny, box(ram, *map(gpu, sizes)), constraints)
+    large = place(tiny, box(ram, *(gpu(size + size * more // MIB) for size in sizes)), constraints)
     assume(len(sizes) == 1 or small.placement.layout.layers == large.placement.layout.layers)
     assert on_gpus(small) <= on_gpus(large)
 
@@ -111,51 +111,51 @@ def test_more_gpu_memory_never_places_fewer_weights_on_the_gpus(tiny, ram, sizes
 @LAWS
 @given(ASKED, st.integers(0, 100 * MIB))
 def test_more_ram_never_breaks_a_plan(tiny, asked, more):
-    machine, wishes = asked
-    if place(tiny, machine, wishes).fits:
+    machine, constraints = asked
+    if place(tiny, machine, constraints).fits:
         larger = replace(
             machine, total_bytes=machine.total_bytes + more, available_bytes=machine.available_bytes + more
         )
-        assert place(tiny, larger, wishes).fits
+        assert place(tiny, larger, constraints).fits
 
 
 @LAWS
 @given(ASKED, st.integers(1, 65536))
 def test_a_longer_context_never_needs_less(tiny, asked, more):
     """On every pool, for one placement."""
-    machine, wishes = asked
-    judged = place(tiny, machine, replace(wishes, n_ctx=max(wishes.n_ctx, 4096)))
-    placement = judged.placement
-    longer = judge(tiny, machine, replace(placement, run=replace(placement.run, n_ctx=placement.run.n_ctx + more)))
-    for pool in judged.pools:
-        assert taken(judged.usage, pool) <= taken(longer.usage, pool)
+    machine, constraints = asked
+    report = place(tiny, machine, replace(constraints, n_ctx=max(constraints.n_ctx, 4096)))
+    placement = report.placement
+    longer = report_on(tiny, machine, replace(placement, run=replace(placement.run, n_ctx=placement.run.n_ctx + more)))
+    for pool in report.pools:
+        assert taken(report.usage, pool) <= taken(longer.usage, pool)
 
 
 @LAWS
 @given(ASKED)
 def test_a_plan_file_round_trips(tiny, asked):
-    machine, wishes = asked
-    placement = place(tiny, machine, wishes).placement
+    machine, constraints = asked
+    placement = place(tiny, machine, constraints).placement
     assert from_text(to_text(placement, "tiny.gguf"), "plan.yaml", tiny, machine) == placement
 
 
 @settings(deadline=None, max_examples=15)
 @given(MACHINES)
 def test_the_longest_context_fits_and_a_longer_one_does_not(tiny, machine):
-    wishes = Constraints(kv_type="f16", n_batch=512)
-    n_ctx = longest_context(tiny, machine, wishes)
+    constraints = Constraints(kv_type="f16", n_batch=512)
+    n_ctx = longest_context(tiny, machine, constraints)
     if n_ctx:
-        assert place(tiny, machine, replace(wishes, n_ctx=n_ctx)).fits
+        assert place(tiny, machine, replace(constraints, n_ctx=n_ctx)).fits
     if n_ctx < tiny.shape.n_ctx_train:
-        assert not place(tiny, machine, replace(wishes, n_ctx=n_ctx + 1024)).fits
+        assert not place(tiny, machine, replace(constraints, n_ctx=n_ctx + 1024)).fits
 
 
 def test_a_split_keeps_everything_but_experts_on_the_gpu(real):
-    judged = place(real, known_machines()["rtx4090-24+128"], Constraints(n_ctx=131072))
-    on_host = {t.group for t in real.tensors if judged.placement.layout.device_of(t) == HOST}
-    assert judged.fits
+    report = place(real, known_machines()["rtx4090-24+128"], Constraints(n_ctx=131072))
+    on_host = {t.group for t in real.tensors if report.placement.layout.device_of(t) == HOST}
+    assert report.fits
     assert on_host == {Group.EMBEDDING, Group.EXPERTS}
-    assert judged.pools[0].budget - taken(judged.usage, judged.pools[0]) < max(t.n_bytes for t in real.tensors)
+    assert report.pools[0].budget - taken(report.usage, report.pools[0]) < max(t.n_bytes for t in real.tensors)
 
 
 def test_two_gpus_share_the_layers_in_one_cut(real):
@@ -165,12 +165,12 @@ def test_two_gpus_share_the_layers_in_one_cut(real):
 
 
 def test_what_does_not_fit_gets_a_context_and_a_recipe_that_do(real):
-    machine, wishes = known_machines()["dgx-spark"], Constraints(n_ctx=262144)
-    assert not place(real, machine, wishes).fits
-    context, recipe = advice(real, machine, wishes)
+    machine, constraints = known_machines()["dgx-spark"], Constraints(n_ctx=262144)
+    assert not place(real, machine, constraints).fits
+    context, recipe = advice(real, machine, constraints)
     assert place(real, machine, Constraints(n_ctx=int(context.removeprefix("ctx ")))).fits
     entry = read_yaml(models_path()).section("recipes").section(recipe.removeprefix("recipe "))
-    assert place(with_recipe(real, entry), machine, wishes).fits
+    assert place(with_recipe(real, entry), machine, constraints).fits
 
 
 def test_a_recipes_size_is_the_converters(real, tmp_path):
@@ -180,10 +180,10 @@ def test_a_recipes_size_is_the_converters(real, tmp_path):
 
 
 def test_without_a_context_the_longest_is_planned_and_said(real):
-    judged = place(real, known_machines()["dgx-spark"], Constraints())
-    assert judged.fits
-    assert 131072 <= judged.placement.run.n_ctx < 262144
-    assert any("the longest that fits" in reason for reason in judged.placement.reasons)
+    report = place(real, known_machines()["dgx-spark"], Constraints())
+    assert report.fits
+    assert 131072 <= report.placement.run.n_ctx < 262144
+    assert any("the longest that fits" in reason for reason in report.placement.reasons)
 
 
 def test_planning_is_pure():
@@ -209,8 +209,8 @@ def test_planning_is_pure():
 
 def test_drafting_is_never_estimated_slower_than_plain_decoding(real):
     for machine in known_machines().values():
-        judged = place(real, machine, Constraints(n_ctx=32768))
-        assert all(s.drafted >= s.decode for s in judged.speeds)
+        report = place(real, machine, Constraints(n_ctx=32768))
+        assert all(s.drafted >= s.decode for s in report.speeds)
 
 
 def test_one_token_touches_just_the_chosen_experts(real):
@@ -232,18 +232,18 @@ def test_a_token_reads_the_active_weights_and_its_context(real):
 
 
 def test_the_draft_depth_is_at_most_the_heads(real):
-    judged = place(real, known_machines()["h200-141"], Constraints(n_ctx=32768))
+    report = place(real, known_machines()["h200-141"], Constraints(n_ctx=32768))
     assert (
-        speed(Deployment(real, known_machines()["h200-141"], Run(n_heads=1), judged.placement.layout), 2048).depth <= 1
+        speed(Deployment(real, known_machines()["h200-141"], Run(n_heads=1), report.placement.layout), 2048).depth <= 1
     )
     assert len(ACCEPTANCE) == real.shape.n_heads
 
 
-# bad wishes
+# constraints that can't be met
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("constraints", "message"),
     [
         ({"policy": "fast"}, "bad policy: expected one of auto, unified, split, gpu, cpu, rpc, got 'fast'"),
         ({"n_ctx": 300000}, "context too long: expected at most 262144 .*, got 300000"),
@@ -257,9 +257,9 @@ def test_the_draft_depth_is_at_most_the_heads(real):
         ),
     ],
 )
-def test_a_bad_wish_is_one_line(tiny, wishes, message):
+def test_a_constraint_that_cannot_be_met_is_one_line(tiny, constraints, message):
     with pytest.raises(SettingsError, match=message):
-        place(tiny, known_machines()["rtx4090-24+128"], Constraints(**wishes))
+        place(tiny, known_machines()["rtx4090-24+128"], Constraints(**constraints))
 
 
 # bad plan files

@@ -119,16 +119,16 @@ def two_sparks():
 
 
 def test_two_sparks_hold_what_one_cannot(real, two_sparks):
-    one, wishes = known_machines()["dgx-spark"], Constraints(n_ctx=32768, rpc=("dgx-spark",))
+    one, constraints = known_machines()["dgx-spark"], Constraints(n_ctx=32768, rpc=("dgx-spark",))
     assert not place(real, one, Constraints(n_ctx=32768)).fits
-    judged = place(real, two_sparks, wishes)
-    assert judged.fits
-    assert judged.placement.policy == "rpc"
-    layers = judged.placement.layout.layers
+    report = place(real, two_sparks, constraints)
+    assert report.fits
+    assert report.placement.policy == "rpc"
+    layers = report.placement.layout.layers
     assert list(layers) == sorted(layers)  # one cut: the remote box's layers first
     assert abs(layers.count("GPU0") - layers.count("GPU1")) <= 4
-    assert judged.placement.layout.output == "GPU1"
-    used = [sum(judged.usage[device].values()) for device in ("GPU0", "GPU1")]
+    assert report.placement.layout.output == "GPU1"
+    used = [sum(report.usage[device].values()) for device in ("GPU0", "GPU1")]
     assert all(used)
 
 

@@ -91,7 +91,7 @@ def test_the_command_writes_a_trace_that_a_plan_reads(tmp_path):
     assert traced.returncode == 0, traced.stderr
     assert "LRU hit rate by experts cached a layer" in traced.stdout
     command = ("plan", tiny_gguf(), "--machine", "cpu-192", "--ctx", 1024, "--json")
-    with_trace, without = (json.loads(step35(*command, *extra).stdout) for extra in (("--trace", out), ()))
+    with_trace, without = (json.loads(step35(*command, *extra).stdout) for extra in (("--routing", out), ()))
     assert with_trace["estimates"][0]["decode_tps"] == without["estimates"][0]["decode_tps"]
     assert with_trace["estimates"][0]["drafted_tps"] != without["estimates"][0]["drafted_tps"]
 

@@ -15,7 +15,7 @@ import planned_gguf
 from checkpoints import REAL
 from step35.planning.machine import known_machines
 from step35.planning.model_header import read_header
-from step35.planning.placement import Constraints, judge, place
+from step35.planning.placement import Constraints, place, report_on
 from step35.planning.plan_file import from_text, to_text
 from step35.planning.tune import Sample, Workload, fastest, neighbours, report, tune, tuned
 from tiny_model import tiny_gguf
@@ -45,7 +45,7 @@ def test_a_split_box_has_neighbours_of_every_kind_that_fit(real, split, changes)
     for change in changes:
         placement = change.apply(split)
         assert placement != split
-        assert judge(real, machine, placement).fits
+        assert report_on(real, machine, placement).fits
 
 
 def test_a_box_without_a_gpu_tries_threads_batch_and_drafts(real):

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ from checkpoints import REAL
 from made_up_reference import reference_logits
 from step35.errors import DoesNotFit, NativeError
 from step35.options import EngineOptions
-from step35.planning.hardware import Sources, probe
+from step35.planning.hardware import Memory, Sources, probe
 from step35.planning.machine import GIB, Machine
-from step35.planning.model_header import read_header
+from step35.planning.model_header import Headers, read_header, read_headers
 from step35.selftest import synthetic_model
 from step35.selftest.doctor import (
     CANARY,
@@ -35,20 +34,23 @@ FIRST_WEIGHTS = [-0.32410097122192383, -0.08300900459289551, 0.8700135946273804]
 
 
 def a_box(files=None, *, available=60):
-    meminfo = f"MemTotal: {64 * 2**20} kB\nMemAvailable: {available * 2**20} kB\n"
-    texts = {"/proc/meminfo": meminfo, **(files or {})}
-    return Sources(texts.get, list, lambda n_threads: 50e9, 8, "Linux")
+    memory = Memory(64 * GIB, available * GIB)
+    return Sources((files or {}).get, list, lambda n_threads: 50e9, 8, "Linux", lambda: memory)
 
 
 class FakeEngine:
-    """Gives a token after a prompt; counts how it was decoded."""
+    """Gives a token after a prompt; counts how it was decoded. It is its own trunk."""
 
     def __init__(self, n_vocab, answer):
         self.prompt = []
-        self.trunk = SimpleNamespace(
-            truncate=lambda seq, n: self.prompt.clear(), decode=self.decode, logits=self.logits
-        )
         self.n_vocab, self.answer = n_vocab, answer
+
+    @property
+    def trunk(self) -> "FakeEngine":
+        return self
+
+    def truncate(self, seq, n_keep):
+        self.prompt.clear()
 
     def decode(self, rows):
         self.prompt.append(list(rows[0].tokens))
@@ -77,29 +79,29 @@ def test_a_healthy_installation_and_model_have_no_remedies():
     assert all(f.is_well for f in findings), findings
 
 
-def _engine(options):
+def _engine(options, headers):
     from step35.engine.engine import Engine
 
-    return Engine(options)
+    return Engine(options, headers)
 
 
 def test_the_canary_is_the_published_one(real):
     def engine(answer):
-        return lambda options: FakeEngine(real.shape.n_vocab, answer)
+        return lambda *_: FakeEngine(real.shape.n_vocab, answer)
 
     options = EngineOptions(real.path)
     asked = []
-    good = self_test(real.shape, options, engine(lambda prompt: asked.append(prompt[0]) or CANARY[1]))
+    good = self_test(Headers(real), options, engine(lambda prompt: asked.append(prompt[0]) or CANARY[1]))
     assert good.is_well
     assert asked == [CANARY[0]]
-    bad = self_test(real.shape, options, engine(lambda prompt: 7))
+    bad = self_test(Headers(real), options, engine(lambda prompt: 7))
     assert "gives 7, published 11111" in bad.found
     assert not bad.is_well
 
 
 def test_a_model_that_decodes_differently_in_two_steps_is_found():
-    shape = read_header(tiny_gguf()).shape
-    finding = self_test(shape, EngineOptions(tiny_gguf()), lambda options: FakeEngine(shape.n_vocab, len))
+    headers = read_headers(tiny_gguf())
+    finding = self_test(headers, EngineOptions(tiny_gguf()), lambda *_: FakeEngine(headers.model.shape.n_vocab, len))
     assert "another token" in finding.remedy
 
 
@@ -115,14 +117,14 @@ def test_the_known_logits_are_the_torch_references():
 def test_llama_cpp_that_computes_something_else_is_found():
     """As a driver does that breaks one kernel: the token is right, the logits are not."""
     known = synthetic_model.known_logits()
-    finding = arithmetic(lambda options: FakeEngine(synthetic_model.N_VOCAB, lambda prompt: known.best))
+    finding = arithmetic(lambda *_: FakeEngine(synthetic_model.N_VOCAB, lambda prompt: known.best))
     assert not finding.is_well
     assert f"gives token {known.best} (known {known.best}), logits off by at most" in finding.found
     assert "another driver" in finding.remedy
 
 
 def test_an_engine_that_cannot_be_loaded_is_a_finding():
-    def full(options):
+    def full(*_):
         raise DoesNotFit("doesn't fit: RAM expected less")
 
     assert arithmetic(full) == Finding("arithmetic", "doesn't fit: RAM expected less", arithmetic(full).remedy)
@@ -138,7 +140,7 @@ def test_the_made_up_weights_are_the_same_everywhere():
 def test_a_model_that_is_too_large_is_not_loaded(real):
     machine = Machine("small", "", 2, 1, 8 * GIB, 8 * GIB, 0, 1e10, (), "none")
 
-    def never(options):
+    def never(*_):
         raise AssertionError("loaded")
 
     last = list(examine_model(real.path, machine, never))[-1]
@@ -211,8 +213,8 @@ def test_a_file_with_holes_is_found(tmp_path):
     (tmp_path / "whole.gguf").write_bytes(data)
     data[-1_000_000:-200_000] = bytes(800_000)
     (tmp_path / "holes.gguf").write_bytes(data)
-    assert holes(tmp_path / "whole.gguf").is_well
-    assert "download the file again" in holes(tmp_path / "holes.gguf").remedy
+    assert holes([tmp_path / "whole.gguf"]).is_well
+    assert "download the file again" in holes([tmp_path / "holes.gguf"]).remedy
 
 
 def test_a_side_file_alone_is_told_from_a_model():
@@ -222,7 +224,7 @@ def test_a_side_file_alone_is_told_from_a_model():
 
 
 def test_a_model_that_does_not_load_is_a_finding():
-    def broken(options):
+    def broken(*_):
         raise NativeError("can't open a context")
 
     last = list(examine_model(tiny_gguf(), probe(a_box()), broken))[-1]

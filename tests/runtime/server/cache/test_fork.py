@@ -45,7 +45,7 @@ def test_a_ring_of_forks_has_room_for_all_of_them():
 
 def fake_engine(**options: Any) -> Engine:
     defaults: dict[str, Any] = {"draft": "2", "n_ctx": 200, "n_batch": 16, "n_sessions": 4}
-    return Engine(EngineOptions(Path("fake"), **defaults | options), load_model=loader(Script()))
+    return Engine(EngineOptions(Path("fake"), **defaults | options), loading=loader(Script()))
 
 
 def run(session, prompt, n=4):

@@ -27,7 +27,7 @@ class Desk:
 
     def __init__(self, folder: Path, max_bytes: int = 1 << 30) -> None:
         options = EngineOptions(Path("fake"), draft="off", n_ctx=400, n_batch=16, n_sessions=2)
-        self.engine = Engine(options, load_model=loader(Script()))
+        self.engine = Engine(options, loading=loader(Script()))
         self.disk = SessionDisk(folder, KEY, max_bytes)
         self.now = 0.0
         self.pool = SessionPool(self.engine, str, self.disk, lambda: self.now)
