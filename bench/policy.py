@@ -18,7 +18,8 @@ from peers import at_temperatures, make_tasks
 from step35 import Engine, EngineOptions, Sampling
 from step35.engine.decode_loop import begin, generate
 from step35.engine.loading import ON_THIS_BOX, Loading
-from step35.native.context import Context, OnExperts
+from step35.native.context import Context
+from step35.native.interface import OnExperts
 from step35.native.model import Model
 from step35.native.rows import Rows
 from step35.options import ContextOptions, ModelOptions

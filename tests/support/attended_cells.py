@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ FULL_LAYER = b"kq-4"
 class Cache:
     """A context, and the lengths of its sequences."""
 
-    def __init__(self, model: Model, flash_attention: bool, watch: object) -> None:
+    def __init__(self, model: Model, flash_attention: bool, watch: Any) -> None:
         options = ContextOptions(N_CTX, N_BATCH, n_seq=N_SEQ, flash_attention=flash_attention)
         self.context = model.open_trunk(options, on_experts=watch)
         self.lengths = [0] * N_SEQ

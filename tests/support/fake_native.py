@@ -9,12 +9,14 @@ lost cell fails. All of that is AssertionError: a bug of the driver, not an inpu
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 from zlib import crc32
 
 import numpy as np
 
 from step35.engine.loading import Loading
 from step35.errors import Cancelled
+from step35.native.interface import OnExperts
 from step35.native.rows import Rows
 from step35.options import ContextOptions, EngineOptions, ModelOptions
 from step35.planning.model_header import Header, Headers, ModelShape
@@ -46,16 +48,15 @@ class FakeModel:
 
     n_vocab, n_embd, n_ctx_train = N_VOCAB, N_EMBD, 4096
     bos, eos, add_bos, turn_start, vocab_digest = 0, EOG, False, 1, "fake"
-    draft_vocabulary = None
-    chat_template = None
+    handle, newline, chat_template = None, 2, None
 
     def __init__(self, script: Script, options: ModelOptions) -> None:
         self.script = script
         self.n_swa = script.n_swa
         self.n_heads = script.n_heads if options.load_heads else 0
-        self.path = options.path
 
-    def open_trunk(self, options: ContextOptions) -> "FakeContext":
+    def open_trunk(self, options: ContextOptions, *, on_experts: OnExperts | None = None) -> "FakeContext":
+        assert on_experts is None, "a fake has no experts"
         return self._open(options, None)
 
     def open_head(self, head: int, options: ContextOptions) -> "FakeContext":
@@ -72,6 +73,15 @@ class FakeModel:
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         return b"%d " % token
+
+    def text(self, token: int) -> str:
+        return self.piece(token).decode()
+
+    def open_grammar(self, gbnf: str) -> NoReturn:
+        raise AssertionError("a fake has no grammar")
+
+    def all_metadata(self) -> dict[str, str]:
+        return {}
 
     def tokenize(self, text: bytes, *, add_bos: bool, parse_special: bool) -> list[int]:
         return [int(word) for word in text.split()]

@@ -102,7 +102,7 @@ def _jobs_here(target: str) -> int:
 def jobs_for(target: str, n_cores: int, available: int | None) -> int:
     """Returns how many compilers run at a time: the cores, but those for GPUs only as many as the memory has room for.
 
-    `available` is None if nobody knows.
+    `available` is None where it is unknown.
     """
     if target not in ("cuda", "rocm") or available is None:
         return n_cores
@@ -113,7 +113,7 @@ def jobs_for(target: str, n_cores: int, available: int | None) -> int:
 class _Workplace:
     folder: Path
     lock: int
-    """A file descriptor; compilers hold it, too, so that none of a killed run works beside the next."""
+    """A file descriptor; compilers inherit it, so that none of a killed run works beside the next."""
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def _prepare(work: Path, patches: Path, patch_list: list[series.Patch], sdist: P
 
 
 def _compile(place: _Workplace, cmake: str, made: Build, flags: Flags, n_jobs: int, say: Say) -> None:
-    """Configures and builds; after a run that had no chance to end in order, from the start."""
+    """Configures and builds; after a run that was killed, from the start."""
     work, out, unclean = place.folder, place.folder / "build", place.folder / "unclean"
     if unclean.exists():  # killed, or the power went: a compiler's output may be half of one
         shutil.rmtree(out, ignore_errors=True)

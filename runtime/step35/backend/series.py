@@ -79,11 +79,11 @@ def apply(series: list[Patch], tree: Path) -> list[str]:
         scratch = Path(work).resolve()
         paths = sorted({path for patch in series for path in patch.paths})
         _copy(paths, tree, scratch)
-        held = {patch.name for patch in reversed(series) if not _git_apply(patch, scratch, "--reverse")}
+        present = {patch.name for patch in reversed(series) if not _git_apply(patch, scratch, "--reverse")}
         for patch in series:
             _apply_one(patch, scratch, tree)
         _copy(paths, scratch, tree)
-    return [patch.name for patch in series if patch.name not in held]
+    return [patch.name for patch in series if patch.name not in present]
 
 
 def _apply_one(patch: Patch, scratch: Path, tree: Path) -> None:

@@ -11,7 +11,7 @@ from step35.engine.budget import Budget
 from step35.engine.loading import ON_THIS_BOX, Loading
 from step35.engine.session import Session, n_cells
 from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
-from step35.native.interface import ContextInterface
+from step35.native.interface import ContextInterface, ModelInterface
 from step35.options import EngineOptions
 from step35.planning.memory_pressure import Level, Reading
 from step35.planning.model_header import Header, Headers
@@ -20,7 +20,6 @@ from step35.sampling.token_chooser import TokenGrammar
 from step35.sizes import format_size
 
 if TYPE_CHECKING:
-    from step35.native.model import Model
     from step35.planning.admission import Guard, MemoryDemand
 
 
@@ -44,7 +43,7 @@ class Engine:
         self.clock = clock
         self.notes: list[str] = []
         self.demand: MemoryDemand | None = None
-        """What everything takes, by device and purpose, as counted before loading; None if nobody knows the memory."""
+        """What everything takes, by device and purpose, as counted before loading; None where the memory is unknown."""
         self.budget = Budget()
         self.pressure, self._reading = Level.CALM, Reading(0)
         self.on_pressure: list[Callable[[Level], None]] = []
@@ -85,7 +84,7 @@ class Engine:
         self._closers.append(watchdog.stop)
         watchdog.start()
 
-    def _load(self, loading: Loading, header: Header, *, with_heads: bool) -> "Model":
+    def _load(self, loading: Loading, header: Header, *, with_heads: bool) -> ModelInterface:
         model = loading.load(self.options.load(header.path, with_heads=with_heads), header)
         self._closers.append(model.close)
         return model
@@ -103,7 +102,7 @@ class Engine:
             self._closers.append(contexts[-1].close)
         return Heads(contexts, self.window, self.model.n_embd, header.draft_vocabulary)
 
-    def _head_model(self, loading: Loading) -> "Model":
+    def _head_model(self, loading: Loading) -> ModelInterface:
         if self.headers.side is None:
             return self.model
         model = self._load(loading, self.headers.side, with_heads=True)
@@ -231,7 +230,7 @@ class Engine:
         return self.model.open_grammar(gbnf)
 
 
-def _context_size(options: EngineOptions, model: "Model") -> int:
+def _context_size(options: EngineOptions, model: ModelInterface) -> int:
     if options.n_ctx > model.n_ctx_train:
         raise SettingsError(
             f"context too long: n_ctx expected at most {model.n_ctx_train} (the model's), got {options.n_ctx}"

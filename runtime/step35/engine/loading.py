@@ -1,15 +1,15 @@
-"""How an engine gets its model: what reads the headers, loads a file, and looks whether the memory holds it all."""
+"""How an engine gets its model: what reads the headers, loads a file, and checks the memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from step35.choices import LOAD_MODES
+from step35.native.interface import ModelInterface
 from step35.options import EngineOptions, ModelOptions
 from step35.planning.model_header import Header, Headers, read_headers
 
 if TYPE_CHECKING:
-    from step35.native.model import Model
     from step35.planning.admission import Guard
 
 
@@ -18,16 +18,16 @@ class Loading:
     """Three steps of opening an engine; tests put a fake llama.cpp in their place."""
 
     read: Callable[[EngineOptions], Headers]
-    load: "Callable[[ModelOptions, Header], Model]"
+    load: Callable[[ModelOptions, Header], ModelInterface]
     admit: "Callable[[EngineOptions, Headers], Guard | None]"
-    """Raises DoesNotFit where the memory can't hold the engine; None if nobody knows the memory."""
+    """Raises DoesNotFit where the memory can't hold the engine; None where the memory is unknown."""
 
 
 def _read(options: EngineOptions) -> Headers:
     return read_headers(options.model, options.mtp)
 
 
-def _load(options: ModelOptions, header: Header) -> "Model":
+def _load(options: ModelOptions, header: Header) -> ModelInterface:
     from step35.native.model import Model
     from step35.planning.admission import drop_from_page_cache
 

@@ -1,7 +1,7 @@
 """A context of llama.cpp: KV cells and a compute graph over the trunk, or over one MTP head."""
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from step35.choices import KV_TYPES
 from step35.cores import usable_cores
 from step35.errors import Cancelled, ContextFull, NativeError
+from step35.native.interface import OnExperts
 from step35.native.library import HEADS_RETURN_ALL_ROWS, C, bind, forget_errors, reason
 from step35.native.rows import Rows
 from step35.options import ContextOptions
@@ -43,8 +44,6 @@ def _abort_address() -> int:
 
 # which experts a decode uses
 
-OnExperts = Callable[[int, np.ndarray], None]
-"""Takes a layer and its experts (n_rows, n_expert_used), int32, of one decode."""
 _EXPERTS = b"ffn_moe_topk-"
 
 

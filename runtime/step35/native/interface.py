@@ -1,11 +1,18 @@
 """What the engine and its drafting need of llama.cpp; tests put a fake in its place."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from step35.native.rows import Rows
+from step35.options import ContextOptions
+
+if TYPE_CHECKING:
+    from step35.native.grammar import Grammar
+
+OnExperts = Callable[[int, np.ndarray], None]
+"""Takes a layer and its experts (n_rows, n_expert_used), int32, of one decode."""
 
 
 class ContextInterface(Protocol):
@@ -42,3 +49,48 @@ class ContextInterface(Protocol):
     def save_state(self, seq: int, *, window_only: bool = False) -> bytes: ...
 
     def load_state(self, seq: int, state: bytes, *, window_only: bool = False) -> None: ...
+
+
+class ModelInterface(Protocol):
+    """A loaded file: weights and vocabulary; each member as in native.model.Model."""
+
+    n_vocab: int
+    n_embd: int
+    n_swa: int
+    n_ctx_train: int
+    bos: int
+    eos: int
+    add_bos: bool
+
+    @property
+    def handle(self) -> object: ...
+
+    @property
+    def turn_start(self) -> int | None: ...
+
+    @property
+    def newline(self) -> int: ...
+
+    @property
+    def vocab_digest(self) -> str: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def close(self) -> None: ...
+
+    def open_trunk(self, options: ContextOptions, *, on_experts: OnExperts | None = None) -> ContextInterface: ...
+
+    def open_head(self, head: int, options: ContextOptions) -> ContextInterface: ...
+
+    def tokenize(self, text: bytes, *, add_bos: bool, parse_special: bool) -> list[int]: ...
+
+    def text(self, token: int) -> str: ...
+
+    def piece(self, token: int, *, special: bool = False) -> bytes: ...
+
+    def is_eog(self, token: int) -> bool: ...
+
+    def open_grammar(self, gbnf: str) -> "Grammar": ...
+
+    def all_metadata(self) -> dict[str, str]: ...

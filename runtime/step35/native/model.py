@@ -10,10 +10,11 @@ from typing import Any
 from step35.choices import LOAD_MODES
 from step35.errors import ModelError, NativeError, SettingsError
 from step35.markup import TURN_START
-from step35.native.context import Context, OnExperts
+from step35.native.context import Context
 from step35.native.devices import add_rpc_server
 from step35.native.draft_vocabulary import ARCHITECTURE, DraftVocabulary
 from step35.native.grammar import Grammar
+from step35.native.interface import OnExperts
 from step35.native.library import C, bind, forget_errors, reason, start_backend
 from step35.native.long_runs import cut_long_runs
 from step35.options import ContextOptions, ModelOptions
@@ -42,6 +43,11 @@ class Model:
         self.add_bos: bool = C.llama_vocab_get_add_bos(self._vocab)
         self.turn_start = None if self.draft_vocabulary else self._single_token(TURN_START.encode())
         """The token that begins a message; None in a vocabulary without chat tokens."""
+
+    @property
+    def handle(self) -> object:
+        """The address of its llama_model."""
+        return self._handle
 
     def close(self) -> None:
         if self._handle:

@@ -11,7 +11,7 @@ from step35.planning.hardware import Sources, probe, this_box
 from step35.planning.llama_options import layout_of, run_of
 from step35.planning.machine import Machine
 from step35.planning.memory_pressure import Level, Reading, Thresholds
-from step35.planning.memory_usage import HOST, Loading, MemoryUsage, Pool, Purpose, pools, taken, usage
+from step35.planning.memory_usage import HOST, LoadSettings, MemoryUsage, Pool, Purpose, pools, taken, usage
 from step35.planning.model_header import Headers
 from step35.planning.remote import with_remotes
 from step35.planning.reported_buffers import differences, read_buffers
@@ -40,7 +40,7 @@ class MemoryDemand:
 def memory_demand(options: EngineOptions, headers: Headers, machine: Machine) -> MemoryDemand:
     """Returns what an engine with these options would take."""
     header = headers.joined(with_heads=options.drafting.uses_heads)
-    loading = Loading(options.load_mode, options.op_offload)
+    loading = LoadSettings(options.load_mode, options.op_offload)
     used = usage(header, machine, run_of(header, options), layout_of(header, options, machine), loading)
     return MemoryDemand(used, tuple(pools(machine)))
 

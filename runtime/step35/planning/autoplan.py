@@ -52,7 +52,7 @@ def auto_plan(headers: Headers, sources: Sources, *, draft: str = "auto", **sett
     """Plans for the box that `sources` describe, and sets what ggml reads from the environment.
 
     Settings are EngineOptions' by name; None leaves one to the plan, anything else wins over it.
-    Raises DoesNotFit where what was asked for can't be held.
+    Raises DoesNotFit where what was asked for doesn't fit.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     uses_heads = Draft.of(draft).uses_heads

@@ -1,6 +1,6 @@
 """How many bytes a model and its contexts take, from the header alone.
 
-Everything here is arithmetic; tests hold it against llama.cpp's own dry run, to the byte. The
+Everything here is arithmetic; tests compare it with llama.cpp's own dry run, to the byte. The
 contexts are those that the engine opens: one for the trunk, one for each MTP head. All of a context's
 buffers are counted as if on one device; `placement` says which.
 """
@@ -46,7 +46,7 @@ class ContextBytes:
     inputs: int
     """The part of `compute` that comes from the host at every step."""
     embedded: int
-    """The rows of the token embedding that the host looks up: it holds no other part of a graph that runs elsewhere."""
+    """The rows of the token embedding that the host looks up: it has no other part of a graph that runs elsewhere."""
     outputs: int
     """Logits and hidden states, on the host."""
 
@@ -116,7 +116,7 @@ def checkpoint_bytes(shape: ModelShape, run: Run) -> int:
 
 
 def checkpoints_bytes(shape: ModelShape, run: Run) -> int:
-    """Returns the bytes of all checkpoints that the sessions may hold."""
+    """Returns the bytes of all checkpoints that the sessions may keep."""
     return run.n_sessions * run.n_checkpoints * checkpoint_bytes(shape, run)
 
 

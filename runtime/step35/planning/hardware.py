@@ -39,7 +39,7 @@ class Memory(NamedTuple):
     available: int
 
 
-def _nobody_knows() -> Memory | None:
+def _unknown() -> Memory | None:
     return None
 
 
@@ -53,9 +53,9 @@ class Sources:
     """Measures the RAM's bandwidth in bytes a second with some threads."""
     n_cpus: int
     system: str
-    memory: Callable[[], Memory | None] = _nobody_knows
+    memory: Callable[[], Memory | None] = _unknown
     """Of the system; None if it can't be read."""
-    address_space: Callable[[], Memory | None] = _nobody_knows
+    address_space: Callable[[], Memory | None] = _unknown
     """Of this process, as `ulimit -v` limits it; None without a limit."""
 
 

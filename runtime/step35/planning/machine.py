@@ -47,7 +47,7 @@ class Machine:
     n_cores: int
     n_numa: int
     total_bytes: int
-    """Of RAM; 0 if nobody knows."""
+    """Of RAM; 0 where it is unknown."""
     available_bytes: int
     reserve_bytes: int
     """What a plan leaves free for the rest of the system."""

@@ -47,7 +47,7 @@ class Thresholds:
 
 
 def next_level(level: Level, reading: Reading, thresholds: Thresholds) -> Level:
-    """Returns the level after a reading: up one at a time, so that each remedy gets its chance; down with a margin."""
+    """Returns the level after a reading: up one at a time, so that each remedy is tried first; down with a margin."""
     if level is Level.STOP or (wanted := _level(reading, thresholds, 1.0)) == level:
         return level
     if wanted > level:

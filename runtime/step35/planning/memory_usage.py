@@ -71,7 +71,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
+class LoadSettings:
     """What of the way of loading and running costs memory."""
 
     load_mode: str
@@ -91,7 +91,7 @@ def gpu_name(index: int) -> str:
     return f"GPU{index}"
 
 
-def usage(header: Header, machine: Machine, run: Run, layout: Layout, loading: Loading) -> MemoryUsage:
+def usage(header: Header, machine: Machine, run: Run, layout: Layout, loading: LoadSettings) -> MemoryUsage:
     """Returns the bytes of every device by purpose."""
     counted: defaultdict[str, defaultdict[Purpose, int]] = defaultdict(lambda: defaultdict(int))
     for (device, purpose), n in _weights(header, bool(run.n_heads), layout).items():
@@ -140,7 +140,7 @@ def _add_buffers(counted: dict, header: Header, run: Run, layout: Layout, n_gpus
             counted[HOST][Purpose.COMPUTE] += run.n_heads * (n_copies * head.inputs + head.embedded)
 
 
-def _add_rest(counted: dict, header: Header, machine: Machine, run: Run, layout: Layout, loading: Loading) -> None:
+def _add_rest(counted: dict, header: Header, machine: Machine, run: Run, layout: Layout, loading: LoadSettings) -> None:
     counted[HOST][Purpose.CHECKPOINTS] += checkpoints_bytes(header.shape, run)
     if layout.gpus and loading.load_mode != "mmap":
         counted[HOST][Purpose.LOADING] += 2 * max(tensor.n_bytes for tensor in header.tensors)

@@ -15,7 +15,7 @@ from step35.planning.machine import Machine
 from step35.planning.memory_usage import (
     HOST,
     Layout,
-    Loading,
+    LoadSettings,
     MemoryUsage,
     Pool,
     fits,
@@ -91,8 +91,8 @@ class Placement:
     """Whether threads and pages are spread over the NUMA nodes."""
 
     @property
-    def loading(self) -> Loading:
-        return Loading(self.load_mode, self.op_offload_from is not None)
+    def loading(self) -> LoadSettings:
+        return LoadSettings(self.load_mode, self.op_offload_from is not None)
 
 
 def constraints_of(placement: Placement, distinct: tuple[float, ...] = ()) -> Constraints:
@@ -358,7 +358,7 @@ def _matrix_sizes(header: Header) -> dict[tuple[int, int], int]:
 
 def _rooms(header: Header, machine: Machine, constraints: Constraints, run: Run, bare: Layout) -> dict[str, int]:
     """Returns what each GPU has left for experts, with room for the op-offload scratch."""
-    used = usage(header, machine, run, bare, Loading("none", offloads_ops=True))
+    used = usage(header, machine, run, bare, LoadSettings("none", offloads_ops=True))
     return {
         pool.devices[0]: pool.budget - taken(used, pool)
         for pool in pools(machine, constraints.gpu_budget)

@@ -112,7 +112,7 @@ def rpc_of(path: Path, header: Header) -> tuple[str, ...]:
 def from_text(content: str, file: str, header: Header, machine: Machine | None = None) -> Placement:
     """Returns the placement of a plan file; raises SettingsError that names the line of a mistake.
 
-    Without a machine, devices and budget aren't held against one.
+    Without a machine, devices and budget aren't compared with one.
     """
     plan = parse_yaml(content, file)
     plan.take("model", text, "a text", "")

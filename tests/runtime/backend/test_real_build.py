@@ -83,7 +83,7 @@ def test_a_head_returns_hidden_states_of_rows_without_logits(our_backend_folder:
 
 
 def test_a_decode_looks_only_at_its_own_cells(our_backend_folder: Path) -> None:
-    """Symptom: with conversations at rest a token took twice as long, as every decode looked at all cells in use."""
+    """Symptom: with idle conversations a token took twice as long, as every decode looked at all cells in use."""
     ours, stock = (run_with(folder, "attended_cells.py") for folder in (our_backend_folder, stock_folder()))
     assert all(n <= of for n, of in zip(ours["cells"], stock["cells"], strict=True))
     assert sum(ours["cells"]) < 0.6 * sum(stock["cells"])

@@ -150,6 +150,7 @@ def test_halving_drops_the_oldest_and_always_something(sizes):
 def test_what_cannot_be_dropped_stays_and_what_does_not_fit_is_refused():
     budget = Budget(100)
     snapshot = budget.reserve(80)
+    assert snapshot is not None
     assert budget.reserve(30) is None
     assert budget.halve() == 0
     budget.release(snapshot)

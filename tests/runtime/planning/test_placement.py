@@ -1,4 +1,4 @@
-"""Placements: the laws that every plan obeys, on machines and constraints of any size."""
+"""Placements: the laws of every plan, on machines and constraints of any size."""
 
 import ast
 from dataclasses import replace
