@@ -108,7 +108,7 @@ class Llama(StockLlama):
 
     @property
     def model(self) -> object:
-        return self.engine.model._handle
+        return self.engine.model.handle
 
     def n_ctx(self) -> int:
         return self.engine.n_ctx

@@ -9,12 +9,14 @@ lost cell fails. All of that is AssertionError: a bug of the driver, not an inpu
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
 
-from step35.errors import Cancelled
+from step35.errors import Cancelled, SettingsError
+from step35.native.draft_vocabulary import DraftVocabulary
+from step35.native.file_facts import FileFacts
+from step35.native.interface import GrammarInterface
 from step35.native.rows import Rows
 from step35.options import ContextOptions, ModelOptions
 
@@ -44,17 +46,20 @@ class FakeModel:
     """Stands in for native.Model."""
 
     n_vocab, n_embd, n_ctx_train = N_VOCAB, N_EMBD, 4096
-    bos, eos, add_bos, turn_start, vocab_digest = 0, EOG, False, 1, "fake"
-    draft_vocabulary = None
-    chat_template = None
+    bos, eos, newline, add_bos, vocab_digest = 0, EOG, 2, False, "fake"
+    turn_start: int | None = 1
+    draft_vocabulary: DraftVocabulary | None = None
+    chat_template = handle = None
 
     def __init__(self, script: Script, options: ModelOptions) -> None:
         self.script = script
         self.n_swa = script.n_swa
         self.n_heads = script.n_heads if options.load_heads else 0
-        self.facts = SimpleNamespace(path=options.path, has_trunk=True)
+        self.facts = FileFacts(options.path, 1, self.n_ctx_train, True, self.n_heads, self.n_heads)
 
-    def open_trunk(self, options: ContextOptions) -> "FakeContext":
+    def open_trunk(
+        self, options: ContextOptions, *, on_experts: Callable[[int, np.ndarray], None] | None = None
+    ) -> "FakeContext":
         return self._open(options, None)
 
     def open_head(self, head: int, options: ContextOptions) -> "FakeContext":
@@ -74,6 +79,15 @@ class FakeModel:
 
     def tokenize(self, text: bytes, *, add_bos: bool, parse_special: bool) -> list[int]:
         return [int(word) for word in text.split()]
+
+    def text(self, token: int) -> str:
+        return f"{token} "
+
+    def open_grammar(self, gbnf: str) -> GrammarInterface:
+        raise SettingsError("bad grammar: a fake model has none")
+
+    def all_metadata(self) -> dict[str, str]:
+        return {}
 
     def close(self) -> None:
         pass

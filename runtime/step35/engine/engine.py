@@ -10,21 +10,19 @@ from step35.drafting.mtp_heads import REPLAYED_ROWS, Heads
 from step35.engine.budget import Budget
 from step35.engine.session import Session, n_cells
 from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
-from step35.native.interface import ContextInterface
+from step35.native.interface import GrammarInterface, ModelInterface
 from step35.options import EngineOptions, ModelOptions
 from step35.planning.memory_pressure import Level, Reading
 from step35.planning.model_header import shard_paths
-from step35.sampling.token_chooser import TokenGrammar
 from step35.sizes import format_size
 
 if TYPE_CHECKING:
-    from step35.native.model import Model
     from step35.planning.admission import Guard, MemoryDemand
 
 HEAD_BATCH = 32  # rows of a head's decode: its output matrix is run for all of them
 
 
-def _load(options: ModelOptions) -> "Model":
+def _load(options: ModelOptions) -> ModelInterface:
     from step35.native.model import Model
     from step35.planning.admission import drop_from_page_cache
 
@@ -55,7 +53,7 @@ class Engine:
         self,
         options: EngineOptions,
         *,
-        load_model: "Callable[[ModelOptions], Model]" = _load,
+        load_model: Callable[[ModelOptions], ModelInterface] = _load,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.options = options
@@ -76,13 +74,13 @@ class Engine:
             self.close()
             raise
 
-    def _open(self, load_model: "Callable[[ModelOptions], Model]") -> None:
+    def _open(self, load_model: Callable[[ModelOptions], ModelInterface]) -> None:
         options = self.options
         wants_heads = options.draft not in ("off", "ngram")
         self.model = self._load_trunk(load_model, wants_heads and options.mtp is None)
         self.n_ctx = _context_size(options, self.model)
         self.window = self.model.n_swa
-        self.trunk: ContextInterface = self.model.open_trunk(options.context(n_outputs=_n_outputs(options)))
+        self.trunk = self.model.open_trunk(options.context(n_outputs=_n_outputs(options)))
         self._closers.append(self.trunk.close)
         self.drafter = Drafter(options.draft, self._open_heads(load_model) if wants_heads else None, self.clock)
         self._free_sequences = list(range(options.n_sessions))[::-1]
@@ -101,7 +99,7 @@ class Engine:
         self._closers.append(watchdog.stop)
         watchdog.start()
 
-    def _load_trunk(self, load_model: "Callable[[ModelOptions], Model]", with_heads: bool) -> "Model":
+    def _load_trunk(self, load_model: Callable[[ModelOptions], ModelInterface], with_heads: bool) -> ModelInterface:
         options = self.options
         model = load_model(options.load(options.model, with_heads=with_heads))
         self._closers.append(model.close)
@@ -111,7 +109,7 @@ class Engine:
             )
         return model
 
-    def _open_heads(self, load_model: "Callable[[ModelOptions], Model]") -> Heads | None:
+    def _open_heads(self, load_model: Callable[[ModelOptions], ModelInterface]) -> Heads | None:
         model = self._head_model(load_model)
         if not model.n_heads:
             self.notes.append(f"{model.facts.path} has no MTP heads: running without them")
@@ -124,7 +122,7 @@ class Engine:
             self._closers.append(contexts[-1].close)
         return Heads(contexts, self.window, self.model.n_embd, model.draft_vocabulary)
 
-    def _head_model(self, load_model: "Callable[[ModelOptions], Model]") -> "Model":
+    def _head_model(self, load_model: Callable[[ModelOptions], ModelInterface]) -> ModelInterface:
         if self.options.mtp is None:
             return self.model
         model = load_model(self.options.load(self.options.mtp, with_heads=True))
@@ -248,7 +246,7 @@ class Engine:
         """MTP heads that draft."""
         return len(self.drafter.heads)
 
-    def open_grammar(self, gbnf: str) -> TokenGrammar:
+    def open_grammar(self, gbnf: str) -> GrammarInterface:
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)
 
@@ -257,7 +255,7 @@ def _n_outputs(options: EngineOptions) -> int:
     return min(options.n_batch, max(CALIBRATED_WIDTHS) * options.n_sessions)
 
 
-def _context_size(options: EngineOptions, model: "Model") -> int:
+def _context_size(options: EngineOptions, model: ModelInterface) -> int:
     if options.n_ctx > model.n_ctx_train:
         raise SettingsError(
             f"context too long: n_ctx expected at most {model.n_ctx_train} (the model's), got {options.n_ctx}"

@@ -1,15 +1,32 @@
-"""What the engine and its drafting need of llama.cpp; tests put a fake in its place."""
+"""What the rest of the runtime needs of llama.cpp. This folder has the real classes; tests put fakes in their place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from step35.native.draft_vocabulary import DraftVocabulary
 from step35.native.rows import Rows
+from step35.options import ContextOptions
+
+
+class GrammarInterface(Protocol):
+    """A grammar's state, as grammar.Grammar: which tokens may come next."""
+
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
+        """Returns which of the token ids (bool, same length) may come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Moves on past a chosen token, which must be allowed."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class ContextInterface(Protocol):
-    """KV cells and a compute graph over the trunk, or over one MTP head; each method as in native.context.Context."""
+    """KV cells and a compute graph over the trunk, or over one MTP head, as context.Context."""
 
     n_batch: int
     returns_all_rows: bool
@@ -42,3 +59,63 @@ class ContextInterface(Protocol):
     def save_state(self, seq: int, *, window_only: bool = False) -> bytes: ...
 
     def load_state(self, seq: int, state: bytes, *, window_only: bool = False) -> None: ...
+
+
+class FactsInterface(Protocol):
+    """What a file's header says, as file_facts.FileFacts."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def has_trunk(self) -> bool: ...
+
+
+class ModelInterface(Protocol):
+    """A loaded GGUF, as model.Model: weights and vocabulary; opens contexts on itself."""
+
+    n_vocab: int
+    n_embd: int
+    n_swa: int
+    n_ctx_train: int
+    n_heads: int
+    bos: int
+    eos: int
+    add_bos: bool
+    turn_start: int | None
+    draft_vocabulary: DraftVocabulary | None
+
+    @property
+    def facts(self) -> FactsInterface: ...
+
+    @property
+    def handle(self) -> object: ...
+
+    @property
+    def newline(self) -> int: ...
+
+    @property
+    def vocab_digest(self) -> str: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def close(self) -> None: ...
+
+    def open_trunk(
+        self, options: ContextOptions, *, on_experts: Callable[[int, np.ndarray], None] | None = None
+    ) -> ContextInterface: ...
+
+    def open_head(self, head: int, options: ContextOptions) -> ContextInterface: ...
+
+    def tokenize(self, text: bytes, *, add_bos: bool, parse_special: bool) -> list[int]: ...
+
+    def piece(self, token: int, *, special: bool = False) -> bytes: ...
+
+    def text(self, token: int) -> str: ...
+
+    def is_eog(self, token: int) -> bool: ...
+
+    def open_grammar(self, gbnf: str) -> GrammarInterface: ...
+
+    def all_metadata(self) -> dict[str, str]: ...

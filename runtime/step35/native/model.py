@@ -88,6 +88,11 @@ class Model:
         return (C.llama_vocab_get_text(self._vocab, token) or b"").decode(errors="replace")
 
     @property
+    def handle(self) -> object:
+        """The llama_model, for what is said to llama.cpp itself."""
+        return self._handle
+
+    @property
     def newline(self) -> int:
         return C.llama_vocab_nl(self._vocab)
 
