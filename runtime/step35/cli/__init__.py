@@ -23,7 +23,7 @@ from step35.errors import Step35Error
 from step35.options import DRAFT_MODES, KV_TYPES, LOAD_MODES
 
 if TYPE_CHECKING:
-    from step35.engine.decode_loop import Stats
+    from step35.engine.turn import Stats
 
 EXAMPLES = """
 \b
