@@ -1,22 +1,33 @@
-"""What the engine and its drafting need of llama.cpp; tests put a fake in its place."""
+"""What the rest of the runtime needs of llama.cpp. This folder has the real classes; tests put fakes in their place."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from step35.native.rows import Rows
 from step35.options import ContextOptions
 
-if TYPE_CHECKING:
-    from step35.native.grammar import Grammar
-
 OnExperts = Callable[[int, np.ndarray], None]
 """Takes a layer and its experts (n_rows, n_expert_used), int32, of one decode."""
 
 
+class GrammarInterface(Protocol):
+    """A grammar's state, as grammar.Grammar: which tokens may come next."""
+
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
+        """Returns which of the token ids (bool, same length) may come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Moves on past a chosen token, which must be allowed."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class ContextInterface(Protocol):
-    """KV cells and a compute graph over the trunk, or over one MTP head; each method as in native.context.Context."""
+    """KV cells and a compute graph over the trunk, or over one MTP head, as context.Context."""
 
     n_batch: int
     returns_all_rows: bool
@@ -91,6 +102,6 @@ class ModelInterface(Protocol):
 
     def is_eog(self, token: int) -> bool: ...
 
-    def open_grammar(self, gbnf: str) -> "Grammar": ...
+    def open_grammar(self, gbnf: str) -> GrammarInterface: ...
 
     def all_metadata(self) -> dict[str, str]: ...
