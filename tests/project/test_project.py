@@ -183,6 +183,7 @@ def test_what_a_reader_looks_for_is_at_the_top() -> None:
         "pyproject.toml",
         "README.md",
         "LICENSE",
+        "NOTICE",
         "CHANGELOG.md",
         "Makefile",
         ".ci",
