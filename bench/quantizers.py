@@ -19,7 +19,8 @@ from gguf import GGMLQuantizationType as GgmlType
 from rich.console import Console
 from rich.table import Table
 
-from convert_step35.gguf.ggml import load_ggml, row_bytes
+from convert_step35.gguf.ggml_types import row_bytes
+from convert_step35.quantization.libggml import load_ggml
 from convert_step35.quantization.quantizers import Native, native_path
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,11 +18,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
 from convert_step35.cli.workspace import open_workspace
-from convert_step35.gguf.ggml import block_size, load_ggml, row_bytes
-from convert_step35.gguf.metadata import rope_freqs
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import PlannedFile, PlannedTensor, Wishes
-from convert_step35.source.mapping import Kind, MtpMode
+from convert_step35.gguf.ggml_types import block_size, row_bytes
+from convert_step35.models import load_models
+from convert_step35.planning.plan import MtpMode, PlannedFile, PlannedTensor, Wishes
+from convert_step35.quantization.libggml import load_ggml
+from convert_step35.source.mapping import Kind
+from convert_step35.source.rope_freqs import rope_freqs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' checkpoint generator

@@ -5,10 +5,9 @@ from pathlib import Path
 import checkpoints
 from checkpoints import Shape, config
 from convert_step35.gguf.metadata import Provenance
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import Subject, Wishes, make_plan
+from convert_step35.models import load_models
+from convert_step35.planning.plan import MtpMode, Subject, Wishes, make_plan
 from convert_step35.source.architecture import read_architecture
-from convert_step35.source.mapping import MtpMode
 from convert_step35.source.tokenizer import read_tokenizer
 
 

@@ -17,25 +17,18 @@ from convert_step35.cli.mtp import mtp
 from convert_step35.cli.progress import bytes_bar, progress_bar
 from convert_step35.cli.workspace import Workspace, fingerprint, open_workspace
 from convert_step35.errors import CheckpointError, ConvertError, OptionError, OutputError, printable
-from convert_step35.gguf.ggml import load_ggml
-from convert_step35.gguf.gguf_model import (
-    GgufModel,
-    architecture_of,
-    has_mtp,
-    has_trunk,
-    open_model,
-    require_step35,
-    whole_name,
-)
+from convert_step35.gguf.model import GgufModel, architecture_of, has_mtp, has_trunk, open_model, require_step35
+from convert_step35.gguf.shard_names import whole_name
 from convert_step35.inspection.inspection import inspect_file
 from convert_step35.inspection.verification import Verdict, check_metadata, check_report, check_rows, compare
-from convert_step35.planning.models import Models, load_models
-from convert_step35.planning.plan import Plan, Wishes, side_file
+from convert_step35.models import Models, load_models
+from convert_step35.planning.plan import MtpMode, Plan, Wishes, side_file
 from convert_step35.planning.presets import PRESETS
 from convert_step35.planning.recipes import ggml_type, head_matrices, parse_override
+from convert_step35.quantization.libggml import load_ggml
 from convert_step35.quantization.quantizers import load_quantizers
 from convert_step35.sizes import format_size, parse_size
-from convert_step35.source.mapping import MtpMode, map_tensors
+from convert_step35.source.mapping import map_tensors
 from convert_step35.writing.conversion import Tools, convert
 from convert_step35.writing.journal import drop_journal, journal_path
 from convert_step35.writing.output import PARTIAL, write_atomically

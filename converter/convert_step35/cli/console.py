@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from convert_step35.errors import OutputError, quoted
-from convert_step35.gguf.gguf_model import is_shard_name
+from convert_step35.gguf.shard_names import is_shard_name
 
 # Whether a path can be read is said by what reads it.
 PATH = click.Path(path_type=Path, readable=False)

@@ -11,7 +11,7 @@ from convert_step35.cli.console import PATH, console, cores, json_option, output
 from convert_step35.cli.progress import bytes_bar
 from convert_step35.cli.tables import heads_summary
 from convert_step35.errors import OptionError, OutputError
-from convert_step35.gguf.gguf_model import GgufModel
+from convert_step35.gguf.model import GgufModel
 from convert_step35.planning.recipes import ggml_type
 from convert_step35.quantization.quantizers import load_quantizers
 from convert_step35.sizes import format_size

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from convert_step35.gguf.ggml import row_bytes
+from convert_step35.gguf.ggml_types import row_bytes
 from convert_step35.planning.chunks import Chunk
 from convert_step35.planning.plan import Plan, PlannedTensor
 

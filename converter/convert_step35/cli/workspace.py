@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from convert_step35 import __version__
-from convert_step35.gguf.ggml import Ggml, identify
 from convert_step35.gguf.imatrix import Imatrix, check_fit, read_imatrix
 from convert_step35.gguf.metadata import Provenance
+from convert_step35.models import KnownCheckpoint, Models
 from convert_step35.planning.chunks import CHUNK_WEIGHTS
-from convert_step35.planning.models import KnownCheckpoint, Models
-from convert_step35.planning.plan import Plan, Subject, Wishes, make_plan
+from convert_step35.planning.plan import MtpMode, Plan, Subject, Wishes, make_plan
+from convert_step35.quantization.libggml import Ggml, identify
 from convert_step35.source.checkpoint import Checkpoint, digest, modification_times, open_checkpoint
-from convert_step35.source.mapping import MtpMode, map_tensors
+from convert_step35.source.mapping import map_tensors
 from convert_step35.source.strict_json import read_json
 from convert_step35.source.tokenizer import read_tokenizer
 

@@ -10,7 +10,8 @@ from typing import Any
 from gguf import ExpertGatingFuncType, LlamaFileType, TokenType
 
 from convert_step35.errors import printable, quoted
-from convert_step35.gguf.gguf_model import (
+from convert_step35.gguf.metadata import ARCH
+from convert_step35.gguf.model import (
     GgufModel,
     architecture_of,
     has_trunk,
@@ -18,9 +19,8 @@ from convert_step35.gguf.gguf_model import (
     open_model,
     require_step35,
 )
-from convert_step35.gguf.gguf_reader import GgufTensor
-from convert_step35.gguf.metadata import ARCH
-from convert_step35.planning.models import Models
+from convert_step35.gguf.reader import GgufTensor
+from convert_step35.models import Models
 from convert_step35.source.architecture import Architecture
 from convert_step35.source.mapping import MappedTensor, map_tensors
 from convert_step35.source.tokenizer import END_OF_TURN, PRE_TOKENIZER

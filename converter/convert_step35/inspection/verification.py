@@ -12,21 +12,23 @@ from typing import Any
 import numpy as np
 
 from convert_step35.errors import ConvertError, GgufError, quoted
-from convert_step35.gguf.ggml import QUANTIZABLE, Ggml, row_bytes
-from convert_step35.gguf.gguf_header import Entry
-from convert_step35.gguf.gguf_model import GgufModel, whole_name
-from convert_step35.gguf.gguf_reader import GgufTensor
+from convert_step35.gguf.ggml_types import QUANTIZABLE, row_bytes
+from convert_step35.gguf.header import Entry
 from convert_step35.gguf.imatrix import Imatrix
 from convert_step35.gguf.metadata import ARCH
+from convert_step35.gguf.model import GgufModel
+from convert_step35.gguf.reader import GgufTensor
+from convert_step35.gguf.shard_names import whole_name
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, Chunk, chunks
 from convert_step35.planning.plan import MTP_PREFIX
+from convert_step35.quantization.libggml import Ggml
 from convert_step35.quantization.measure import non_finite
+from convert_step35.reading.ranges import read_piece
+from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import Checkpoint
 from convert_step35.source.mapping import MappedTensor
 from convert_step35.source.strict_json import read_json
 from convert_step35.writing.report import report_path
-from convert_step35.writing.rewriting import read_piece
-from convert_step35.writing.rows import RowReader
 
 _PIECE_BYTES = 4 * 1024**2
 _MAX_REPORT_BYTES = 64 * 1024**2

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from gguf import GGUFValueType as V
 from gguf import LlamaFileType
 
 from convert_step35.errors import PlanError
-from convert_step35.gguf.gguf_header import Entry, TensorInfo, encode_header, padded, shard_path
+from convert_step35.gguf.header import Entry, TensorInfo, encode_header, padded
 from convert_step35.gguf.metadata import Provenance, build_metadata
-from convert_step35.planning.models import Recipe
+from convert_step35.gguf.shard_names import shard_path
+from convert_step35.models import Recipe
 from convert_step35.planning.recipes import (
     Override,
     TypeChoice,
@@ -24,10 +26,19 @@ from convert_step35.planning.recipes import (
     tensor_bytes,
 )
 from convert_step35.source.architecture import Architecture
-from convert_step35.source.mapping import MappedTensor, MtpMode, map_tensors
+from convert_step35.source.mapping import MappedTensor, map_tensors
 from convert_step35.source.tokenizer import Tokenizer
 
 MTP_PREFIX = "mtp-"
+
+
+class MtpMode(StrEnum):
+    """Which parts of the model a file holds."""
+
+    KEEP = "keep"
+    SEPARATE = "separate"
+    DROP = "drop"
+    ONLY = "only"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType as F
 
-from convert_step35.gguf.ggml import block_size
+from convert_step35.gguf.ggml_types import block_size
 from convert_step35.source.mapping import Kind, MappedTensor
 
 

@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType as GgmlType
 from gguf import LlamaFileType
 
 from convert_step35.errors import OptionError, PlanError, quoted
-from convert_step35.gguf.ggml import QUANTIZABLE, row_bytes
-from convert_step35.planning.models import Recipe
+from convert_step35.gguf.ggml_types import QUANTIZABLE, row_bytes
+from convert_step35.models import Recipe
 from convert_step35.planning.presets import PRESETS, ModelFacts, fit_to_row, preset_types, requires_imatrix
 from convert_step35.source.architecture import Architecture
 from convert_step35.source.mapping import Kind, MappedTensor

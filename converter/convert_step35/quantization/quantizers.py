@@ -10,7 +10,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
 from convert_step35.errors import OptionError, quoted
-from convert_step35.gguf.ggml import QUANTIZABLE, Ggml, block_size, load_ggml, row_bytes
+from convert_step35.gguf.ggml_types import QUANTIZABLE, block_size, row_bytes
+from convert_step35.quantization.libggml import Ggml, load_ggml
 from convert_step35.quantization.measure import Sums, sums
 
 # An environment variable: with "libggml" the native kernels are left alone.

@@ -15,19 +15,19 @@ from threading import Event, Lock, Thread
 import numpy as np
 
 from convert_step35.errors import CheckpointError, DiskFullError, OutputError
-from convert_step35.gguf.ggml import row_bytes
+from convert_step35.gguf.ggml_types import row_bytes
 from convert_step35.gguf.imatrix import Imatrix
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
 from convert_step35.planning.plan import Plan, PlannedTensor
 from convert_step35.quantization.measure import Done, Errors, Sums, non_finite, tensor_errors
 from convert_step35.quantization.quantizers import Quantizers
+from convert_step35.reading.read_ahead import N_READERS, Item, Loaded, ReadAhead
+from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import Checkpoint
 from convert_step35.source.mapping import MappedTensor
-from convert_step35.writing.digesting import Digest
 from convert_step35.writing.journal import Journal
 from convert_step35.writing.output import Output, discard
-from convert_step35.writing.reading import N_READERS, Item, Loaded, ReadAhead
-from convert_step35.writing.rows import RowReader
+from convert_step35.writing.tensor_digest import Digest
 
 _SYNC_S = 1.0
 

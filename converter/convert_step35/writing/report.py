@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from convert_step35.gguf.gguf_reader import GgufTensor
+from convert_step35.gguf.reader import GgufTensor
 from convert_step35.planning.plan import Plan, PlannedTensor
 from convert_step35.quantization.measure import Errors
 from convert_step35.writing.conversion import TensorResult

@@ -12,25 +12,19 @@ from gguf import GGUFValueType as V
 from gguf import LlamaFileType
 
 from convert_step35.errors import GgufError, PlanError
-from convert_step35.gguf.ggml import QUANTIZABLE, row_bytes
-from convert_step35.gguf.gguf_header import Entry
-from convert_step35.gguf.gguf_model import (
-    GgufModel,
-    architecture_of,
-    has_mtp,
-    has_trunk,
-    is_shard_name,
-    open_model,
-    require_step35,
-)
-from convert_step35.gguf.gguf_reader import GgufTensor
+from convert_step35.gguf.ggml_types import QUANTIZABLE, row_bytes
+from convert_step35.gguf.header import Entry
+from convert_step35.gguf.model import GgufModel, architecture_of, has_mtp, has_trunk, open_model, require_step35
+from convert_step35.gguf.reader import GgufTensor
+from convert_step35.gguf.shard_names import is_shard_name
 from convert_step35.planning.chunks import Chunk, chunks
 from convert_step35.planning.presets import fit_to_row, requires_imatrix
 from convert_step35.planning.recipes import MTP_OPTION, head_matrices, mtp_text, tensor_bytes
 from convert_step35.quantization.measure import Done, Errors, tensor_errors
 from convert_step35.quantization.quantizers import Quantizers
+from convert_step35.reading.ranges import read_piece
 from convert_step35.source.mapping import MappedTensor, map_tensors
-from convert_step35.writing.rewriting import Made, Written, entries_of, read_piece, rewrite
+from convert_step35.writing.rewriting import Made, Written, entries_of, rewrite
 
 RECIPE_KEY = "convert_step35.recipe"
 # What the heads were before, where that was not exact: they are not what the checkpoint gives.

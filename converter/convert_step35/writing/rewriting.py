@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
-from convert_step35.errors import GgufError, OutputError
-from convert_step35.gguf.gguf_header import Entry, TensorInfo, encode_header, padded
-from convert_step35.gguf.gguf_model import GgufModel
-from convert_step35.gguf.gguf_reader import GgufFile, GgufTensor
+from convert_step35.errors import OutputError
+from convert_step35.gguf.header import Entry, TensorInfo, encode_header, padded
+from convert_step35.gguf.model import GgufModel
+from convert_step35.gguf.reader import GgufFile, GgufTensor
+from convert_step35.reading.ranges import read_piece
 from convert_step35.writing.output import partial_path, require_space, reserve, sync_folder
 
 _PIECE_BYTES = 8 * 1024**2
@@ -75,21 +76,6 @@ def rewrite(
             digest = _write(target, pieces, offset, tensor.n_bytes, on_bytes)
             written.append(Written(info.name, info.kind, info.shape, offset, tensor.n_bytes, digest))
     return written
-
-
-def read_piece(descriptor: int, offset: int, n_bytes: int, path: Path) -> np.ndarray:
-    """uint8 [n_bytes] of a GGUF at `offset`, which then leave the page cache; GgufError where the file is short."""
-    data, done = np.empty(n_bytes, np.uint8), 0
-    while done < n_bytes:
-        n = os.preadv(descriptor, [memoryview(data)[done:]], offset + done)
-        if n == 0:
-            raise GgufError(
-                f"truncated file: {path} expected {offset + n_bytes} bytes or more, got {offset + done}; did it change?"
-            )
-        done += n
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
-    return data
 
 
 def _entry(file: GgufFile, key: str) -> Entry:

@@ -22,8 +22,8 @@ from rich.console import Console
 from checkpoints import REAL, TINY, write_checkpoint
 from command import Done, convert_step35, hear_interrupts
 from convert_step35.cli import tables
-from convert_step35.gguf.gguf_header import Entry, TensorInfo, encode_header
-from convert_step35.planning.models import load_models
+from convert_step35.gguf.header import Entry, TensorInfo, encode_header
+from convert_step35.models import load_models
 from convert_step35.planning.plan import Plan
 from edited_gguf import edit_gguf
 

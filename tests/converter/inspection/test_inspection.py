@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from checkpoints import write_checkpoint
 from convert_step35.cli.workspace import open_workspace
 from convert_step35.errors import GgufError
-from convert_step35.gguf.gguf_header import Entry
-from convert_step35.gguf.gguf_reader import read_gguf
+from convert_step35.gguf.header import Entry
+from convert_step35.gguf.reader import read_gguf
 from convert_step35.inspection.inspection import Inspection, group_of, inspect_file
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import Wishes
-from convert_step35.source.mapping import MtpMode
+from convert_step35.models import load_models
+from convert_step35.planning.plan import MtpMode, Wishes
 from convert_step35.writing.report import to_json
 from edited_gguf import edit_gguf
 

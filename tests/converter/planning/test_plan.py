@@ -10,10 +10,9 @@ from gguf import GGMLQuantizationType as T
 from checkpoints import REAL, write_checkpoint
 from convert_step35.cli.workspace import Workspace, open_workspace
 from convert_step35.errors import PlanError
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import Plan, Wishes
+from convert_step35.models import load_models
+from convert_step35.planning.plan import MtpMode, Plan, Wishes
 from convert_step35.planning.recipes import parse_override
-from convert_step35.source.mapping import MtpMode
 
 MODELS = load_models()
 

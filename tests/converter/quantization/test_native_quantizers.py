@@ -18,8 +18,9 @@ from hypothesis.extra.numpy import arrays
 
 from checkpoints import BUNDLED, TINY, write_checkpoint
 from convert_step35.errors import OptionError
-from convert_step35.gguf.ggml import block_size, load_ggml, row_bytes
+from convert_step35.gguf.ggml_types import block_size, row_bytes
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, chunk_at
+from convert_step35.quantization.libggml import load_ggml
 from convert_step35.quantization.measure import Sums, sums
 from convert_step35.quantization.quantizers import (
     SWITCH,
@@ -30,10 +31,10 @@ from convert_step35.quantization.quantizers import (
     trial_rows,
     trial_weights,
 )
+from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import open_checkpoint
 from convert_step35.source.mapping import Kind, map_tensors
 from convert_step35.writing.report import report_path
-from convert_step35.writing.rows import RowReader
 
 pytestmark = pytest.mark.skipif(not native_path().exists(), reason="installed without a C++ compiler")
 

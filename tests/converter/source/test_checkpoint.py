@@ -9,11 +9,11 @@ import pytest
 
 from checkpoints import TINY, Shape, write_checkpoint
 from convert_step35.errors import CheckpointError
-from convert_step35.gguf.ggml import load_ggml
 from convert_step35.planning.chunks import chunks
+from convert_step35.quantization.libggml import load_ggml
+from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import open_checkpoint
 from convert_step35.source.mapping import MappedTensor, map_tensors
-from convert_step35.writing.rows import RowReader
 
 NO_MTP = replace(TINY, num_nextn_predict_layers=0)
 

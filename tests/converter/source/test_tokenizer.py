@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from checkpoints import TINY, config
 from convert_step35.errors import CheckpointError
-from convert_step35.gguf.gguf_header import encode_header
+from convert_step35.gguf.header import encode_header
 from convert_step35.gguf.metadata import Provenance, build_metadata
 from convert_step35.source.architecture import read_architecture
 from convert_step35.source.tokenizer import MAX_TEMPLATE_CHARS, Tokenizer, read_tokenizer

@@ -20,12 +20,12 @@ import pytest
 from checkpoints import TINY, write_checkpoint
 from convert_step35.cli.workspace import fingerprint, open_workspace
 from convert_step35.errors import CheckpointError, OutputError
-from convert_step35.gguf.ggml import load_ggml
+from convert_step35.models import load_models
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, chunks, n_chunks
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import Wishes
+from convert_step35.planning.plan import MtpMode, Wishes
+from convert_step35.quantization.libggml import load_ggml
 from convert_step35.quantization.quantizers import load_quantizers
-from convert_step35.source.mapping import Kind, MappedTensor, MtpMode
+from convert_step35.source.mapping import Kind, MappedTensor
 from convert_step35.writing import conversion
 from convert_step35.writing.conversion import Tools, convert
 from convert_step35.writing.journal import Journal, drop_journal, journal_path

@@ -18,8 +18,8 @@ import pytest
 
 from checkpoints import TINY, write_checkpoint
 from command import Done, convert_step35
-from convert_step35.gguf.gguf_model import open_model
-from convert_step35.gguf.gguf_reader import GgufFile, read_gguf
+from convert_step35.gguf.model import open_model
+from convert_step35.gguf.reader import GgufFile, read_gguf
 from convert_step35.writing.rewriting import Made, entries_of, rewrite
 
 SMALL = replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=2)

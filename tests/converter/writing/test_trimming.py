@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from checkpoints import BUNDLED
 from command import Done, convert_step35
-from convert_step35.gguf.gguf_model import open_model
-from convert_step35.gguf.gguf_reader import read_gguf
+from convert_step35.gguf.model import open_model
+from convert_step35.gguf.reader import read_gguf
 from convert_step35.inspection.inspection import inspect_file
-from convert_step35.planning.models import load_models
+from convert_step35.models import load_models
 from convert_step35.writing import trimming
 from convert_step35.writing.rewriting import entries_of, rewrite
 from convert_step35.writing.trimming import TRIMMED_ARCH, nearest_kept

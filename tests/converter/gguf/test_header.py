@@ -11,9 +11,9 @@ from gguf import GGUFValueType as V
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert_step35.gguf.ggml import QUANTIZABLE
-from convert_step35.gguf.gguf_header import ALIGNMENT, Entry, TensorInfo, encode_header, padded
-from convert_step35.gguf.gguf_reader import read_gguf
+from convert_step35.gguf.ggml_types import QUANTIZABLE
+from convert_step35.gguf.header import ALIGNMENT, Entry, TensorInfo, encode_header, padded
+from convert_step35.gguf.reader import read_gguf
 
 INTEGERS = {
     V.UINT8: (0, 8),

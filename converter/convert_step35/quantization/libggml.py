@@ -14,53 +14,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
 from convert_step35.errors import ConvertError
+from convert_step35.gguf.ggml_types import block_size, row_bytes
 
 _LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
-
-# Types that llama.cpp's loader takes as weights and ggml_quantize_chunk can make.
-QUANTIZABLE = tuple(
-    GgmlType[name]
-    for name in [
-        "F32",
-        "F16",
-        "BF16",
-        "Q1_0",
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "Q8_0",
-        "MXFP4",
-        "NVFP4",
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-        "TQ1_0",
-        "TQ2_0",
-        "IQ1_S",
-        "IQ1_M",
-        "IQ2_XXS",
-        "IQ2_XS",
-        "IQ2_S",
-        "IQ3_XXS",
-        "IQ3_S",
-        "IQ4_NL",
-        "IQ4_XS",
-    ]
-)
-
-
-def block_size(kind: GgmlType) -> int:
-    """Weights in one block of this type."""
-    return gguf.GGML_QUANT_SIZES[kind][0]
-
-
-def row_bytes(kind: GgmlType, n_weights: int) -> int:
-    """Bytes of a row of `n_weights`, a multiple of the block size."""
-    n_per_block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-    return n_weights // n_per_block * n_bytes
 
 
 class _TypeTraits(ctypes.Structure):

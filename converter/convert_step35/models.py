@@ -64,7 +64,7 @@ class Models:
 def models_path() -> Path:
     """models.yaml at the root of a checkout, or beside the package in an installed wheel."""
     here = Path(__file__).resolve()
-    candidates = (here.parents[3] / "models.yaml", here.parents[2] / "step35-models.yaml")
+    candidates = (here.parents[2] / "models.yaml", here.parents[1] / "step35-models.yaml")
     for path in candidates:
         if path.is_file():
             return path

@@ -9,7 +9,7 @@ from threading import Lock
 import numpy as np
 
 from convert_step35.planning.chunks import Chunk
-from convert_step35.writing.direct import DirectFile, read_buffer
+from convert_step35.reading.direct_file import DirectFile, read_buffer
 
 # Reads of this size keep a disk busy, two at a time leave it no pause, and the ring is small beside any model.
 SPAN_BYTES = 8 * 1024**2

@@ -7,14 +7,14 @@ from types import TracebackType
 
 import numpy as np
 
-from convert_step35.gguf.ggml import Ggml
-from convert_step35.gguf.metadata import rope_freqs
 from convert_step35.planning.chunks import Chunk
+from convert_step35.quantization.libggml import Ggml
+from convert_step35.reading.ranges import read_into
+from convert_step35.reading.read_ahead import Place
 from convert_step35.source.checkpoint import FP8_DTYPE, Checkpoint, Source
 from convert_step35.source.mapping import Kind, MappedTensor
+from convert_step35.source.rope_freqs import rope_freqs
 from convert_step35.source.safetensors_header import StoredTensor
-from convert_step35.writing.direct import read_into
-from convert_step35.writing.reading import Place
 
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8_DTYPE: 1}
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from convert_step35.errors import CheckpointError
 from convert_step35.planning.chunks import Chunk
-from convert_step35.writing import direct
-from convert_step35.writing.digesting import MOST_WAITING_BYTES, Digest
-from convert_step35.writing.direct import BLOCK_BYTES, DirectFile, read_buffer
-from convert_step35.writing.reading import Item, Place, ReadAhead, spans
+from convert_step35.reading import direct_file
+from convert_step35.reading.direct_file import BLOCK_BYTES, DirectFile, read_buffer
+from convert_step35.reading.read_ahead import Item, Place, ReadAhead, spans
+from convert_step35.writing.tensor_digest import MOST_WAITING_BYTES, Digest
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def opened(request: pytest.FixtureRequest, file: Path, monkeypatch: pytest.Monke
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
     opened = DirectFile(file)
     if request.param == "refused at read":
-        monkeypatch.setattr(direct, "BLOCK_BYTES", 1)  # unaligned, so the kernel refuses
+        monkeypatch.setattr(direct_file, "BLOCK_BYTES", 1)  # unaligned, so the kernel refuses
     yield opened
     opened.close()
 
