@@ -19,15 +19,15 @@ from convert_step35.gguf.ggml_types import row_bytes
 from convert_step35.gguf.imatrix import Imatrix
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
 from convert_step35.planning.plan import Plan, PlannedTensor
-from convert_step35.quantization.measure import Done, Errors, Sums, non_finite, tensor_errors
+from convert_step35.quantization.measure import ErrorSums, TensorErrors, non_finite, tensor_errors
 from convert_step35.quantization.quantizers import Quantizers
 from convert_step35.reading.read_ahead import N_READERS, Item, Loaded, ReadAhead
 from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import Checkpoint
 from convert_step35.source.mapping import MappedTensor
-from convert_step35.writing.journal import Journal
+from convert_step35.writing.journal import ChunkRecord, Journal
 from convert_step35.writing.output import Output, discard
-from convert_step35.writing.tensor_digest import Digest
+from convert_step35.writing.tensor_digest import TensorDigest
 
 _SYNC_S = 1.0
 
@@ -38,7 +38,7 @@ class TensorResult:
 
     tensor: PlannedTensor
     sha256: str
-    errors: Errors
+    errors: TensorErrors
     quantizer: str
 
 
@@ -125,13 +125,13 @@ class _Conversion:
         self._stop = Event()
         self._failures: list[BaseException] = []
         self._ended = Event()
-        self._unrecorded: list[Done] = []
-        self._records: dict[int, dict[int, Done]] = {i: {} for i in range(len(tensors))}
+        self._unrecorded: list[ChunkRecord] = []
+        self._records: dict[int, dict[int, ChunkRecord]] = {i: {} for i in range(len(tensors))}
         self._results: dict[int, TensorResult] = {}
-        self._digests: dict[int, Digest] = {}
-        for done in journal.done:
-            self._records[done.tensor][done.chunk] = done
-            tools.on_resumed(tensors[done.tensor], chunk_at(tensors[done.tensor].mapped, done.chunk))
+        self._digests: dict[int, TensorDigest] = {}
+        for record in journal.done:
+            self._records[record.tensor][record.chunk] = record
+            tools.on_resumed(tensors[record.tensor], chunk_at(tensors[record.tensor].mapped, record.chunk))
         self._ahead = ReadAhead(self._work(), 4 * _largest_chunk(tensors), tools.n_threads)
 
     def run(self) -> list[TensorResult]:
@@ -176,7 +176,7 @@ class _Conversion:
                 yield Item(index, None, None)
                 continue
             done = set(self._records[index])
-            self._digests[index] = Digest(n_chunks(tensor), is_partial=bool(done))
+            self._digests[index] = TensorDigest(n_chunks(tensor), is_partial=bool(done))
             for chunk in chunks(tensor):
                 if chunk.index not in done:
                     yield Item(index, chunk, self._reader.place(tensor, chunk))
@@ -195,15 +195,15 @@ class _Conversion:
             if chunk is None or self._finish_chunk(index, self._convert_loaded(index, chunk, loaded, buffers)):
                 self._finish_tensor(index, buffers)
 
-    def _convert_loaded(self, index: int, chunk: Chunk, loaded: Loaded, buffers: _Buffers) -> Done:
+    def _convert_loaded(self, index: int, chunk: Chunk, loaded: Loaded, buffers: _Buffers) -> ChunkRecord:
         weights = self._reader.weights(self._tensors[index].mapped, chunk, loaded.data, buffers.scratch[0])
         packed, sums = self._pack(index, chunk, weights, buffers)
         self._ahead.give_back(loaded)
-        done = self._write(index, chunk, packed, sums)
+        record = self._write(index, chunk, packed, sums)
         self._digests[index].add(chunk.index, packed)
-        return done
+        return record
 
-    def _pack(self, index: int, chunk: Chunk, weights: np.ndarray, buffers: _Buffers) -> tuple[np.ndarray, Sums]:
+    def _pack(self, index: int, chunk: Chunk, weights: np.ndarray, buffers: _Buffers) -> tuple[np.ndarray, ErrorSums]:
         """Quantize a chunk and measure what that did to it; its bytes are in `buffers` after that."""
         planned, quantizers = self._tensors[index], self._tools.quantizers
         importance = self._importance(planned.mapped, chunk)
@@ -217,24 +217,23 @@ class _Conversion:
             raise _bad_scale(planned)
         return packed, sums
 
-    def _write(self, index: int, chunk: Chunk, packed: np.ndarray, sums: Sums) -> Done:
+    def _write(self, index: int, chunk: Chunk, packed: np.ndarray, sums: ErrorSums) -> ChunkRecord:
         planned = self._tensors[index]
         self._output.write(index, packed, _offset(planned, chunk))
         self._tools.on_progress(planned, chunk)
-        crc = zlib.crc32(packed)
-        return Done(index, chunk.index, crc, sums.max_error, sums.squared_error, sums.squared_sum)
+        return ChunkRecord(index, chunk.index, zlib.crc32(packed.data), sums)
 
     def _importance(self, tensor: MappedTensor, chunk: Chunk) -> np.ndarray | None:
         imatrix = self._tools.imatrix
         entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
         return entry.weights(chunk.expert) if entry is not None else None
 
-    def _finish_chunk(self, index: int, done: Done) -> bool:
+    def _finish_chunk(self, index: int, record: ChunkRecord) -> bool:
         """Note a converted chunk; True for the one that makes its tensor whole."""
         with self._lock:
-            self._unrecorded.append(done)
+            self._unrecorded.append(record)
             records = self._records[index]
-            records[done.chunk] = done
+            records[record.chunk] = record
             return len(records) == n_chunks(self._tensors[index].mapped)
 
     def _finish_tensor(self, index: int, buffers: _Buffers) -> None:
@@ -244,8 +243,8 @@ class _Conversion:
         digest = digest if digest is not None else self._digest_of_file(index, buffers)
         if digest is None:
             return
-        ordered = [records[i] for i in sorted(records)]
-        errors, quantizer = tensor_errors(planned.mapped, ordered), self._tools.quantizers.name(planned.kind)
+        errors = tensor_errors(planned.mapped, [records[i].errors for i in sorted(records)])
+        quantizer = self._tools.quantizers.name(planned.kind)
         self._results[index] = TensorResult(planned, digest, errors, quantizer)
 
     def _digest_of_file(self, index: int, buffers: _Buffers) -> str | None:
@@ -262,14 +261,14 @@ class _Conversion:
         planned = self._tensors[index]
         data = buffers.packed[: chunk.n_rows * row_bytes(planned.kind, planned.mapped.row_size)]
         self._output.read(index, data, _offset(planned, chunk))
-        if zlib.crc32(data) == self._records[index][chunk.index].crc:
+        if zlib.crc32(data.data) == self._records[index][chunk.index].crc:
             return data
         raw = np.empty(4 * chunk.n_rows * planned.mapped.row_size, np.uint8)
         rows = self._reader.read(planned.mapped, chunk, buffers.scratch[0], raw)
-        done = self._write(index, chunk, *self._pack(index, chunk, rows, buffers))
-        self._finish_chunk(index, done)
+        record = self._write(index, chunk, *self._pack(index, chunk, rows, buffers))
+        self._finish_chunk(index, record)
         self._output.read(index, data, _offset(planned, chunk))
-        if zlib.crc32(data) != done.crc:
+        if zlib.crc32(data.data) != record.crc:
             raise OutputError(
                 f"the disk returns other bytes than were written: {planned.mapped.name}, chunk {chunk.index}; "
                 "check the disk"

@@ -9,7 +9,7 @@ import numpy as np
 MOST_WAITING_BYTES = 64 * 1024**2
 
 
-class Digest:
+class TensorDigest:
     """Takes each of a tensor's chunks once, from any thread, in any order."""
 
     def __init__(self, n_chunks: int, *, is_partial: bool = False) -> None:
@@ -24,7 +24,7 @@ class Digest:
         self._changed = Condition()
 
     def add(self, index: int, data: np.ndarray) -> None:
-        """Digest a chunk, or keep a copy until those before it are there."""
+        """TensorDigest a chunk, or keep a copy until those before it are there."""
         with self._changed:
             if self._is_partial:
                 return
@@ -49,7 +49,7 @@ class Digest:
             self._changed.notify_all()
 
     def _digest_from(self, data: np.ndarray | bytes | None) -> None:
-        """Digest a chunk and all that wait behind it, without the lock: others go on meanwhile."""
+        """TensorDigest a chunk and all that wait behind it, without the lock: others go on meanwhile."""
         while data is not None:
             self._sha.update(data)
             with self._changed:

@@ -17,7 +17,7 @@ from convert_step35.planning.chunks import Chunk
 from convert_step35.reading import direct_file
 from convert_step35.reading.direct_file import BLOCK_BYTES, DirectFile, read_buffer
 from convert_step35.reading.read_ahead import Item, Place, ReadAhead, spans
-from convert_step35.writing.tensor_digest import MOST_WAITING_BYTES, Digest
+from convert_step35.writing.tensor_digest import MOST_WAITING_BYTES, TensorDigest
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_stopping_wakes_readers_and_takers(file: Path) -> None:
 @given(st.permutations(range(12)))
 def test_a_digest_does_not_depend_on_the_order_of_the_chunks(order: list[int]) -> None:
     pieces = [bytes([i]) * (i + 1) for i in range(12)]
-    digest = Digest(12)
+    digest = TensorDigest(12)
     for i in order:
         digest.add(i, np.frombuffer(pieces[i], np.uint8))
     assert digest.result() == hashlib.sha256(b"".join(pieces)).hexdigest()
@@ -146,7 +146,7 @@ def test_a_digest_does_not_depend_on_the_order_of_the_chunks(order: list[int]) -
 
 def test_a_digest_from_many_threads_is_the_same() -> None:
     pieces = [np.full(5000, i % 251, np.uint8) for i in range(400)]
-    digest, rest = Digest(400), iter(range(400))
+    digest, rest = TensorDigest(400), iter(range(400))
     threads = [Thread(target=lambda: [digest.add(i, pieces[i]) for i in rest]) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -158,8 +158,8 @@ def test_a_digest_from_many_threads_is_the_same() -> None:
 def test_too_many_early_chunks_are_not_kept() -> None:
     piece = np.zeros(MOST_WAITING_BYTES // 8, np.uint8)
     for n_early, is_kept in ((8, True), (9, False)):
-        digest = Digest(n_early + 1)
+        digest = TensorDigest(n_early + 1)
         for i in (*range(1, n_early + 1), 0):
             digest.add(i, piece)
         assert digest.result() == (hashlib.sha256(bytes(piece) * (n_early + 1)).hexdigest() if is_kept else None)
-    assert Digest(5, is_partial=True).result() is None
+    assert TensorDigest(5, is_partial=True).result() is None
