@@ -45,7 +45,7 @@ READ = """
 import sys
 from pathlib import Path
 from threading import Thread
-from convert_step35.writing.reading import N_READERS, SPAN_BYTES, Item, Place, ReadAhead
+from convert_step35.reading.read_ahead import N_READERS, SPAN_BYTES, Item, Place, ReadAhead
 files = [(path, path.stat().st_size) for path in sorted(Path(sys.argv[1]).glob("*.safetensors"))]
 places = [Place(path, at, min(SPAN_BYTES, size - at)) for path, size in files for at in range(0, size, SPAN_BYTES)]
 ahead = ReadAhead((Item(0, None, place) for place in places), 0, 1)

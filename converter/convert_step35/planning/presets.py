@@ -4,7 +4,6 @@ Mirrors llama_tensor_get_type_impl in llama.cpp's src/llama-quant.cpp (commit 0c
 architecture; the tests hold it against llama_model_quantize's own dry run, tensor by tensor.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -315,4 +314,5 @@ def _use_more_bits(i: int, n: int) -> bool:
 
 
 def _layer_of(name: str) -> int:
-    return int(re.match(r"blk\.(\d+)\.", name)[1])
+    """The layer of a name such as blk.12.ffn_down_exps.weight."""
+    return int(name.removeprefix("blk.").partition(".")[0])

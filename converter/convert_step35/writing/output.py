@@ -78,7 +78,7 @@ class Output:
             os.fsync(descriptor)
         for file in reversed(self._files):
             if partial_path(file.path).exists():
-                os.replace(partial_path(file.path), file.path)
+                partial_path(file.path).replace(file.path)
         sync_folder(self._files[0].path.parent)
 
     def _working_path(self, file: PlannedFile) -> Path:
@@ -150,4 +150,4 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -135,7 +135,7 @@ def _published(out: Path, n_bytes: int) -> Iterator[int]:
             reserve(target, out, n_bytes)
             yield target
             os.fsync(target)
-            os.replace(partial, out)
+            partial.replace(out)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

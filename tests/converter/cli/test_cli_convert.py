@@ -426,6 +426,11 @@ def test_debug_shows_the_traceback_before_the_same_line(tmp_path: Path) -> None:
         assert done.exit_code == 1 and done.err.startswith("Traceback") and done.err.endswith(plain.err)
 
 
+def test_after_two_dashes_debug_is_a_name() -> None:
+    done = convert_step35("inspect", "--", "--debug")
+    assert done.err == "convert-step35: error: cannot open --debug: No such file or directory\n"
+
+
 # Names
 
 

@@ -22,7 +22,7 @@ from convert_step35.cli.workspace import fingerprint, open_workspace
 from convert_step35.errors import CheckpointError, OutputError
 from convert_step35.models import load_models
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, chunks, n_chunks
-from convert_step35.planning.plan import MtpMode, Wishes
+from convert_step35.planning.plan import ConversionOptions, MtpMode
 from convert_step35.quantization.libggml import load_ggml
 from convert_step35.quantization.quantizers import load_quantizers
 from convert_step35.source.mapping import Kind, MappedTensor
@@ -51,7 +51,7 @@ def run(
     folder: Path, out: Path, *, type_name: str = "Q4_K_S", n_threads: int = 2, on_progress: Callable = lambda *_: None
 ) -> list:
     workspace = open_workspace(folder, MODELS, mtp=MtpMode.KEEP)
-    plan = workspace.plan(Wishes(out=out, type_name=type_name), MODELS)
+    plan = workspace.plan(ConversionOptions(out, type_name), MODELS)
     prints = fingerprint(workspace, plan, load_ggml())
     tools = Tools(workspace.checkpoint, load_quantizers(), None, n_threads, on_progress)
     return convert(plan, journal_path(out), prints, tools, lambda results: None)
