@@ -1,8 +1,8 @@
 """What is known of each checkpoint and recipe: models.yaml, read strictly."""
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, ClassVar, Protocol, TypeVar, get_origin
 
 import yaml
 
@@ -10,7 +10,15 @@ from convert_step35.errors import ConvertError
 
 _TOP_LEVEL = {"checkpoints", "templates", "recipes", "machines"}
 _SAMPLING = {"temperature", "top_p"}
-_Entry = TypeVar("_Entry")
+
+
+class _Dataclass(Protocol):
+    """Any class that is a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+_Entry = TypeVar("_Entry", bound=_Dataclass)
 
 
 @dataclass(frozen=True, slots=True)

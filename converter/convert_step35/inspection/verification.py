@@ -90,7 +90,7 @@ def _check_tensor(path: Path, tensor: GgufTensor, ggml: Ggml, on_bytes: Callable
     with path.open("rb") as file:
         for at in range(0, tensor.n_bytes, piece):
             data = read_piece(file.fileno(), tensor.offset + at, min(piece, tensor.n_bytes - at), path)
-            sha.update(data)
+            sha.update(data.data)
             valid = valid and ggml.is_valid(tensor.ggml_type, data)
             on_bytes(len(data))
     return sha.hexdigest(), valid

@@ -8,9 +8,10 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from convert_step35.planning.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunk
 from convert_step35.planning.plan import Plan, PlannedTensor
 from convert_step35.quantization.measure import ErrorSums, TensorErrors, non_finite, tensor_errors
 from convert_step35.quantization.quantizers import Quantizers
-from convert_step35.reading.read_ahead import N_READERS, Item, Loaded, ReadAhead
+from convert_step35.reading.read_ahead import N_READERS, ChunkRead, Item, Loaded, ReadAhead, Unread
 from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import Checkpoint
 from convert_step35.source.mapping import MappedTensor
@@ -135,34 +136,31 @@ class _Conversion:
         self._ahead = ReadAhead(self._work(), 4 * _largest_chunk(tensors), tools.n_threads)
 
     def run(self) -> list[TensorResult]:
-        workers = [self._thread(self._worker) for _ in range(self._tools.n_threads)]
-        readers = [self._thread(self._ahead.read) for _ in range(N_READERS)]
-        recorder = self._thread(self._record)
-        for thread in (recorder, *readers, *workers):
-            thread.start()
-        try:
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)
-        finally:
-            # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
-            self._halt()
-            _join([*readers, *workers])
-            self._ended.set()
-            _join([recorder])
+        targets = [self._ahead.read] * N_READERS + [self._worker] * self._tools.n_threads
+        with ThreadPoolExecutor(len(targets)) as pool, ThreadPoolExecutor(1) as journal_thread:
+            recorder = journal_thread.submit(self._guarded, self._record)
+            started: list[Future[None]] = []
+            try:
+                started.extend(pool.submit(self._guarded, target) for target in targets)
+                wait(started)
+            finally:
+                # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
+                self._halt()
+                _join(started)
+                self._ended.set()
+                _join([recorder])
         if self._failures:
             raise self._failures[0]
         return [self._results[i] for i in range(len(self._tensors))]
 
-    def _thread(self, target: Callable[[], None]) -> Thread:
-        return Thread(target=self._guarded, args=(target,), daemon=True)
-
     def _guarded(self, target: Callable[[], None]) -> None:
+        """A thread's work: an error stops all threads, and the first is the conversion's."""
         try:
             target()
         except BaseException as exc:
             self._failures.append(exc)
             self._halt()
+            raise
 
     def _halt(self) -> None:
         self._stop.set()
@@ -173,35 +171,41 @@ class _Conversion:
         for index in sorted(range(len(self._tensors)), key=self._source_order):
             tensor = self._tensors[index].mapped
             if len(self._records[index]) == n_chunks(tensor):
-                yield Item(index, None, None)
+                yield Unread(index, None)
                 continue
             done = set(self._records[index])
             self._digests[index] = TensorDigest(n_chunks(tensor), is_partial=bool(done))
             for chunk in chunks(tensor):
                 if chunk.index not in done:
-                    yield Item(index, chunk, self._reader.place(tensor, chunk))
+                    place = self._reader.place(tensor, chunk)
+                    yield ChunkRead(index, chunk, place) if place is not None else Unread(index, chunk)
 
     def _source_order(self, index: int) -> tuple[str, int]:
-        source = self._tensors[index].mapped.source
-        if source is None:
-            return "", 0
-        stored = self._tools.checkpoint.sources[source].weight
-        return stored.path.name, stored.offset
+        source = self._tools.checkpoint.source_of(self._tensors[index].mapped)
+        return (source.weight.path.name, source.weight.offset) if source is not None else ("", 0)
 
     def _worker(self) -> None:
         buffers = _Buffers.for_tensors(self._tensors)
-        while (loaded := self._ahead.take()) is not None and not self._stop.is_set():
-            index, chunk = loaded.item.index, loaded.item.chunk
-            if chunk is None or self._finish_chunk(index, self._convert_loaded(index, chunk, loaded, buffers)):
+        while (taken := self._ahead.take()) is not None and not self._stop.is_set():
+            if isinstance(taken, Loaded):
+                index, is_whole = taken.item.index, self._convert_loaded(taken, buffers)
+            else:
+                index, is_whole = taken.index, taken.chunk is None or self._generate(taken.index, taken.chunk, buffers)
+            if is_whole:
                 self._finish_tensor(index, buffers)
 
-    def _convert_loaded(self, index: int, chunk: Chunk, loaded: Loaded, buffers: _Buffers) -> ChunkRecord:
+    def _convert_loaded(self, loaded: Loaded, buffers: _Buffers) -> bool:
+        """Convert a chunk that was read; True where that makes its tensor whole."""
+        index, chunk = loaded.item.index, loaded.item.chunk
         weights = self._reader.weights(self._tensors[index].mapped, chunk, loaded.data, buffers.scratch[0])
         packed, sums = self._pack(index, chunk, weights, buffers)
         self._ahead.give_back(loaded)
-        record = self._write(index, chunk, packed, sums)
-        self._digests[index].add(chunk.index, packed)
-        return record
+        return self._finish_chunk(index, chunk, packed, sums)
+
+    def _generate(self, index: int, chunk: Chunk, buffers: _Buffers) -> bool:
+        """Convert a chunk of a tensor that no file has; True where that makes the tensor whole."""
+        weights = self._reader.generated(self._tensors[index].mapped, chunk, buffers.scratch[0])
+        return self._finish_chunk(index, chunk, *self._pack(index, chunk, weights, buffers))
 
     def _pack(self, index: int, chunk: Chunk, weights: np.ndarray, buffers: _Buffers) -> tuple[np.ndarray, ErrorSums]:
         """Quantize a chunk and measure what that did to it; its bytes are in `buffers` after that."""
@@ -228,8 +232,14 @@ class _Conversion:
         entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
         return entry.weights(chunk.expert) if entry is not None else None
 
-    def _finish_chunk(self, index: int, record: ChunkRecord) -> bool:
-        """Note a converted chunk; True for the one that makes its tensor whole."""
+    def _finish_chunk(self, index: int, chunk: Chunk, packed: np.ndarray, sums: ErrorSums) -> bool:
+        """Write and digest a converted chunk; True for the one that makes its tensor whole."""
+        record = self._write(index, chunk, packed, sums)
+        self._digests[index].add(chunk.index, packed)
+        return self._note(index, record)
+
+    def _note(self, index: int, record: ChunkRecord) -> bool:
+        """Note a written chunk; True for the one that makes its tensor whole."""
         with self._lock:
             self._unrecorded.append(record)
             records = self._records[index]
@@ -253,7 +263,7 @@ class _Conversion:
         for chunk in chunks(self._tensors[index].mapped):
             if self._stop.is_set():
                 return None
-            sha.update(self._checked(index, chunk, buffers))
+            sha.update(self._checked(index, chunk, buffers).data)
         return sha.hexdigest()
 
     def _checked(self, index: int, chunk: Chunk, buffers: _Buffers) -> np.ndarray:
@@ -266,7 +276,7 @@ class _Conversion:
         raw = np.empty(4 * chunk.n_rows * planned.mapped.row_size, np.uint8)
         rows = self._reader.read(planned.mapped, chunk, buffers.scratch[0], raw)
         record = self._write(index, chunk, *self._pack(index, chunk, rows, buffers))
-        self._finish_chunk(index, record)
+        self._note(index, record)
         self._output.read(index, data, _offset(planned, chunk))
         if zlib.crc32(data.data) != record.crc:
             raise OutputError(
@@ -289,14 +299,14 @@ class _Conversion:
             self._journal.append(batch)
 
 
-def _join(threads: Sequence[Thread]) -> None:
+def _join(threads: Sequence[Future[None]]) -> None:
     """Wait whatever comes: a second Ctrl-C must not close files that threads still write."""
-    for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join()
-            except KeyboardInterrupt:
-                continue
+    while True:
+        try:
+            wait(threads)
+            return
+        except KeyboardInterrupt:
+            continue
 
 
 def _largest_chunk(tensors: Sequence[PlannedTensor]) -> int:

@@ -50,13 +50,13 @@ class Output:
 
     def write(self, index: int, data: np.ndarray, offset: int) -> None:
         """Write uint8 `data` of the plan's tensor `index` at an absolute offset."""
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         while done < len(view):
             done += os.pwrite(self._of_tensor[index], view[done:], offset + done)
 
     def read(self, index: int, data: np.ndarray, offset: int) -> None:
         """Read back what was written; OutputError where the file is short."""
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         while done < len(view):
             n = os.preadv(self._of_tensor[index], [view[done:]], offset + done)
             if n == 0:

@@ -112,8 +112,8 @@ def _write(
     """Write the pieces from `offset` on; the sha256 of them all."""
     sha, done = hashlib.sha256(), 0
     for piece in pieces:
-        sha.update(piece)
-        view = memoryview(piece)
+        view = piece.data
+        sha.update(view)
         while view:
             n = os.pwrite(target, view, offset + done)
             done, view = done + n, view[n:]

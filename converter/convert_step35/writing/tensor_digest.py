@@ -32,7 +32,7 @@ class TensorDigest:
                 self._keep(index, data)
                 return
             self._is_busy = True
-        self._digest_from(data)
+        self._digest_from(data.data)
 
     def result(self) -> str | None:
         """The digest in hex, once every chunk was added; None where the file must be read for it."""
@@ -48,7 +48,7 @@ class TensorDigest:
             self._waiting.clear()
             self._changed.notify_all()
 
-    def _digest_from(self, data: np.ndarray | bytes | None) -> None:
+    def _digest_from(self, data: memoryview | bytes | None) -> None:
         """TensorDigest a chunk and all that wait behind it, without the lock: others go on meanwhile."""
         while data is not None:
             self._sha.update(data)
