@@ -89,7 +89,14 @@ def write_csv(path: Path, found: list[Rate]) -> None:
 
 @click.command(help=__doc__)
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Turns of each quantizer.")
-@click.option("--csv", "csv_path", default=ROOT / "bench" / "results" / "quantizers.csv", type=click.Path(path_type=Path), show_default="bench/results/quantizers.csv", help="Where the numbers go.")  # fmt: skip
+@click.option(
+    "--csv",
+    "csv_path",
+    default=ROOT / "bench" / "results" / "quantizers.csv",
+    type=click.Path(path_type=Path),
+    show_default="bench/results/quantizers.csv",
+    help="Where the numbers go.",
+)
 def main(rounds: int, csv_path: Path) -> None:
     widest = NativeKernels(native_path()).lanes
     natives = {f"{lanes} lanes": NativeKernels(native_path(), lanes) for lanes in (4, 8, 16) if lanes <= widest}

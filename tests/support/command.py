@@ -41,7 +41,7 @@ def convert_step35(*arguments: object) -> Done:
         try:
             main()
         except SystemExit as exc:
-            exit_code = exc.code or 0
+            exit_code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     return Done(exit_code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
 
 

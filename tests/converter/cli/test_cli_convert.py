@@ -485,6 +485,7 @@ def test_a_pipe_gets_no_progress_no_colours_and_no_folded_lines(tmp_path: Path) 
 
 def test_a_pipe_that_closes_early_is_no_traceback(checkpoint: Path) -> None:
     with subprocess.Popen([*COMMAND, "plan", checkpoint], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
 
@@ -559,9 +560,9 @@ def test_what_was_made_of_the_real_model_fits_80_columns_whatever_quantized_it()
     tensor = {"name": name, "type": "IQ3_XXS", "nmse": 1.234e-3, "n_bytes": 105_000_000_000}
     report = {"quantizers": {"IQ3_XXS": "native, 16 lanes"}, "tensors": [tensor] * 805}
     report["totals"] = {"bytes_by_type": {"IQ3_XXS": 199 * 10**9}, "tensors": 805, "bits_per_weight": 4.25}
-    console = Console(width=80, file=io.StringIO())
-    console.print(tables.report_summary(Plan("MOE_IQ2_XS_IQ3_XXS", (), ()), report))
-    assert [len(line.split()) for line in console.file.getvalue().splitlines()[1:]] == [9, 8]
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(tables.report_summary(Plan("MOE_IQ2_XS_IQ3_XXS", (), ()), report))
+    assert [len(line.split()) for line in shown.getvalue().splitlines()[1:]] == [9, 8]
 
 
 def test_every_mtp_mode_plans_the_real_model(real: Path) -> None:

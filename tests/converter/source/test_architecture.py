@@ -35,7 +35,7 @@ def valid(**changes: Any) -> dict[str, Any]:
 def put(data: Any, path: list[str], value: Any) -> None:
     for key in path[:-1]:
         data = data[int(key)] if isinstance(data, list) else data[key]
-    last = int(path[-1]) if isinstance(data, list) else path[-1]
+    last: Any = int(path[-1]) if isinstance(data, list) else path[-1]
     if value is None:
         del data[last]
     else:

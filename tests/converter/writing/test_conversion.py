@@ -129,6 +129,7 @@ def test_kill_9_at_any_moment_then_the_same_command_ends_with_the_same_bytes(che
     n_kills = 0
     for wait_s in (0.3, 0.8, 1.3, 1.8, 2.4, 3.0):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert process.stderr is not None
         try:
             assert process.wait(wait_s) == 0, process.stderr.read()
             break

@@ -244,9 +244,9 @@ def test_heads_of_another_checkpoint_are_refused(heads: Path, tmp_path: Path) ->
     ],
 )
 def test_arrays_that_contradict_each_other_are_refused(tokens: list[int], stand_ins: list[int]) -> None:
-    arrays = (np.array(values, np.int32) for values in (tokens, stand_ins))
+    kept, replaced = (np.array(values, np.int32) for values in (tokens, stand_ins))
     with pytest.raises(ModelError, match="damaged heads: heads.gguf expected ascending step35.draft.tokens"):
-        draft_vocabulary.checked(Path("heads.gguf"), *arrays, "")
+        draft_vocabulary.checked(Path("heads.gguf"), kept, replaced, "")
 
 
 def test_a_real_load_takes_what_was_counted(heads: Path) -> None:
