@@ -23,7 +23,7 @@ _Entry = TypeVar("_Entry", bound=_Dataclass)
 
 @dataclass(frozen=True, slots=True)
 class KnownShape:
-    """The dimensions that tell a published model from any other."""
+    """The dimensions that identify a published model."""
 
     n_layers: int
     n_mtp_layers: int

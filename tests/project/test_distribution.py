@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = (ROOT / "converter" / "convert_step35", ROOT / "runtime" / "step35")
 NATIVE = "convert_step35/quantization/native/"
 LIBRARIES = (".so", ".dylib", ".dll")
+pytestmark = pytest.mark.slow
 HAS_COMPILER = bool(os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++"))))
 
 

@@ -30,7 +30,7 @@ Examples:
 def main() -> None:
     """Run the command; an error of the user or of a file becomes one line on stderr, and exit code 2 or 1."""
     arguments, debug = _split_debug(sys.argv[1:])
-    # A name that is no text to this terminal must not hide what is said of it.
+    # A file name that this terminal can't encode must not hide the message about it.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -13,7 +13,7 @@ from convert_step35.errors import OutputError, quoted
 from convert_step35.gguf.shard_names import is_shard_name
 from convert_step35.writing.report import to_json
 
-# Whether a path can be read is said by what reads it.
+# Click does not check whether a path is readable: the code that opens it has the better message.
 PATH = click.Path(path_type=Path, readable=False)
 _NEVER_FOLD = 100_000
 

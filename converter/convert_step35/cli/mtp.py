@@ -81,7 +81,7 @@ def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: 
 def trim(file: Path, out: Path, n_kept: int, counts: Path, overwrite: bool, as_json: bool) -> None:
     """Make OUT (.gguf), a side file of FILE's MTP heads that draft the N most frequent tokens only.
 
-    Drafts get cheaper and some fewer are accepted; the text stays the same. step35 runs it with --mtp OUT.
+    Drafts get cheaper and some fewer are accepted; the text stays the same. step35 runs it with --mtp-file OUT.
     """
     plan = plan_trim(file, n_kept, counts)
     _refuse_existing(plan.model, output_path(out), overwrite)

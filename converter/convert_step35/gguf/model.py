@@ -215,5 +215,5 @@ def _layers(keys: _Keys) -> tuple[LayerShape, ...]:
     )
     return tuple(
         LayerShape(sliding, n_dense <= i < n - n_mtp, i >= n - n_mtp, heads, kv_heads, routed, shared)
-        for i, (sliding, heads, kv_heads, routed, shared) in enumerate(zip(*columns, strict=False))
+        for i, (sliding, heads, kv_heads, routed, shared) in enumerate(zip(*columns, strict=True))
     )

@@ -45,12 +45,12 @@ _PROVENANCE = (
 )
 
 
-# What shows a bar over some bytes, as progress.bytes_bar does.
+# Shows a bar over some bytes, as progress.bytes_bar does.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def no_progress(what: str, n_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Shows nothing."""
+    """A Progress that shows nothing."""
     return nullcontext(lambda n: None)
 
 
@@ -72,12 +72,11 @@ def check_rows(
     tensors = list(model.tensors.values())
     n_bytes = sum(tensor.n_bytes for tensor in tensors)
     with ThreadPoolExecutor(n_threads) as pool, progress("reading", n_bytes) as on_bytes:
-        check = lambda tensor: _check_tensor(model.homes[tensor.name], tensor, ggml, on_bytes)  # noqa: E731
-        results = list(pool.map(check, tensors))
-    digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results, strict=False)}
+        results = list(pool.map(lambda t: _check_tensor(model.homes[t.name], t, ggml, on_bytes), tensors))
+    digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results, strict=True)}
     problems = [
         f"{tensor.name} holds NaN or infinity; convert again"
-        for tensor, (_, valid) in zip(tensors, results, strict=False)
+        for tensor, (_, valid) in zip(tensors, results, strict=True)
         if not valid
     ]
     return digests, problems
@@ -153,7 +152,7 @@ def _difference(want: Any, got: Any) -> str:
     if isinstance(want, list) and isinstance(got, list):
         if len(want) != len(got):
             return f"expected {len(want)} values, got {len(got)}"
-        i = next(i for i, (a, b) in enumerate(zip(want, got, strict=False)) if not _same(a, b))
+        i = next(i for i, (a, b) in enumerate(zip(want, got, strict=True)) if not _same(a, b))
         return f"expected {quoted(want[i])} at {i}, got {quoted(got[i])}"
     return f"expected {quoted(want)}, got {quoted(got)}"
 
@@ -162,7 +161,7 @@ def _same(want: object, got: object) -> bool:
     if isinstance(want, float) and isinstance(got, float):
         return np.float32(want) == np.float32(got)
     if isinstance(want, list) and isinstance(got, list):
-        return len(want) == len(got) and all(_same(a, b) for a, b in zip(want, got, strict=False))
+        return len(want) == len(got) and all(_same(a, b) for a, b in zip(want, got, strict=True))
     return want == got
 
 
@@ -193,7 +192,7 @@ def compare(
         if imatrix is None and "quantize.imatrix.file" in model.metadata
         else ""
     )
-    for (tensor, _), same in zip(items, equal, strict=False):
+    for (tensor, _), same in zip(items, equal, strict=True):
         if not same:
             problems[tensor.name] = (
                 f"{tensor.name} is not what the checkpoint gives as {model.tensors[tensor.name].ggml_type.name}{hint}"

@@ -1,7 +1,7 @@
 """The tensor types of llama-quantize's presets, rule by rule.
 
 Mirrors llama_tensor_get_type_impl in llama.cpp's src/llama-quant.cpp (commit 0c1e57098) for the step35
-architecture; the tests hold it against llama_model_quantize's own dry run, tensor by tensor.
+architecture; the tests compare it with llama_model_quantize's own dry run, tensor by tensor.
 """
 
 from collections.abc import Callable, Sequence

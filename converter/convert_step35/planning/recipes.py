@@ -108,7 +108,7 @@ def choose_types(
 def head_matrices(tensors: Sequence[MappedTensor]) -> frozenset[str]:
     """The matrices of one file that only drafting uses: those of the MTP layers.
 
-    In a file of heads alone also output.weight: llama.cpp wants it there, and no head multiplies with it.
+    In a file of heads alone also output.weight: llama.cpp requires it, and no head multiplies with it.
     """
     heads = frozenset(t.name for t in tensors if t.is_mtp and t.kind is Kind.MATRIX)
     is_side_file = not any(t.layer is not None and not t.is_mtp for t in tensors)
@@ -116,12 +116,12 @@ def head_matrices(tensors: Sequence[MappedTensor]) -> frozenset[str]:
 
 
 def mtp_text(kind: GgmlType) -> str:
-    """How a recipe's text tells the type that the heads were given."""
+    """How a recipe's text names the heads' own type."""
     return f"{MTP_OPTION}{kind.name}"
 
 
 def check_overrides(overrides: Sequence[Override], tensors: Sequence[MappedTensor]) -> None:
-    """Every override matches a matrix of the conversion; a slip in one would pass unseen."""
+    """Every override matches a matrix of the conversion; a typing error in one would go unnoticed."""
     matrices = [t.name for t in tensors if t.kind is Kind.MATRIX]
     for override in overrides:
         if not any(override.pattern.search(name) for name in matrices):

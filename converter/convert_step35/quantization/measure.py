@@ -84,7 +84,7 @@ def _worst_expert(tensor: MappedTensor, sums: Sequence[ErrorSums]) -> tuple[int,
 
 
 def non_finite(rows: np.ndarray, tensor: MappedTensor) -> CheckpointError:
-    """The error for rows that hold NaN or infinity: no quantizer survives one."""
+    """The error for rows that hold NaN or infinity: no quantizer accepts one."""
     row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
     return CheckpointError(
         f"non-finite weight: {tensor.source} holds NaN or infinity in row {row} of a chunk; the checkpoint is damaged"

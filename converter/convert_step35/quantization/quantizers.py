@@ -12,7 +12,7 @@ from convert_step35.quantization.measure import ErrorSums, error_sums
 from convert_step35.quantization.native_kernels import NativeKernels, native_path
 from convert_step35.quantization.trial import agrees_with_libggml
 
-# An environment variable: with "libggml" the native kernels are left alone.
+# An environment variable: with "libggml" the native kernels are not used.
 SWITCH = "CONVERT_STEP35_QUANTIZERS"
 
 _TILE_WEIGHTS = 256 * 1024  # 1 MiB of float32

@@ -11,7 +11,7 @@ _COLUMNS = 512
 
 
 def trial_rows() -> np.ndarray:
-    """float32 [n, 512]: rows that tell arithmetic apart: ordinary ones, and those at its edges."""
+    """float32 [n, 512]: rows on which other arithmetic gives other bytes: ordinary ones, and those at the edges."""
     rng = np.random.default_rng(35)
     noise = rng.standard_normal((16, _COLUMNS))
     wide = rng.standard_normal((8, _COLUMNS)) * 10.0 ** rng.uniform(-42, 18, (8, _COLUMNS))

@@ -1,4 +1,4 @@
-"""A file read past the page cache where the system can: a checkpoint must not push all else out of memory."""
+"""A file read past the page cache where the system can: so that a checkpoint does not evict all other files."""
 
 import errno
 import mmap
@@ -11,7 +11,7 @@ import numpy as np
 
 from convert_step35.reading.ranges import read_into, truncated
 
-# Direct reads want offsets, lengths and memory in whole blocks of the disk; no disk has larger ones.
+# Direct reads need offsets, lengths and memory in whole blocks of the disk; no disk has larger ones.
 BLOCK_BYTES = 4096
 _F_NOCACHE = 48  # macOS, fcntl.h
 

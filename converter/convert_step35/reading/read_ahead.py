@@ -11,7 +11,7 @@ import numpy as np
 from convert_step35.planning.chunks import Chunk
 from convert_step35.reading.direct_file import DirectFile, read_buffer
 
-# Reads of this size keep a disk busy, two at a time leave it no pause, and the ring is small beside any model.
+# Two reads of this size at a time keep a disk busy, and the ring of buffers is small beside any model.
 SPAN_BYTES = 8 * 1024**2
 N_READERS = 2
 N_BUFFERS = 16
@@ -158,7 +158,7 @@ class ReadAhead:
             self._ready.put(Loaded(item, data[at : at + item.place.n_bytes], lease))
 
     def _end(self) -> None:
-        """The last reader tells the takers."""
+        """The last reader to end puts a None for every taker."""
         with self._lock:
             self._n_reading -= 1
             is_last = self._n_reading == 0

@@ -1,4 +1,4 @@
-"""Runs a plan: readers bring the chunks, all threads quantize and write them, a journal thread makes them durable.
+"""Runs a plan: readers load the chunks, workers quantize and write them, a journal thread makes them durable.
 
 Chunks come in the order of the source files, so reads are sequential and large, and go on while the workers compute.
 Output offsets are final, so the order in which chunks end is free.
@@ -45,7 +45,7 @@ class TensorResult:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What the workers share. `on_progress` hears of each converted chunk, `on_resumed` of each in the journal."""
+    """What the workers share; `on_progress` is called for each converted chunk, `on_resumed` for each resumed one."""
 
     checkpoint: Checkpoint
     quantizers: Quantizers
@@ -64,8 +64,8 @@ def convert(
 ) -> list[TensorResult]:
     """Write every tensor of the plan and publish the files; returns one result a tensor, in plan order.
 
-    An interrupt or an error of the machine leaves the partial files and the journal, and the same call goes on
-    from there; a checkpoint that can't be converted leaves nothing.
+    An interrupt or an error of the machine leaves the partial files and the journal, and the same call resumes
+    there; a checkpoint that can't be converted leaves nothing.
     """
     tools.quantizers.prepare({tensor.kind for tensor in plan.tensors})
     with Journal(journal_path, fingerprint) as journal:
@@ -89,7 +89,7 @@ def _write(
 
 
 def _discard_new(plan: Plan, journal: Journal) -> None:
-    """Leave nothing half-written behind, but what an earlier run of the same command had achieved."""
+    """Remove the partial files, unless they have chunks of an earlier run of the same command."""
     if not journal.done:
         discard(plan.files)
         journal.remove()
@@ -97,7 +97,7 @@ def _discard_new(plan: Plan, journal: Journal) -> None:
 
 @dataclass(slots=True)
 class _Buffers:
-    """One worker's memory: 12 MiB, whatever the tensor, and mostly untouched.
+    """One worker's memory: 12 MiB for any tensor, of which most is never used.
 
     `scratch` is used where no native kernel takes the weights as they are.
     """
@@ -300,7 +300,7 @@ class _Conversion:
 
 
 def _join(threads: Sequence[Future[None]]) -> None:
-    """Wait whatever comes: a second Ctrl-C must not close files that threads still write."""
+    """Wait even if interrupted: a second Ctrl-C must not close files that threads still write."""
     while True:
         try:
             wait(threads)

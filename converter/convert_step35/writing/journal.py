@@ -1,4 +1,4 @@
-"""The journal of an unfinished conversion: what is safely on disk, so that the same command goes on from there.
+"""The journal of an unfinished conversion: what is safely on disk, so that the same command resumes there.
 
 One line names the format, one holds the fingerprint as JSON, then come fixed records, one for each finished
 chunk. A record is appended only after its data is synced, and carries its own CRC, so an incomplete tail is dropped.

@@ -27,7 +27,7 @@ from convert_step35.source.mapping import MappedTensor, map_tensors
 from convert_step35.writing.rewriting import Made, Written, entries_of, rewrite
 
 RECIPE_KEY = "convert_step35.recipe"
-# What the heads were before, where that was not exact: they are not what the checkpoint gives.
+# The heads' types before, where those were lossy: such heads are not what the checkpoint gives.
 FROM_KEY = "convert_step35.heads_requantized_from"
 _EXACT = {"F32", "F16", "BF16"}
 
@@ -151,14 +151,14 @@ def _notes(changes: Sequence[Change]) -> Iterator[str]:
 
 
 def _entries(plan: HeadsPlan, kind: GgmlType) -> list[Entry]:
-    """The file's own metadata; where it tells a recipe, that now names the heads' type too."""
-    entries = [_told(entry, kind) for entry in entries_of(plan.model.files[0]) if entry.key != FROM_KEY]
+    """The file's own metadata; a recipe in it names the heads' new type too."""
+    entries = [_with_new_type(entry, kind) for entry in entries_of(plan.model.files[0]) if entry.key != FROM_KEY]
     earlier = plan.model.metadata.get(FROM_KEY)
     sources = [*([str(earlier)] if earlier is not None else []), *_lossy(plan.changes)]
     return [*entries, Entry(FROM_KEY, V.STRING, ", then ".join(sources))] if sources else entries
 
 
-def _told(entry: Entry, kind: GgmlType) -> Entry:
+def _with_new_type(entry: Entry, kind: GgmlType) -> Entry:
     if entry.key != RECIPE_KEY or entry.kind is not V.STRING:
         return entry
     words = [word for word in entry.value.split() if not word.startswith(MTP_OPTION)]

@@ -60,8 +60,8 @@ def rewrite(
 ) -> list[Written]:
     """Write `out`, one file, with these entries and tensors, in this order; a GgufTensor is copied out of `source`.
 
-    Until all of it is on the disk `out` is not touched; whatever goes wrong leaves nothing behind. The disk's room
-    is reserved first. `on_bytes` hears how many bytes were written.
+    Until all of it is on the disk `out` is not touched; an error leaves nothing behind. The disk's room
+    is reserved first. `on_bytes` is called with the bytes written since.
     """
     alignment = source.files[0].alignment
     infos, n_data = _placed(tensors, alignment)
@@ -70,7 +70,7 @@ def rewrite(
     with _published(out, len(header) + n_data) as target:
         os.pwrite(target, header, 0)
         on_bytes(len(header))
-        for tensor, info in zip(tensors, infos, strict=False):
+        for tensor, info in zip(tensors, infos, strict=True):
             pieces = tensor.pieces() if isinstance(tensor, Made) else _copied(tensor, source.homes[tensor.name])
             offset = len(header) + info.offset
             digest = _write(target, pieces, offset, tensor.n_bytes, on_bytes)
@@ -95,7 +95,7 @@ def _placed(tensors: Sequence[GgufTensor | Made], alignment: int) -> tuple[list[
 
 
 def _copied(tensor: GgufTensor, path: Path) -> Iterator[np.ndarray]:
-    """The tensor's bytes in pieces, the next one read while the last is dealt with."""
+    """The tensor's bytes in pieces, each read while the one before is used."""
     places = [(at, min(_PIECE_BYTES, tensor.n_bytes - at)) for at in range(0, tensor.n_bytes, _PIECE_BYTES)]
     with path.open("rb") as file, ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(read_piece, file.fileno(), tensor.offset, places[0][1], path)
@@ -124,7 +124,7 @@ def _write(
 
 @contextmanager
 def _published(out: Path, n_bytes: int) -> Iterator[int]:
-    """A file of `n_bytes` under a temporary name, which becomes `out` if all goes well and vanishes if not."""
+    """A file of `n_bytes` under a temporary name, which becomes `out` at the end, or is removed after an error."""
     require_space(out.parent, n_bytes)
     partial = partial_path(out)
     target = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""The sha256 of a tensor's bytes, made of chunks that end nearly in order while they are still in memory."""
+"""The sha256 of a tensor's bytes, from its chunks while they are still in memory; they end nearly in order."""
 
 import hashlib
 from threading import Condition
@@ -24,7 +24,7 @@ class TensorDigest:
         self._changed = Condition()
 
     def add(self, index: int, data: np.ndarray) -> None:
-        """TensorDigest a chunk, or keep a copy until those before it are there."""
+        """Digest a chunk, or keep a copy until those before it are there."""
         with self._changed:
             if self._is_partial:
                 return
@@ -49,7 +49,7 @@ class TensorDigest:
             self._changed.notify_all()
 
     def _digest_from(self, data: memoryview | bytes | None) -> None:
-        """TensorDigest a chunk and all that wait behind it, without the lock: others go on meanwhile."""
+        """Digest a chunk and the kept ones that follow it, without the lock: other threads add theirs meanwhile."""
         while data is not None:
             self._sha.update(data)
             with self._changed:

@@ -1,8 +1,8 @@
 """Trims the vocabulary of MTP heads: a side file whose output matrices hold the most frequent tokens only.
 
 Cheaper drafts, and the same text: what isn't kept is never drafted. The file has ids of its own, so llama.cpp refuses
-its architecture by name, and only who translates the ids loads it as step35. A row of a matrix is whole blocks of its
-type: kept rows are copied byte for byte.
+its architecture by name, and only a program that translates the ids loads it as step35. A row of a matrix is whole
+blocks of its type: kept rows are copied byte for byte.
 """
 
 import hashlib

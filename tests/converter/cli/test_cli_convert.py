@@ -20,7 +20,7 @@ from gguf import GGUFValueType as V
 from rich.console import Console
 
 from checkpoints import REAL, TINY, write_checkpoint
-from command import Done, convert_step35, hear_interrupts
+from command import Done, accept_interrupts, convert_step35
 from convert_step35.cli import tables
 from convert_step35.gguf.header import Entry, TensorInfo, encode_header
 from convert_step35.models import load_models
@@ -583,7 +583,7 @@ def test_a_target_size_picks_the_best_recipe_that_fits(real: Path) -> None:
 def interrupted(command: list[Any], partial: Path) -> Done:
     """Run a command and send it SIGINT as soon as a partial file holds some tensor data."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(list(map(str, command)), preexec_fn=hear_interrupts, **pipes) as process:
+    with subprocess.Popen(list(map(str, command)), preexec_fn=accept_interrupts, **pipes) as process:
         while process.poll() is None and not (partial.exists() and partial.read_bytes()[2**19 :].strip(b"\0")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

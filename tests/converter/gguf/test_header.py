@@ -84,7 +84,7 @@ def n_bytes(info: TensorInfo) -> int:
 
 def same(got: Any, want: Any) -> bool:
     if isinstance(want, tuple):
-        return len(got) == len(want) and all(same(a, b) for a, b in zip(got, want, strict=False))
+        return len(got) == len(want) and all(same(a, b) for a, b in zip(got, want, strict=True))
     return got == want or (isinstance(want, float) and math.isnan(want) and math.isnan(got))
 
 
