@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,10 +45,14 @@ def compile_library(sources: Path, library: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: neither c++, g++ nor clang++ is in PATH, and CXX is not set")
-    with TemporaryDirectory() as folder:
-        objects = [str(Path(folder) / f"{lanes}.o") for lanes in _widths()]
-        for (lanes, flags), out in zip(_widths().items(), objects, strict=True):
+    with TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+
+        def compile_kernels(lanes: int, flags: list[str]) -> str:
+            out = str(Path(folder) / f"{lanes}.o")
             _run(compiler, *_FLAGS, *flags, f"-DLANES={lanes}", "-c", str(sources / "kernels.cpp"), "-o", out)
+            return out
+
+        objects = list(pool.map(compile_kernels, _widths().keys(), _widths().values()))
         # A process may run the old library, so its file must not be written into.
         linked = library.with_suffix(".new")
         _run(compiler, *_FLAGS, "-shared", str(sources / "dispatch.cpp"), *objects, "-o", str(linked))

@@ -45,10 +45,12 @@ READ = """
 import sys
 from pathlib import Path
 from threading import Thread
-from convert_step35.writing.reading import N_READERS, SPAN_BYTES, Item, Place, ReadAhead
+from convert_step35.planning.chunks import Chunk
+from convert_step35.reading.read_ahead import N_READERS, SPAN_BYTES, ChunkRead, Place, ReadAhead
 files = [(path, path.stat().st_size) for path in sorted(Path(sys.argv[1]).glob("*.safetensors"))]
 places = [Place(path, at, min(SPAN_BYTES, size - at)) for path, size in files for at in range(0, size, SPAN_BYTES)]
-ahead = ReadAhead((Item(0, None, place) for place in places), 0, 1)
+chunk = Chunk(0, 0, 1, 0)
+ahead = ReadAhead((ChunkRead(0, chunk, place) for place in places), 0, 1)
 for _ in range(N_READERS):
     Thread(target=ahead.read).start()
 while (loaded := ahead.take()) is not None:
@@ -122,7 +124,7 @@ def tensors_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     for tensor in sorted(GGUFReader(path).tensors, key=lambda t: t.name):
         digest.update(f"{tensor.name} {tensor.tensor_type.name} {tensor.shape}\n".encode())
-        digest.update(memoryview(tensor.data).cast("B"))
+        digest.update(tensor.data.data.cast("B"))
     return digest.hexdigest()
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 import real_width
 from contenders import Setup, Step35, Task
+from convert_step35.planning.plan import MtpMode
 from convert_step35.quantization.quantizers import load_quantizers
-from convert_step35.source.mapping import MtpMode
 from convert_step35.writing.trimming import plan_trim, trim
 from peers import Result, at_temperatures, cells, make_tasks, random_tokens, time_cycle
 from step35.drafting.mtp_heads import REPLAYED_ROWS

@@ -8,7 +8,7 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,9 @@ from gguf import GGMLQuantizationType as GgmlType
 from rich.console import Console
 from rich.table import Table
 
-from convert_step35.gguf.ggml import load_ggml, row_bytes
-from convert_step35.quantization.quantizers import Native, native_path
+from convert_step35.gguf.ggml_types import row_bytes
+from convert_step35.quantization.libggml import Ggml, load_ggml
+from convert_step35.quantization.native_kernels import NativeKernels, native_path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -42,7 +43,9 @@ class Rate:
     ratio: float
 
 
-def rates(kind: GgmlType, imatrix: np.ndarray | None, makers: dict[str, object], rounds: int) -> list[Rate]:
+def rates(
+    kind: GgmlType, imatrix: np.ndarray | None, makers: Mapping[str, Ggml | NativeKernels], rounds: int
+) -> list[Rate]:
     """The speed of every quantizer at one type; RuntimeError where their bytes differ."""
     rng = np.random.default_rng(35)
     rows = (rng.standard_normal(SHAPE) * rng.lognormal(-4, 0.5, (SHAPE[0], 1))).astype(np.float32)
@@ -86,10 +89,17 @@ def write_csv(path: Path, found: list[Rate]) -> None:
 
 @click.command(help=__doc__)
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Turns of each quantizer.")
-@click.option("--csv", "csv_path", default=ROOT / "bench" / "results" / "quantizers.csv", type=click.Path(path_type=Path), show_default="bench/results/quantizers.csv", help="Where the numbers go.")  # fmt: skip
+@click.option(
+    "--csv",
+    "csv_path",
+    default=ROOT / "bench" / "results" / "quantizers.csv",
+    type=click.Path(path_type=Path),
+    show_default="bench/results/quantizers.csv",
+    help="Where the numbers go.",
+)
 def main(rounds: int, csv_path: Path) -> None:
-    widest = Native(native_path()).lanes
-    natives = {f"{lanes} lanes": Native(native_path(), lanes) for lanes in (4, 8, 16) if lanes <= widest}
+    widest = NativeKernels(native_path()).lanes
+    natives = {f"{lanes} lanes": NativeKernels(native_path(), lanes) for lanes in (4, 8, 16) if lanes <= widest}
     makers = {"libggml": load_ggml(), **natives}
     imatrix = np.random.default_rng(36).lognormal(0, 1, SHAPE[1]).astype(np.float32)
     found = [rate for kind in KINDS for weights in (None, imatrix) for rate in rates(kind, weights, makers, rounds)]

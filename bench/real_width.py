@@ -18,11 +18,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
 from convert_step35.cli.workspace import open_workspace
-from convert_step35.gguf.ggml import block_size, load_ggml, row_bytes
-from convert_step35.gguf.metadata import rope_freqs
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import PlannedFile, PlannedTensor, Wishes
-from convert_step35.source.mapping import Kind, MtpMode
+from convert_step35.gguf.ggml_types import block_size, row_bytes
+from convert_step35.models import load_models
+from convert_step35.planning.plan import ConversionOptions, MtpMode, PlannedFile, PlannedTensor
+from convert_step35.quantization.libggml import load_ggml
+from convert_step35.source.mapping import Kind
+from convert_step35.source.rope_freqs import rope_freqs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]  # the tests' checkpoint generator
@@ -41,7 +42,7 @@ def write_model(out: Path, *, preset: str = PRESET, mtp: MtpMode = MtpMode.KEEP)
         checkpoint = write_checkpoint(Path(folder) / "step35-slice", SHAPE, sparse=True)
         models = load_models()
         workspace = open_workspace(checkpoint, models, mtp=mtp)
-        (planned,) = workspace.plan(Wishes(out=out, type_name=preset, mtp=mtp), models).files
+        (planned,) = workspace.plan(ConversionOptions(out, preset, mtp=mtp), models).files
     _write(planned, {Kind.ROPE_FREQS: rope_freqs(workspace.checkpoint.arch)})
     return out
 

@@ -3,7 +3,7 @@
 ConvertError            one clear line; the command prints `convert-step35: error: ...` and exits 1
 ├── CheckpointError     the input checkpoint is damaged, incomplete or hostile
 ├── GgufError           a GGUF file is damaged or hostile
-├── PlanError           a recipe, a type, an imatrix or a target size can't be honoured
+├── PlanError           a recipe, a type, an imatrix or a target size can't be met
 │   └── OptionError     the value of an option means nothing; exits 2, like any wrong usage
 └── OutputError         the output can't be stored, resumed or published
     └── DiskFullError   there is no room for it
@@ -13,7 +13,7 @@ from unicodedata import category
 
 
 class ConvertError(Exception):
-    """What went wrong, where, what was wanted, what was found and what to do, in one line."""
+    """What went wrong and where, what was expected, what was found and what to do, in one line."""
 
 
 class CheckpointError(ConvertError):
@@ -25,7 +25,7 @@ class GgufError(ConvertError):
 
 
 class PlanError(ConvertError):
-    """A recipe, a type, an imatrix or a target size can't be honoured."""
+    """A recipe, a type, an imatrix or a target size can't be met."""
 
 
 class OptionError(PlanError):

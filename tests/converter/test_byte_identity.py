@@ -6,13 +6,13 @@ Files are read by the independent gguf.GGUFReader. Order in the file is not comp
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderTensor
 
 import upstream
 from checkpoints import BUNDLED, TINY, random_weights, write_checkpoint
@@ -62,7 +62,7 @@ def our_gguf(checkpoint: Path, out: Path, preset: str, *flags: str) -> Path:
 def differences(ours: Path, theirs: Path, *, added: frozenset[str] = OUR_KEYS) -> list[str]:
     """Lists every difference in tensors and metadata; `added` keys must be in our file alone."""
     mine, other = GGUFReader(ours), GGUFReader(theirs)
-    return [*_metadata_differences(mine, other, added), *_tensor_differences(mine, other)]
+    return [*_metadata_differences(mine, other, added), *_tensor_differences(mine.tensors, other.tensors)]
 
 
 def _metadata(reader: GGUFReader) -> dict[str, tuple]:
@@ -89,9 +89,9 @@ def _agree(key: str, ours: tuple | None, theirs: tuple | None) -> bool:
     return ours == theirs
 
 
-def _tensor_differences(ours: GGUFReader, theirs: GGUFReader) -> Iterator[str]:
-    mine = {t.name: t for t in ours.tensors}
-    other = {t.name: t for t in theirs.tensors}
+def _tensor_differences(ours: Iterable[ReaderTensor], theirs: Iterable[ReaderTensor]) -> Iterator[str]:
+    mine = {t.name: t for t in ours}
+    other = {t.name: t for t in theirs}
     for name in sorted(mine.keys() ^ other.keys()):
         yield f"{name}: only {'ours' if name in mine else 'upstream'}"
     for name in sorted(mine.keys() & other.keys()):
@@ -178,18 +178,8 @@ def test_shards_hold_what_upstreams_hold(upstream_gguf, tmp_path):
         }
         assert [_metadata(shard)[key][1] for key in sorted(split)] == [len(mine), i, len(GGUFReader(whole).tensors)]
     assert [*_metadata_differences(mine[0], theirs[0], OUR_KEYS, split)] == []
-    assert (
-        [*_tensor_differences(_Tensors(mine), _Tensors(theirs))]
-        == [*_tensor_differences(_Tensors(mine), GGUFReader(whole))]
-        == []
-    )
-
-
-class _Tensors:
-    """The tensors of all shards."""
-
-    def __init__(self, shards: list[GGUFReader]) -> None:
-        self.tensors = [tensor for shard in shards for tensor in shard.tensors]
+    ours, others = ([tensor for shard in shards for tensor in shard.tensors] for shards in (mine, theirs))
+    assert [*_tensor_differences(ours, others)] == [*_tensor_differences(ours, GGUFReader(whole).tensors)] == []
 
 
 # importance matrices

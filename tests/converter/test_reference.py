@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from reference.config import TINY_CONFIG, Config
 from reference.decode import draft, greedy, trunk_context_chain
 from reference.evaluate import share_right
 from reference.model import Step35, attend_in_window
-from reference.tokenizer import IM_END, N_USED
+from reference.tokenizer import IM_END, N_USED, token_id
 
 N_TRUNK, WINDOW = 6, 64
 N_ROWS = 5 * WINDOW + 7
@@ -75,16 +76,21 @@ def renamed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         if not is_trunk(name) or name == "lm_head.weight" or name.endswith("moe.up_proj.weight"):
             continue
-        if name.endswith("moe.gate_proj.weight"):
-            tensor = torch.cat([tensor, tensors[name.replace("gate_proj", "up_proj")]], dim=1)
-        name = name.removeprefix("model.").replace("moe.gate_proj.weight", "mlp.experts.gate_up_proj")
-        name = name.replace("moe.down_proj.weight", "mlp.experts.down_proj").replace(
-            "share_expert", "mlp.shared_experts"
-        )
-        yield (
-            name.replace("moe.router_bias", "mlp.gate.e_score_correction_bias").replace("moe.gate.", "mlp.gate."),
-            tensor,
-        )
+        is_gate = name.endswith("moe.gate_proj.weight")
+        up = [tensors[name.replace("gate_proj", "up_proj")]] if is_gate else []
+        yield theirs(name), torch.cat([tensor, *up], dim=1) if up else tensor
+
+
+def theirs(name: str) -> str:
+    """The name of transformers for one of ours."""
+    renames = (
+        ("moe.gate_proj.weight", "mlp.experts.gate_up_proj"),
+        ("moe.down_proj.weight", "mlp.experts.down_proj"),
+        ("share_expert", "mlp.shared_experts"),
+        ("moe.router_bias", "mlp.gate.e_score_correction_bias"),
+        ("moe.gate.", "mlp.gate."),
+    )
+    return reduce(lambda renamed, pair: renamed.replace(*pair), renames, name.removeprefix("model."))
 
 
 def is_trunk(name: str) -> bool:
@@ -227,7 +233,7 @@ class Chat:
 
     def answer(self, messages: list[dict], tools: list[dict] | None = None) -> str:
         prompt = self.tokenizer.encode(self.template.render(messages, tools, prompt=True)).ids
-        (new,) = greedy(self.model, [prompt], 100, stop=[self.tokenizer.token_to_id(IM_END)])
+        (new,) = greedy(self.model, [prompt], 100, stop=[token_id(self.tokenizer, IM_END)])
         return self.tokenizer.decode(new, skip_special_tokens=False)
 
 

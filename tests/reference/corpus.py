@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from reference.chats import generate_chats
-from reference.tokenizer import IM_END, IM_START, PAD
+from reference.tokenizer import IM_END, IM_START, PAD, token_id
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip", "__pycache__"}
 MAX_FILE_BYTES = 200_000  # longer ones are tables of data
@@ -62,7 +62,7 @@ def _pieces(ids: list[int], row_length: int) -> Iterator[list[int]]:
 
 def chat_rows(tokenizer: Tokenizer, n_chats: int, seed: int, row_length: int) -> Rows:
     """Whole chats, packed; only a chat that crosses a row's end is cut."""
-    opening, end = tokenizer.encode(f"{IM_START}assistant\n").ids[1:], tokenizer.token_to_id(IM_END)
+    opening, end = tokenizer.encode(f"{IM_START}assistant\n").ids[1:], token_id(tokenizer, IM_END)
     chats = (tokenizer.encode(chat).ids for chat in generate_chats(n_chats, seed))
     return _packed(((ids, _chat_weights(ids, opening, end)) for ids in chats), row_length)
 
@@ -80,7 +80,7 @@ def _chat_weights(ids: list[int], opening: list[int], end: int) -> list[float]:
 def drill_rows(tokenizer: Tokenizer, n_rows: int, seed: int, row_length: int) -> Rows:
     """A few spans of random tokens in random order; what counts is how each goes on when it comes again."""
     rng = Random(seed)
-    vocabulary = range(tokenizer.token_to_id(PAD) + 1, tokenizer.token_to_id(IM_START))
+    vocabulary = range(token_id(tokenizer, PAD) + 1, token_id(tokenizer, IM_START))
     return _packed((_drill(rng, vocabulary, row_length) for _ in range(n_rows)), row_length)
 
 

@@ -14,7 +14,7 @@ from reference.checkpoint import load_checkpoint
 from reference.corpus import chat_rows, source_rows, split_sources, standard_library
 from reference.decode import greedy, trunk_context_chain
 from reference.model import MLP, MoE, Step35
-from reference.tokenizer import EOS, IM_END
+from reference.tokenizer import EOS, IM_END, token_id
 
 ROW_LENGTH, N_ROWS, HELD_OUT_SEED = 1024, 8, 53
 STRIDE = 8  # rows between those where agreement is measured: trunk context costs a whole window for each
@@ -62,7 +62,7 @@ def agreement(model: Step35, text: Tensor, start: int) -> tuple[Tensor, Tensor]:
 
 def mean_agreement(model: Step35, texts: list[Tensor], start: int = 0) -> str:
     exact, other = (
-        torch.stack(shares).mean(dim=0) for shares in zip(*(agreement(model, t, start) for t in texts), strict=False)
+        torch.stack(shares).mean(dim=0) for shares in zip(*(agreement(model, t, start) for t in texts), strict=True)
     )
     return f"exact chain {_row(exact)}   trunk context {_row(other)}"
 
@@ -71,7 +71,7 @@ def clamp_rates(model: Step35, texts: Tensor) -> Iterator[str]:
     """How often a limit is reached, per projection of the clamped layers."""
     for i, layer in enumerate(model.config.layers[: model.config.n_trunk]):
         if layer.expert_limit:
-            block = model.model.layers[i]
+            block = model.decoders[i]
             yield f"layer {i} shared expert: {_mlp_rates(model, block.share_expert, texts)}"
             yield f"layer {i} routed experts: {_expert_rates(model, block.moe, texts)}"
 
@@ -118,7 +118,7 @@ def samples(model: Step35, tokenizer: Tokenizer, template: ChatTemplate) -> Iter
     """Prompts and their greedy continuations, special tokens shown."""
     prompts = CODE_PROMPTS + [template.render([user(text)], prompt=True) for text in CHAT_PROMPTS]
     prompts += [template.render([user(text)], list(TOOLS.values()), prompt=True) for text in TOOL_PROMPTS]
-    stop = [tokenizer.token_to_id(EOS), tokenizer.token_to_id(IM_END)]
+    stop = [token_id(tokenizer, EOS), token_id(tokenizer, IM_END)]
     for shown, prompt in zip(CODE_PROMPTS + CHAT_PROMPTS + TOOL_PROMPTS, prompts, strict=True):
         (new,) = greedy(model, [tokenizer.encode(prompt).ids], 100, stop)
         yield shown, tokenizer.decode(new, skip_special_tokens=False)
@@ -127,7 +127,7 @@ def samples(model: Step35, tokenizer: Tokenizer, template: ChatTemplate) -> Iter
 def share_right(model: Step35, tokenizer: Tokenizer, name: str, n: int, seed: int) -> float:
     """Of n exercises of a kind, those that greedy decoding answers to the letter, the thought included."""
     prompts, wanted = zip(*generate_exercises(name, n, seed), strict=True)
-    stop = [tokenizer.token_to_id(IM_END)]
+    stop = [token_id(tokenizer, IM_END)]
     answers = greedy(model, [encoding.ids for encoding in tokenizer.encode_batch(prompts)], ANSWER_LENGTH, stop)
     right = (tokenizer.decode(a, skip_special_tokens=False) == w for a, w in zip(answers, wanted, strict=True))
     return sum(right) / n
@@ -161,7 +161,7 @@ def greedy_agreement(model: Step35, texts: Tensor) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     report(parser.parse_args().folder)
 

@@ -26,8 +26,8 @@ def initialise(model: Step35) -> None:
             nn.init.normal_(module.weight, std=0.0 if writes_to_stream else module.weight.shape[-1] ** -0.5)
     _initialise_vocabulary(model)
     token, past, *copied = _subspaces(model.config.hidden_size, model.config.head_dim)
-    _look_back(model.model.layers[LOOK_BACK_LAYER].self_attn, token, past)
-    _match(model.model.layers[MATCH_LAYER].self_attn, token, past, copied)
+    _look_back(model.decoders[LOOK_BACK_LAYER].self_attn, token, past)
+    _match(model.decoders[MATCH_LAYER].self_attn, token, past, copied)
 
 
 def _initialise_vocabulary(model: Step35) -> None:
@@ -35,7 +35,7 @@ def _initialise_vocabulary(model: Step35) -> None:
     embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
     nn.init.normal_(embedding, std=EMBEDDING_STD)
     embedding[:, 0] = LEVEL
-    for matrix in (output, *(head.transformer["shared_head"]["output"].weight for head in model.heads)):
+    for matrix in (output, *(head.transformer.shared_head.output.weight for head in model.heads)):
         nn.init.normal_(matrix, std=OUTPUT_STD)
     output[:, 1:] += OUTPUT_TIE * embedding[:, 1:]
 

@@ -50,7 +50,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Causal attention over the last `window` keys, in blocks of one window: each sees itself and the one before."""
-    batch, heads, rows, size = q.shape
+    batch, _, rows, _ = q.shape
     pad = -rows % window
     q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, window)) for x in (q, k, v))
     k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3) for x in (k, v))
@@ -69,6 +69,8 @@ def _window_mask(batch: int, n_blocks: int, window: int) -> Tensor:
 
 class Attention(nn.Module):
     """Grouped-query attention with q/k norms, partial RoPE and a sigmoid gate per head."""
+
+    inv_freq: Tensor
 
     def __init__(self, config: Config, layer: LayerConfig) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ class MoE(nn.Module):
         )
 
 
-class DecoderLayer(nn.Module):
+class Block(nn.Module):
     """A pre-norm residual block: attention, then a dense MLP or routed experts plus the shared one."""
 
     def __init__(self, config: Config, layer: LayerConfig) -> None:
@@ -190,13 +192,37 @@ class DecoderLayer(nn.Module):
             self.mlp = MLP(c, config.intermediate_size, layer.shared_limit)
         self.is_moe = layer.is_moe
 
-    def forward(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x))
         normed = self.post_attention_layernorm(x)
         return x + (self.moe(normed) + self.share_expert(normed) if self.is_moe else self.mlp(normed))
 
 
-class MtpLayer(DecoderLayer):
+class DecoderLayer(Block):
+    """A layer of the trunk."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(x)
+
+
+class SharedHead(nn.Module):
+    """An MTP head's norm and output matrix."""
+
+    def __init__(self, norm: RMSNorm, output: nn.Linear) -> None:
+        super().__init__()
+        self.norm = norm
+        self.output = output
+
+
+class HeadTransformer(nn.Module):
+    """Carries the name `transformer.shared_head`."""
+
+    def __init__(self, shared_head: SharedHead) -> None:
+        super().__init__()
+        self.shared_head = shared_head
+
+
+class MtpLayer(Block):
     """A multi-token-prediction head: joins a token's embedding with a hidden state, then one decoder layer."""
 
     def __init__(self, config: Config, layer: LayerConfig) -> None:
@@ -206,20 +232,20 @@ class MtpLayer(DecoderLayer):
         self.hnorm = RMSNorm(c, config.norm_eps)
         self.eh_proj = nn.Linear(2 * c, c, bias=False)
         norm, output = RMSNorm(c, config.norm_eps), nn.Linear(c, config.vocab_size, bias=False)
-        self.transformer = nn.ModuleDict({"shared_head": nn.ModuleDict({"norm": norm, "output": output})})
+        self.transformer = HeadTransformer(SharedHead(norm, output))
 
     def forward(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         """The head's own hidden state, before its norm: what the next head of the chain takes."""
         joined = torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1)
-        return super().forward(self.eh_proj(joined))
+        return self.decode(self.eh_proj(joined))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        head = self.transformer["shared_head"]
-        return head["output"](head["norm"](hidden))
+        head = self.transformer.shared_head
+        return head.output(head.norm(hidden))
 
 
 class Trunk(nn.Module):
-    """Holder of the names `model.embed_tokens`, `model.layers` (MTP heads last) and `model.norm`."""
+    """Carries the names `model.embed_tokens`, `model.layers` (MTP heads last) and `model.norm`."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -242,8 +268,13 @@ class Step35(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
+    def decoders(self) -> list[DecoderLayer]:
+        """The trunk's layers."""
+        return [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
+
+    @property
     def heads(self) -> list[MtpLayer]:
-        return list(self.model.layers[self.config.n_trunk :])
+        return [layer for layer in self.model.layers if isinstance(layer, MtpLayer)]
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.model.embed_tokens(tokens)
@@ -251,7 +282,7 @@ class Step35(nn.Module):
     def trunk(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] for tokens [B, T], and the hidden states [B, T, C] before the final norm."""
         hidden = self.embed(tokens)
-        for layer in self.model.layers[: self.config.n_trunk]:
+        for layer in self.decoders:
             hidden = layer(hidden)
         return self.lm_head(self.model.norm(hidden)), hidden
 

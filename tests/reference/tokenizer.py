@@ -35,6 +35,14 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
+def token_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a token that the vocabulary has."""
+    found = tokenizer.token_to_id(text)
+    if found is None:
+        raise KeyError(f"the tokenizer has no token {text!r}")
+    return found
+
+
 def _trainer() -> trainers.BpeTrainer:
     return trainers.BpeTrainer(
         vocab_size=N_USED - len(CONTROL) - len(MARKUP),

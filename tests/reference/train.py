@@ -48,7 +48,7 @@ class Clock:
 
 def compile_layers(model: Step35) -> None:
     """Fuse what is between the matrix products; routing stays as it is, since its shapes change at every step."""
-    for layer in model.model.layers:
+    for layer in (*model.decoders, *model.heads):
         for part in (layer.self_attn, layer.share_expert) if layer.is_moe else (layer,):
             part.compile()
 
@@ -118,7 +118,7 @@ def balance_experts(model: Step35) -> None:
     """Move router biases towards equal loads, without a loss term (DeepSeek-V3, section 2.1.2); not of frozen routers."""
     for module in model.modules():
         if isinstance(module, MoE) and module.gate.weight.requires_grad:
-            module.router_bias += BALANCE_RATE * torch.sign(module.load.mean() - module.load)
+            module.router_bias.add_(BALANCE_RATE * torch.sign(module.load.mean() - module.load))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def train_step(model: Step35, phase: Phase, optimizers: list[torch.optim.Optimiz
     """One update; the losses before it."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = phase.losses(model, next(phase.data))
-    sum(weight * loss for weight, loss in zip(phase.weights, losses, strict=True)).backward()
+    torch.stack([weight * loss for weight, loss in zip(phase.weights, losses, strict=True)]).sum().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -213,7 +213,7 @@ def freeze_trunk(model: Step35) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--minutes", type=float, default=54, help="for trunk and heads (default: %(default)s)")
     parser.add_argument("--heads-minutes", type=float, default=13, help="for the heads alone (default: %(default)s)")

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from zlib import crc32
 
 import numpy as np
@@ -376,12 +377,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
         file.truncate()
 
 
-def _write_data(file, tensor: Stored) -> None:
+def _write_data(file: BinaryIO, tensor: Stored) -> None:
     if tensor.chunks is None:
         file.seek(tensor.n_bytes, 1)
         return
-    for chunk in tensor.chunks():
-        file.write(memoryview(np.ascontiguousarray(chunk)).cast("B"))
+    file.writelines(np.ascontiguousarray(chunk).data.cast("B") for chunk in tensor.chunks())
 
 
 def shard_of(name: str, shape: Shape, n_shards: int) -> int:

@@ -41,10 +41,10 @@ def convert_step35(*arguments: object) -> Done:
         try:
             main()
         except SystemExit as exc:
-            exit_code = exc.code or 0
+            exit_code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     return Done(exit_code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
 
 
-def hear_interrupts() -> None:
+def accept_interrupts() -> None:
     """For a child before it runs: a test run started in the background ignores SIGINT, and its children would too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf import GGUFValueType as V
 
-from convert_step35.gguf.gguf_header import Entry, TensorInfo, encode_header, padded
-from convert_step35.gguf.gguf_reader import GgufFile, GgufTensor, read_gguf
+from convert_step35.gguf.header import Entry, TensorInfo, encode_header, padded
+from convert_step35.gguf.reader import GgufFile, GgufTensor, read_gguf
 
 
 def edit_gguf(
@@ -30,12 +30,11 @@ def edit_gguf(
     """
     file = read_gguf(source)
     kept = [tensor for tensor in file.tensors.values() if not any(_matches(tensor.name, mark) for mark in without)]
+    new_shapes = {tensor.name: tensor.shape for tensor in kept} | dict(shapes)
+    new_types = {name: tensor.ggml_type for name, tensor in file.tensors.items()} | dict(types)
     infos, offset = [], 0
-    for name in dict.fromkeys([*(tensor.name for tensor in kept), *shapes]):
-        stored = file.tensors.get(name)
-        kind = types.get(name, stored.ggml_type if stored is not None else GGMLQuantizationType.F32)
-        shape = shapes[name] if name in shapes or stored is None else stored.shape
-        infos.append(TensorInfo(name, kind, shape, offset))
+    for name, shape in new_shapes.items():
+        infos.append(TensorInfo(name, new_types.get(name, GGMLQuantizationType.F32), shape, offset))
         offset += padded(_n_bytes(infos[-1]))
     with source.open("rb") as old, target.open("wb") as new:
         new.write(encode_header(_entries(file, metadata), infos))

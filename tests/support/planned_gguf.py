@@ -5,10 +5,9 @@ from pathlib import Path
 import checkpoints
 from checkpoints import Shape, config
 from convert_step35.gguf.metadata import Provenance
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import Subject, Wishes, make_plan
+from convert_step35.models import load_models
+from convert_step35.planning.plan import ConversionOptions, MtpMode, Subject, make_plan
 from convert_step35.source.architecture import read_architecture
-from convert_step35.source.mapping import MtpMode
 from convert_step35.source.tokenizer import read_tokenizer
 
 
@@ -21,7 +20,9 @@ def write(
     tokenizer = read_tokenizer(checkpoints.BUNDLED, arch.vocab_size, arch.eos_token_ids, settings)
     origin = Provenance("planned", None, "none", "0" * 64, "", "0")
     subject = Subject(arch, shape.num_nextn_predict_layers > 0, tokenizer, {}, origin, frozenset())
-    plan = make_plan(subject, Wishes(path, recipe, mtp=mtp, split_max_bytes=split_max_bytes), load_models().recipes)
+    plan = make_plan(
+        subject, ConversionOptions(path, recipe, mtp=mtp, split_max_bytes=split_max_bytes), load_models().recipes
+    )
     for file in plan.files:
         with file.path.open("wb") as out:
             out.write(file.header)

@@ -17,6 +17,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp._logger import llama_log_callback
 
 from step35.backend.upstream import fetch, patches_folder, read_upstream
 
@@ -25,6 +26,7 @@ CACHE = TESTS.parents[1] / ".cache" / "upstream"
 PIN = read_upstream(patches_folder())
 VERSION = PIN.version
 WANTED = ("conversion/", "gguf-py/", "convert_hf_to_gguf.py")
+C: Any = llama_cpp  # its annotations are of other types than its structures and their fields
 TYPE_LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[[\d, ]+\], type = +(\w+), size = .*?(?:\((\w+)\))?\n")
 
 
@@ -86,24 +88,24 @@ def quantize(
 
     `tensor_types` are --tensor-type's, from pattern to ggml type; `keys` are set as --override-kv sets them.
     """
-    extra = llama_cpp.llama_model_quantize_default_params()
+    extra = C.llama_model_quantize_default_params()
     if tensor_types:
-        overrides = [llama_cpp.llama_model_tensor_override(k.encode(), v) for k, v in tensor_types.items()]
-        extra.tt_overrides = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))(*overrides)
+        overrides = [C.llama_model_tensor_override(k.encode(), v) for k, v in tensor_types.items()]
+        extra.tt_overrides = (C.llama_model_tensor_override * (len(overrides) + 1))(*overrides)
     if keys:
         entries = [_kv_override(key, value) for key, value in keys.items()]
-        extra.kv_overrides = (llama_cpp.llama_model_kv_override * (len(entries) + 1))(*entries)
+        extra.kv_overrides = (C.llama_model_kv_override * (len(entries) + 1))(*entries)
     extra.keep_split = keep_split
     _run_quantizer(source, out, preset, imatrix or {}, n_threads=n_threads, params=extra)
     return out
 
 
-def _kv_override(key: str, value: int | str) -> llama_cpp.llama_model_kv_override:
-    entry = llama_cpp.llama_model_kv_override(key=key.encode())
+def _kv_override(key: str, value: int | str) -> Any:
+    entry = C.llama_model_kv_override(key=key.encode())
     if isinstance(value, str):
-        entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+        entry.tag, entry.value.val_str = C.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
     else:
-        entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        entry.tag, entry.value.val_i64 = C.LLAMA_KV_OVERRIDE_TYPE_INT, value
     return entry
 
 
@@ -123,14 +125,15 @@ def _run_quantizer(
     dry_run: bool = False,
     params: Any = None,
 ) -> str:
-    params = params or llama_cpp.llama_model_quantize_default_params()
+    params = params or C.llama_model_quantize_default_params()
     params.ftype = ftype(preset)
     params.nthread = n_threads
     params.dry_run = dry_run
-    if imatrix:
-        params.imatrix = imatrix_entries(imatrix)
+    weights = {name: np.ascontiguousarray(values, np.float32) for name, values in imatrix.items()}
+    if weights:
+        params.imatrix = imatrix_entries(weights)
     with captured_log() as lines:
-        failed = llama_cpp.llama_model_quantize(bytes(source), bytes(out), ctypes.byref(params))
+        failed = C.llama_model_quantize(bytes(source), bytes(out), params)
     log = "".join(lines)
     if failed:
         raise RuntimeError(f"upstream's quantizer failed on {preset}: {log[-2000:]}")
@@ -143,11 +146,10 @@ def ftype(preset: str) -> int:
     return getattr(llama_cpp, f"LLAMA_FTYPE_{kind}_{preset}")
 
 
-def imatrix_entries(imatrix: Mapping[str, np.ndarray]):
-    """Returns the C array of float32 weights per tensor name, ended by an empty entry."""
-    entries = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
-    entries.keep = [np.ascontiguousarray(weights, np.float32) for weights in imatrix.values()]
-    for entry, name, weights in zip(entries, imatrix, entries.keep, strict=False):
+def imatrix_entries(imatrix: Mapping[str, np.ndarray]) -> Any:
+    """Returns the C array of float32 weights per tensor name, ended by an empty entry; it points into the weights."""
+    entries = (C.llama_model_imatrix_data * (len(imatrix) + 1))()
+    for entry, (name, weights) in zip(entries, imatrix.items(), strict=False):
         entry.name = name.encode()
         entry.data = weights.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         entry.size = weights.size
@@ -159,12 +161,12 @@ def captured_log() -> Iterator[list[str]]:
     """Collects llama.cpp's log lines, and gives the log back to llama_cpp afterwards."""
     lines: list[str] = []
 
-    @llama_cpp.llama_log_callback
-    def collect(level, text, user_data):
+    @C.llama_log_callback
+    def collect(level: int, text: bytes, user_data: object) -> None:
         lines.append(text.decode(errors="replace"))
 
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    C.llama_log_set(collect, ctypes.c_void_p(0))
     try:
         yield lines
     finally:
-        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+        C.llama_log_set(llama_log_callback, ctypes.c_void_p(0))

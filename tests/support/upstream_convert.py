@@ -9,27 +9,32 @@ usage: upstream_convert.py LLAMA_CPP_FOLDER [arguments of convert_hf_to_gguf.py 
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 class NoAutoConfig:
     """Stands for transformers' AutoConfig and knows no model."""
 
     @staticmethod
-    def from_pretrained(*args, **kwargs):
+    def from_pretrained(*args: object, **kwargs: object) -> None:
         raise NotImplementedError("read config.json as data")
 
 
 def main() -> None:
     llama_cpp, *arguments = sys.argv[1:]
     sys.path[:0] = [str(Path(llama_cpp) / "gguf-py"), llama_cpp]
-    import convert_hf_to_gguf
-    from conversion import base
-
+    base = _upstream("conversion.base")
     base.AutoConfig = NoAutoConfig
     base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
-    convert_hf_to_gguf.main()
+    _upstream("convert_hf_to_gguf").main()
+
+
+def _upstream(name: str) -> Any:
+    """A module of the folder that stands first on the path now."""
+    return import_module(name)
 
 
 if __name__ == "__main__":

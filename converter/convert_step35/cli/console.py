@@ -1,16 +1,19 @@
-"""What the commands share: common options, OUT's name, and stdout as wide as it is."""
+"""What the commands share: common options, OUT's name, what goes to stdout and what to stderr."""
 
 import os
+import sys
 from pathlib import Path
+from typing import Any, NoReturn
 from unicodedata import category
 
 import click
 from rich.console import Console
 
 from convert_step35.errors import OutputError, quoted
-from convert_step35.gguf.gguf_model import is_shard_name
+from convert_step35.gguf.shard_names import is_shard_name
+from convert_step35.writing.report import to_json
 
-# Whether a path can be read is said by what reads it.
+# Click does not check whether a path is readable: the code that opens it has the better message.
 PATH = click.Path(path_type=Path, readable=False)
 _NEVER_FOLD = 100_000
 
@@ -27,6 +30,23 @@ def console() -> Console:
     """Stdout as wide as the terminal; lines in a file or a pipe are never folded."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=_NEVER_FOLD)
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on stdout."""
+    print(to_json(data), end="")
+
+
+def print_notes(*notes: str) -> None:
+    """Lines on stderr that a user should read before the work starts."""
+    for note in notes:
+        print(f"convert-step35: note: {note}", file=sys.stderr)
+
+
+def end(line: str, *, exit_code: int) -> NoReturn:
+    """End the command with a last line on stderr."""
+    print(f"convert-step35: {line}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def cores() -> int:

@@ -1,17 +1,26 @@
 """The `convert-step35 mtp` commands: what can be done to the MTP heads of a finished GGUF."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from gguf import GGMLQuantizationType as GgmlType
 
-from convert_step35.cli.console import PATH, console, cores, json_option, output_path, overwrite_option, threads_option
+from convert_step35.cli.console import (
+    PATH,
+    console,
+    cores,
+    json_option,
+    output_path,
+    overwrite_option,
+    print_json,
+    print_notes,
+    threads_option,
+)
 from convert_step35.cli.progress import bytes_bar
 from convert_step35.cli.tables import heads_summary
 from convert_step35.errors import OptionError, OutputError
-from convert_step35.gguf.gguf_model import GgufModel
+from convert_step35.gguf.model import GgufModel
 from convert_step35.planning.recipes import ggml_type
 from convert_step35.quantization.quantizers import load_quantizers
 from convert_step35.sizes import format_size
@@ -48,7 +57,7 @@ def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: 
     _refuse_existing(plan.model, output_path(out), overwrite)
     report = _requantize(plan, out, kind, threads or cores())
     if as_json:
-        print(to_json(report), end="")
+        print_json(report)
         return
     console().print(heads_summary(out, report))
 
@@ -72,7 +81,7 @@ def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: 
 def trim(file: Path, out: Path, n_kept: int, counts: Path, overwrite: bool, as_json: bool) -> None:
     """Make OUT (.gguf), a side file of FILE's MTP heads that draft the N most frequent tokens only.
 
-    Drafts get cheaper and some fewer are accepted; the text stays the same. step35 runs it with --mtp OUT.
+    Drafts get cheaper and some fewer are accepted; the text stays the same. step35 runs it with --mtp-file OUT.
     """
     plan = plan_trim(file, n_kept, counts)
     _refuse_existing(plan.model, output_path(out), overwrite)
@@ -81,16 +90,15 @@ def trim(file: Path, out: Path, n_kept: int, counts: Path, overwrite: bool, as_j
     report = trim_report(out, plan, written)
     write_atomically(report_path(out), to_json(report))
     if as_json:
-        print(to_json(report), end="")
+        print_json(report)
         return
     size = format_size(report["files"][0]["bytes"])
     print(f"wrote {out}  {size}; {n_kept} of {plan.n_vocab} tokens, {plan.share:.2%} of the text that was counted")
 
 
-def _requantize(plan: HeadsPlan, out: Path, kind: Any, n_threads: int) -> dict[str, Any]:
+def _requantize(plan: HeadsPlan, out: Path, kind: GgmlType, n_threads: int) -> dict[str, Any]:
     quantizers = load_quantizers()
-    for note in (*plan.notes, *quantizers.notes):
-        print(f"convert-step35: note: {note}", file=sys.stderr)
+    print_notes(*plan.notes, *quantizers.notes)
     with bytes_bar("writing", plan.n_bytes) as on_bytes:
         done = requantize_heads(plan, out, kind, quantizers, n_threads, on_bytes)
     report = heads_report(out, plan, done)
@@ -100,7 +108,7 @@ def _requantize(plan: HeadsPlan, out: Path, kind: Any, n_threads: int) -> dict[s
 
 def _refuse_existing(model: GgufModel, out: Path, overwrite: bool) -> None:
     for file in model.files:
-        if out.exists() and os.path.samefile(file.path, out):
+        if out.exists() and file.path.samefile(out):
             raise OptionError(f"OUT expected another file than {file.path}, got the same; choose another name")
     for path in (out, report_path(out)):
         if path.is_dir():

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from convert_step35.gguf.ggml import row_bytes
+from convert_step35.gguf.ggml_types import row_bytes
 from convert_step35.planning.chunks import Chunk
 from convert_step35.planning.plan import Plan, PlannedTensor
 
@@ -68,11 +68,11 @@ def progress_bar(plan: Plan) -> Iterator[Callable[[PlannedTensor, Chunk], None]]
         lock = Lock()
 
         def advance(tensor: PlannedTensor, chunk: Chunk) -> None:
-            # Nobody looks, and the threads have better to do.
+            # Without a terminal nothing is shown, and the threads skip the lock.
             if bar.disable:
                 return
             n_bytes = chunk.n_rows * row_bytes(tensor.kind, tensor.mapped.row_size)
-            # Several threads report at once, and none may take back what another added.
+            # Several threads report at once, and none may overwrite what another added.
             with lock:
                 done = bar.tasks[0].fields["done_bytes"] + n_bytes
                 bar.update(task, advance=cost(tensor.kind, chunk.n_rows * tensor.mapped.row_size), done_bytes=done)

@@ -11,7 +11,7 @@ from rich.text import Text
 from convert_step35.cli.workspace import Workspace
 from convert_step35.inspection.inspection import Inspection
 from convert_step35.inspection.verification import Verdict
-from convert_step35.planning.models import Recipe
+from convert_step35.models import Recipe
 from convert_step35.planning.plan import Plan
 from convert_step35.planning.presets import Preset
 from convert_step35.sizes import format_size

@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from convert_step35 import __version__
-from convert_step35.gguf.ggml import Ggml, identify
 from convert_step35.gguf.imatrix import Imatrix, check_fit, read_imatrix
 from convert_step35.gguf.metadata import Provenance
+from convert_step35.models import KnownCheckpoint, Models
 from convert_step35.planning.chunks import CHUNK_WEIGHTS
-from convert_step35.planning.models import KnownCheckpoint, Models
-from convert_step35.planning.plan import Plan, Subject, Wishes, make_plan
+from convert_step35.planning.plan import ConversionOptions, MtpMode, Plan, Subject, make_plan
+from convert_step35.quantization.libggml import Ggml, identify
 from convert_step35.source.checkpoint import Checkpoint, digest, modification_times, open_checkpoint
-from convert_step35.source.mapping import MtpMode, map_tensors
+from convert_step35.source.mapping import map_tensors
 from convert_step35.source.strict_json import read_json
 from convert_step35.source.tokenizer import read_tokenizer
 
@@ -28,8 +28,8 @@ class Workspace:
     subject: Subject
     imatrix: Imatrix | None
 
-    def plan(self, wishes: Wishes, models: Models) -> Plan:
-        return make_plan(self.subject, wishes, models.recipes)
+    def plan(self, options: ConversionOptions, models: Models) -> Plan:
+        return make_plan(self.subject, options, models.recipes)
 
 
 def open_workspace(folder: Path, models: Models, *, mtp: MtpMode, imatrix_path: Path | None = None) -> Workspace:

@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType as GgmlType
 from gguf import GGUFValueType as V
 
 from convert_step35.errors import GgufError, PlanError, quoted
-from convert_step35.gguf.gguf_header import Entry
-from convert_step35.gguf.gguf_reader import GgufFile, GgufTensor, read_gguf
+from convert_step35.gguf.header import Entry
+from convert_step35.gguf.reader import GgufFile, GgufTensor, read_gguf
 from convert_step35.source.mapping import MappedTensor
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import gguf
-import numpy as np
 from gguf import GGUFValueType as V
 from gguf import Keys, LlamaFileType
 
 from convert_step35.errors import CheckpointError, quoted
-from convert_step35.gguf.gguf_header import Entry
+from convert_step35.gguf.header import Entry
 from convert_step35.source.architecture import Architecture, LayerShape
 from convert_step35.source.mapping import MappedTensor
 from convert_step35.source.tokenizer import PRE_TOKENIZER, Tokenizer
@@ -190,29 +189,3 @@ def _provenance(provenance: Provenance) -> Iterator[Entry]:
     yield _text("convert_step35.source", provenance.source)
     yield _text("convert_step35.source.sha256", provenance.source_sha256)
     yield from provenance.imatrix
-
-
-def rope_freqs(arch: Architecture) -> np.ndarray:
-    """The llama3 divisors of the full layers' rotary frequencies, float32 [head_dim / 2].
-
-    The first rotary_dim / 2 entries are the divisors, the rest 1.0; sliding layers don't use the tensor.
-    Formula: transformers' _compute_llama3_parameters, as conversion/step3.py writes it, in float32 steps.
-    """
-    scaling = arch.rope_scaling
-    rotary_dim = int(arch.head_dim * arch.rotary_factor_full)
-    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    frequencies = np.float32(1.0) / np.power(np.float32(arch.rope_theta_full), exponents)
-    wavelengths = [2 * math.pi / float(f) for f in frequencies]
-    divisors = [_llama3_divisor(w, scaling) for w in wavelengths]
-    return np.array(divisors + [1.0] * (arch.head_dim // 2 - len(divisors)), dtype=np.float32)
-
-
-def _llama3_divisor(wavelength: float, scaling: Any) -> float:
-    if wavelength < scaling.original_context / scaling.high_freq_factor:
-        return 1.0
-    if wavelength > scaling.original_context / scaling.low_freq_factor:
-        return scaling.factor
-    smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    return 1.0 / ((1.0 - smooth) / scaling.factor + smooth)

@@ -10,7 +10,8 @@ from typing import Any
 from gguf import ExpertGatingFuncType, LlamaFileType, TokenType
 
 from convert_step35.errors import printable, quoted
-from convert_step35.gguf.gguf_model import (
+from convert_step35.gguf.metadata import ARCH
+from convert_step35.gguf.model import (
     GgufModel,
     architecture_of,
     has_trunk,
@@ -18,9 +19,8 @@ from convert_step35.gguf.gguf_model import (
     open_model,
     require_step35,
 )
-from convert_step35.gguf.gguf_reader import GgufTensor
-from convert_step35.gguf.metadata import ARCH
-from convert_step35.planning.models import Models
+from convert_step35.gguf.reader import GgufTensor
+from convert_step35.models import Models
 from convert_step35.source.architecture import Architecture
 from convert_step35.source.mapping import MappedTensor, map_tensors
 from convert_step35.source.tokenizer import END_OF_TURN, PRE_TOKENIZER
@@ -40,7 +40,7 @@ class TypeUse:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect` shows. `problems` are what makes the file not work as it should; `notes` are worth knowing."""
+    """What `inspect` shows. `problems` are why the file does not work as it should; `notes` are not faults."""
 
     files: tuple[str, ...]
     name: str
@@ -62,7 +62,7 @@ class Inspection:
 
 
 def inspect_file(path: Path, models: Models) -> Inspection:
-    """Read the headers of a GGUF and judge them; GgufError where they can't be read as a Step-3.5 model at all."""
+    """Read the headers of a GGUF and check them; GgufError where they can't be read as a Step-3.5 model at all."""
     model = open_model(path)
     if not is_trimmed_heads(model):
         require_step35(model)
@@ -91,7 +91,7 @@ def _heads(arch: Architecture) -> range:
     return range(arch.n_trunk, len(arch.layers))
 
 
-def _held_heads(model: GgufModel, arch: Architecture) -> list[int]:
+def _present_heads(model: GgufModel, arch: Architecture) -> list[int]:
     return [i for i in _heads(arch) if model.has_layer(i)]
 
 
@@ -117,12 +117,12 @@ def _problems(model: GgufModel, arch: Architecture) -> Iterator[str]:
 
 
 def _tensor_problems(model: GgufModel, arch: Architecture) -> Iterator[str]:
-    heads, held = _heads(arch), _held_heads(model, arch)
+    heads, present = _heads(arch), _present_heads(model, arch)
     trunk = range(arch.n_trunk) if has_trunk(model, arch) else ()
-    yield from _at_most_three(_wrong_tensors(model, arch, {None, *trunk, *held}))
-    if held and len(held) < len(heads):
+    yield from _at_most_three(_wrong_tensors(model, arch, {None, *trunk, *present}))
+    if present and len(present) < len(heads):
         yield (
-            f"{len(held)} of {len(heads)} MTP heads: llama.cpp loads all or none; "
+            f"{len(present)} of {len(heads)} MTP heads: llama.cpp loads all or none; "
             "add the others from the checkpoint's first shards (--mtp only)"
         )
     known = {mapped.name for mapped in _known_tensors(model, arch)}
@@ -213,7 +213,7 @@ def _notes(model: GgufModel, arch: Architecture) -> Iterator[str]:
         )
     if not has_trunk(model, arch):
         yield "MTP heads only: a draft file, to be used beside a trunk file"
-    elif not _held_heads(model, arch):
+    elif not _present_heads(model, arch):
         yield "no MTP heads: runs without drafting; make a side file with convert-step35 run --mtp only"
     if arch.rope_scaling is None:
         yield "no rope_freqs.weight: the full-attention layers rotate without llama3 scaling, which Step-3.5 has"

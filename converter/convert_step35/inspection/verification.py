@@ -12,21 +12,23 @@ from typing import Any
 import numpy as np
 
 from convert_step35.errors import ConvertError, GgufError, quoted
-from convert_step35.gguf.ggml import QUANTIZABLE, Ggml, row_bytes
-from convert_step35.gguf.gguf_header import Entry
-from convert_step35.gguf.gguf_model import GgufModel, whole_name
-from convert_step35.gguf.gguf_reader import GgufTensor
+from convert_step35.gguf.ggml_types import QUANTIZABLE, row_bytes
+from convert_step35.gguf.header import Entry
 from convert_step35.gguf.imatrix import Imatrix
 from convert_step35.gguf.metadata import ARCH
+from convert_step35.gguf.model import GgufModel
+from convert_step35.gguf.reader import GgufTensor
+from convert_step35.gguf.shard_names import whole_name
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, Chunk, chunks
 from convert_step35.planning.plan import MTP_PREFIX
+from convert_step35.quantization.libggml import Ggml
 from convert_step35.quantization.measure import non_finite
+from convert_step35.reading.ranges import read_piece
+from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import Checkpoint
 from convert_step35.source.mapping import MappedTensor
 from convert_step35.source.strict_json import read_json
 from convert_step35.writing.report import report_path
-from convert_step35.writing.rewriting import read_piece
-from convert_step35.writing.rows import RowReader
 
 _PIECE_BYTES = 4 * 1024**2
 _MAX_REPORT_BYTES = 64 * 1024**2
@@ -43,12 +45,12 @@ _PROVENANCE = (
 )
 
 
-# What shows a bar over some bytes, as progress.bytes_bar does.
+# Shows a bar over some bytes, as progress.bytes_bar does.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def no_progress(what: str, n_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Shows nothing."""
+    """A Progress that shows nothing."""
     return nullcontext(lambda n: None)
 
 
@@ -70,12 +72,11 @@ def check_rows(
     tensors = list(model.tensors.values())
     n_bytes = sum(tensor.n_bytes for tensor in tensors)
     with ThreadPoolExecutor(n_threads) as pool, progress("reading", n_bytes) as on_bytes:
-        check = lambda tensor: _check_tensor(model.homes[tensor.name], tensor, ggml, on_bytes)  # noqa: E731
-        results = list(pool.map(check, tensors))
-    digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results, strict=False)}
+        results = list(pool.map(lambda t: _check_tensor(model.homes[t.name], t, ggml, on_bytes), tensors))
+    digests = {tensor.name: digest for tensor, (digest, _) in zip(tensors, results, strict=True)}
     problems = [
         f"{tensor.name} holds NaN or infinity; convert again"
-        for tensor, (_, valid) in zip(tensors, results, strict=False)
+        for tensor, (_, valid) in zip(tensors, results, strict=True)
         if not valid
     ]
     return digests, problems
@@ -88,7 +89,7 @@ def _check_tensor(path: Path, tensor: GgufTensor, ggml: Ggml, on_bytes: Callable
     with path.open("rb") as file:
         for at in range(0, tensor.n_bytes, piece):
             data = read_piece(file.fileno(), tensor.offset + at, min(piece, tensor.n_bytes - at), path)
-            sha.update(data)
+            sha.update(data.data)
             valid = valid and ggml.is_valid(tensor.ggml_type, data)
             on_bytes(len(data))
     return sha.hexdigest(), valid
@@ -151,7 +152,7 @@ def _difference(want: Any, got: Any) -> str:
     if isinstance(want, list) and isinstance(got, list):
         if len(want) != len(got):
             return f"expected {len(want)} values, got {len(got)}"
-        i = next(i for i, (a, b) in enumerate(zip(want, got, strict=False)) if not _same(a, b))
+        i = next(i for i, (a, b) in enumerate(zip(want, got, strict=True)) if not _same(a, b))
         return f"expected {quoted(want[i])} at {i}, got {quoted(got[i])}"
     return f"expected {quoted(want)}, got {quoted(got)}"
 
@@ -160,7 +161,7 @@ def _same(want: object, got: object) -> bool:
     if isinstance(want, float) and isinstance(got, float):
         return np.float32(want) == np.float32(got)
     if isinstance(want, list) and isinstance(got, list):
-        return len(want) == len(got) and all(_same(a, b) for a, b in zip(want, got, strict=False))
+        return len(want) == len(got) and all(_same(a, b) for a, b in zip(want, got, strict=True))
     return want == got
 
 
@@ -191,7 +192,7 @@ def compare(
         if imatrix is None and "quantize.imatrix.file" in model.metadata
         else ""
     )
-    for (tensor, _), same in zip(items, equal, strict=False):
+    for (tensor, _), same in zip(items, equal, strict=True):
         if not same:
             problems[tensor.name] = (
                 f"{tensor.name} is not what the checkpoint gives as {model.tensors[tensor.name].ggml_type.name}{hint}"

@@ -1,1 +1,1 @@
-"""From a checkpoint and options to the type, size and offset of every tensor. Pure, but for models.yaml."""
+"""From a checkpoint and options to the type, size and offset of every tensor. Pure: no disk, no library."""

@@ -1,8 +1,10 @@
 """The whole plan of a conversion: every byte's place is known before any tensor data is read."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from gguf import GGUFValueType as V
 from gguf import LlamaFileType
 
 from convert_step35.errors import PlanError
-from convert_step35.gguf.gguf_header import Entry, TensorInfo, encode_header, padded, shard_path
+from convert_step35.gguf.header import Entry, TensorInfo, encode_header, padded
 from convert_step35.gguf.metadata import Provenance, build_metadata
-from convert_step35.planning.models import Recipe
+from convert_step35.gguf.shard_names import shard_path
+from convert_step35.models import Recipe
 from convert_step35.planning.recipes import (
     Override,
     TypeChoice,
@@ -24,10 +27,19 @@ from convert_step35.planning.recipes import (
     tensor_bytes,
 )
 from convert_step35.source.architecture import Architecture
-from convert_step35.source.mapping import MappedTensor, MtpMode, map_tensors
+from convert_step35.source.mapping import MappedTensor, map_tensors
 from convert_step35.source.tokenizer import Tokenizer
 
 MTP_PREFIX = "mtp-"
+
+
+class MtpMode(StrEnum):
+    """Which parts of the model a file holds."""
+
+    KEEP = "keep"
+    SEPARATE = "separate"
+    DROP = "drop"
+    ONLY = "only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,7 @@ class Plan:
 
     @property
     def n_weights(self) -> int:
-        return sum(_n_weights(tensor.mapped) for tensor in self.tensors)
+        return sum(math.prod(tensor.mapped.shape) for tensor in self.tensors)
 
     def sha256(self) -> str:
         """A digest of every header, so of all names, types, shapes, offsets and metadata."""
@@ -79,12 +91,18 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the user asked for. Exactly one of `type_name` and `target_bytes` is set."""
+class TargetSize:
+    """Bytes that all files of a conversion may have together: the best recipe that fits is taken."""
+
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionOptions:
+    """What the user asked for. `types` is the name of a preset, recipe or ggml type, or the size to stay within."""
 
     out: Path
-    type_name: str | None = None
-    target_bytes: int | None = None
+    types: str | TargetSize
     overrides: tuple[Override, ...] = ()
     mtp: MtpMode = MtpMode.KEEP
     mtp_type: GgmlType | None = None
@@ -118,19 +136,19 @@ class Subject:
         )
 
 
-def make_plan(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe]) -> Plan:
-    """Lay out every file; PlanError where the wishes can't be met."""
-    parts = list(_parts(subject, wishes))
-    check_overrides(wishes.overrides, [tensor for _, tensors, _ in parts for tensor in tensors])
-    name = wishes.type_name if wishes.type_name is not None else _fitting(subject, wishes, recipes, parts)
+def make_plan(subject: Subject, options: ConversionOptions, recipes: dict[str, Recipe]) -> Plan:
+    """Lay out every file; PlanError where the options can't be met."""
+    parts = tuple(_parts(subject, options))
+    check_overrides(options.overrides, [tensor for part in parts for tensor in part.tensors])
+    types = options.types
+    name = types if isinstance(types, str) else _fitting(subject, options, types, recipes, parts)
+    choices = [_choose(subject, options, recipes, name, part.tensors) for part in parts]
+    notes = [*subject.tokenizer.notes, *_mtp_notes(subject, options)]
     files: list[PlannedFile] = []
-    notes = [*subject.tokenizer.notes, *_mtp_notes(subject, wishes)]
-    for path, tensors, with_mtp in parts:
-        choice = _choose(subject, wishes, recipes, name, tensors)
-        notes += _imatrix_notes(subject, choice, tensors)
-        files += _lay_out(subject, path, tensors, choice, with_mtp, wishes.split_max_bytes)
-    recipe = choice.recipe
-    return Plan(recipe, tuple(files), tuple(notes))
+    for part, choice in zip(parts, choices, strict=True):
+        notes += _imatrix_notes(subject, choice, part.tensors)
+        files += _lay_out(subject, part, choice, options.split_max_bytes)
+    return Plan(choices[-1].recipe, tuple(files), tuple(notes))
 
 
 def side_file(out: Path) -> Path:
@@ -138,16 +156,21 @@ def side_file(out: Path) -> Path:
     return out.with_name(MTP_PREFIX + out.name)
 
 
-_Part = tuple[Path, tuple[MappedTensor, ...], bool]
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One file before it is cut into shards."""
+
+    path: Path
+    tensors: tuple[MappedTensor, ...]
+    with_mtp: bool
 
 
-def _parts(subject: Subject, wishes: Wishes) -> Iterator[_Part]:
-    """The path, tensors and with-MTP flag of each file before splitting."""
-    mode, arch = wishes.mtp, subject.arch
-    if wishes.mtp_type is not None and (mode is MtpMode.DROP or not subject.has_mtp):
+def _parts(subject: Subject, options: ConversionOptions) -> Iterator[_Part]:
+    mode, arch = options.mtp, subject.arch
+    if options.mtp_type is not None and (mode is MtpMode.DROP or not subject.has_mtp):
         reason = "--mtp drop leaves them out" if subject.has_mtp else "the checkpoint has none"
         raise PlanError(
-            f"no MTP heads: --mtp-type {wishes.mtp_type.name} is for their matrices, and {reason}; leave it out"
+            f"no MTP heads: --mtp-type {options.mtp_type.name} is for their matrices, and {reason}; leave it out"
         )
     if not subject.has_mtp and mode in (MtpMode.SEPARATE, MtpMode.ONLY):
         raise PlanError(
@@ -155,23 +178,27 @@ def _parts(subject: Subject, wishes: Wishes) -> Iterator[_Part]:
         )
     with_mtp = mode is MtpMode.KEEP and subject.has_mtp
     if mode is not MtpMode.ONLY:
-        yield wishes.out, map_tensors(arch, trunk=True, mtp=with_mtp), with_mtp
+        yield _Part(options.out, map_tensors(arch, trunk=True, mtp=with_mtp), with_mtp)
     if mode is MtpMode.ONLY:
-        yield wishes.out, map_tensors(arch, trunk=False, mtp=True), True
+        yield _Part(options.out, map_tensors(arch, trunk=False, mtp=True), True)
     if mode is MtpMode.SEPARATE:
-        yield side_file(wishes.out), map_tensors(arch, trunk=False, mtp=True), True
+        yield _Part(side_file(options.out), map_tensors(arch, trunk=False, mtp=True), True)
 
 
 def _choose(
-    subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], name: str, tensors: tuple[MappedTensor, ...]
+    subject: Subject,
+    options: ConversionOptions,
+    recipes: dict[str, Recipe],
+    name: str,
+    tensors: tuple[MappedTensor, ...],
 ) -> TypeChoice:
     choice = choose_types(
         name,
         tensors,
         subject.arch,
         recipes,
-        overrides=wishes.overrides,
-        mtp_type=wishes.mtp_type,
+        overrides=options.overrides,
+        mtp_type=options.mtp_type,
         has_imatrix=subject.imatrix_names is not None,
     )
     demands = [n for n in imatrix_demands(choice, tensors) if n not in (subject.imatrix_names or ())]
@@ -183,47 +210,48 @@ def _choose(
     return choice
 
 
-def _fitting(subject: Subject, wishes: Wishes, recipes: dict[str, Recipe], parts: list[_Part]) -> str:
+def _fitting(
+    subject: Subject,
+    options: ConversionOptions,
+    target: TargetSize,
+    recipes: dict[str, Recipe],
+    parts: Sequence[_Part],
+) -> str:
     """The best recipe whose files, MTP included, stay within the target."""
 
-    def choices(name: str) -> list[TypeChoice]:
-        return [
-            choose_types(name, tensors, subject.arch, recipes, overrides=wishes.overrides, mtp_type=wishes.mtp_type)
-            for _, tensors, _ in parts
-        ]
+    def choices(name: str) -> list[tuple[_Part, TypeChoice]]:
+        def choose(part: _Part) -> TypeChoice:
+            overrides, mtp_type = options.overrides, options.mtp_type
+            return choose_types(name, part.tensors, subject.arch, recipes, overrides=overrides, mtp_type=mtp_type)
+
+        return [(part, choose(part)) for part in parts]
 
     def usable(name: str) -> bool:
-        return subject.imatrix_names is not None or not any(
-            imatrix_demands(c, tensors) for c, (_, tensors, _) in zip(choices(name), parts, strict=False)
-        )
+        demands = (imatrix_demands(choice, part.tensors) for part, choice in choices(name))
+        return subject.imatrix_names is not None or not any(demands)
 
     def n_bytes(name: str) -> int:
-        files = (
-            f
-            for c, (path, tensors, mtp) in zip(choices(name), parts, strict=False)
-            for f in _lay_out(subject, path, tensors, c, mtp, wishes.split_max_bytes)
-        )
-        return sum(file.n_bytes for file in files)
+        files = (_lay_out(subject, part, choice, options.split_max_bytes) for part, choice in choices(name))
+        return sum(file.n_bytes for shards in files for file in shards)
 
-    return best_fit(wishes.target_bytes, [name for name in recipes if usable(name)], n_bytes)
+    return best_fit(target.n_bytes, [name for name in recipes if usable(name)], n_bytes)
 
 
-def _lay_out(
-    subject: Subject,
-    path: Path,
-    tensors: tuple[MappedTensor, ...],
-    choice: TypeChoice,
-    with_mtp: bool,
-    split_max: int | None,
-) -> list[PlannedFile]:
-    entries = subject.entries(tensors, with_mtp=with_mtp, ftype=choice.ftype, recipe=choice.recipe)
-    shards = _shards(tensors, choice, split_max)
+def _lay_out(subject: Subject, part: _Part, choice: TypeChoice, split_max: int | None) -> list[PlannedFile]:
+    """The file of a part, or its shards: the first has all metadata."""
+    entries = subject.entries(part.tensors, with_mtp=part.with_mtp, ftype=choice.ftype, recipe=choice.recipe)
+    shards = _shards(part.tensors, choice, split_max)
     if len(shards) == 1:
-        return [_file(path, entries, tensors, choice)]
-    names = [shard_path(path, i, len(shards)) for i in range(len(shards))]
+        return [_file(part.path, entries, part.tensors, choice)]
+    n = len(shards)
     return [
-        _file(name, (*(entries if i == 0 else ()), *_split_entries(i, len(shards), len(tensors))), shard, choice)
-        for i, (name, shard) in enumerate(zip(names, shards, strict=False))
+        _file(
+            shard_path(part.path, i, n),
+            (*(entries if i == 0 else ()), *_split_entries(i, n, len(part.tensors))),
+            shard,
+            choice,
+        )
+        for i, shard in enumerate(shards)
     ]
 
 
@@ -263,13 +291,13 @@ def _file(path: Path, entries: Sequence[Entry], tensors: Sequence[MappedTensor],
     header = encode_header(entries, infos)
     planned = tuple(
         PlannedTensor(tensor, info.kind, len(header) + info.offset, tensor_bytes(tensor, info.kind))
-        for tensor, info in zip(tensors, infos, strict=False)
+        for tensor, info in zip(tensors, infos, strict=True)
     )
     return PlannedFile(path, header, planned, len(header) + offset)
 
 
-def _mtp_notes(subject: Subject, wishes: Wishes) -> list[str]:
-    if subject.has_mtp or wishes.mtp is not MtpMode.KEEP:
+def _mtp_notes(subject: Subject, options: ConversionOptions) -> list[str]:
+    if subject.has_mtp or options.mtp is not MtpMode.KEEP:
         return []
     if subject.arch.n_mtp:
         return [
@@ -290,10 +318,3 @@ def _imatrix_notes(subject: Subject, choice: TypeChoice, tensors: tuple[MappedTe
         f"the imatrix has no entry for {len(missing)} of the quantized tensors, such as {missing[0]}: "
         "they are quantized without"
     ]
-
-
-def _n_weights(tensor: MappedTensor) -> int:
-    n = 1
-    for size in tensor.shape:
-        n *= size
-    return n

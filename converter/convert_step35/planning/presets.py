@@ -1,17 +1,16 @@
 """The tensor types of llama-quantize's presets, rule by rule.
 
 Mirrors llama_tensor_get_type_impl in llama.cpp's src/llama-quant.cpp (commit 0c1e57098) for the step35
-architecture; the tests hold it against llama_model_quantize's own dry run, tensor by tensor.
+architecture; the tests compare it with llama_model_quantize's own dry run, tensor by tensor.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType as F
 
-from convert_step35.gguf.ggml import block_size
+from convert_step35.gguf.ggml_types import block_size
 from convert_step35.source.mapping import Kind, MappedTensor
 
 
@@ -315,4 +314,5 @@ def _use_more_bits(i: int, n: int) -> bool:
 
 
 def _layer_of(name: str) -> int:
-    return int(re.match(r"blk\.(\d+)\.", name)[1])
+    """The layer of a name such as blk.12.ffn_down_exps.weight."""
+    return int(name.removeprefix("blk.").partition(".")[0])

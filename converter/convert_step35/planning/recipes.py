@@ -1,5 +1,6 @@
 """From `--type` to the ggml type of every tensor: presets, recipes, plain types, overrides, target size."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from gguf import GGMLQuantizationType as GgmlType
 from gguf import LlamaFileType
 
 from convert_step35.errors import OptionError, PlanError, quoted
-from convert_step35.gguf.ggml import QUANTIZABLE, row_bytes
-from convert_step35.planning.models import Recipe
+from convert_step35.gguf.ggml_types import QUANTIZABLE, row_bytes
+from convert_step35.models import Recipe
 from convert_step35.planning.presets import PRESETS, ModelFacts, fit_to_row, preset_types, requires_imatrix
 from convert_step35.source.architecture import Architecture
 from convert_step35.source.mapping import Kind, MappedTensor
@@ -84,9 +85,9 @@ def choose_types(
     `overrides` come first, then `mtp_type` for what only drafting uses.
     """
     wanted = name.upper()
-    heads = head_matrices(tensors) if mtp_type is not None else frozenset()
-    manual = _manual(overrides, dict.fromkeys(heads, mtp_type))
-    recipe = " ".join([wanted, *(o.text for o in overrides), *([mtp_text(mtp_type)] if heads else [])])
+    heads = dict.fromkeys(head_matrices(tensors), mtp_type) if mtp_type is not None else {}
+    manual = _manual(overrides, heads)
+    recipe = " ".join([wanted, *(o.text for o in overrides), *map(mtp_text, set(heads.values()))])
     if wanted in PRESETS:
         preset = PRESETS[wanted]
         matrices = preset_types(preset, tensors, _facts(arch, tensors, has_imatrix), manual)
@@ -95,7 +96,7 @@ def choose_types(
         rule = _recipe_rule(recipes[wanted])
     elif wanted in {kind.name for kind in QUANTIZABLE}:
         kind = ggml_type(wanted)
-        rule = lambda tensor: kind  # noqa: E731
+        rule = _same_for_all(kind)
     else:
         raise _unknown_type(name, [*PRESETS, *recipes, *(k.name for k in QUANTIZABLE)])
     matrices = {
@@ -107,7 +108,7 @@ def choose_types(
 def head_matrices(tensors: Sequence[MappedTensor]) -> frozenset[str]:
     """The matrices of one file that only drafting uses: those of the MTP layers.
 
-    In a file of heads alone also output.weight: llama.cpp wants it there, and no head multiplies with it.
+    In a file of heads alone also output.weight: llama.cpp requires it, and no head multiplies with it.
     """
     heads = frozenset(t.name for t in tensors if t.is_mtp and t.kind is Kind.MATRIX)
     is_side_file = not any(t.layer is not None and not t.is_mtp for t in tensors)
@@ -115,12 +116,12 @@ def head_matrices(tensors: Sequence[MappedTensor]) -> frozenset[str]:
 
 
 def mtp_text(kind: GgmlType) -> str:
-    """How a recipe's text tells the type that the heads were given."""
+    """How a recipe's text names the heads' own type."""
     return f"{MTP_OPTION}{kind.name}"
 
 
 def check_overrides(overrides: Sequence[Override], tensors: Sequence[MappedTensor]) -> None:
-    """Every override matches a matrix of the conversion; a slip in one would pass unseen."""
+    """Every override matches a matrix of the conversion; a typing error in one would go unnoticed."""
     matrices = [t.name for t in tensors if t.kind is Kind.MATRIX]
     for override in overrides:
         if not any(override.pattern.search(name) for name in matrices):
@@ -180,6 +181,10 @@ def _manual(overrides: Sequence[Override], by_name: dict[str, GgmlType]) -> Call
     return forced
 
 
+def _same_for_all(kind: GgmlType) -> Callable[[MappedTensor], GgmlType]:
+    return lambda tensor: kind
+
+
 def _recipe_rule(recipe: Recipe) -> Callable[[MappedTensor], GgmlType]:
     gate_up, down, rest, mtp = (
         ggml_type(t) for t in (recipe.experts_gate_up, recipe.experts_down, recipe.rest, recipe.mtp)
@@ -213,7 +218,4 @@ def _common_ftype(matrices: dict[str, GgmlType], tensors: Sequence[MappedTensor]
 
 def tensor_bytes(tensor: MappedTensor, kind: GgmlType) -> int:
     """Bytes of a whole tensor in this type."""
-    n_rows = 1
-    for size in tensor.shape[:-1]:
-        n_rows *= size
-    return n_rows * row_bytes(kind, tensor.row_size)
+    return math.prod(tensor.shape[:-1]) * row_bytes(kind, tensor.row_size)

@@ -12,19 +12,30 @@ from convert_step35.source.mapping import MappedTensor
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """One finished chunk: where, the CRC-32 of its output bytes, and its error sums over the weights."""
+class ErrorSums:
+    """Of a chunk: the largest absolute error, the sum of squared errors, and the sum of squared weights."""
 
-    tensor: int
-    chunk: int
-    crc: int
     max_error: float
     squared_error: float
     squared_sum: float
 
+    def __add__(self, other: "ErrorSums") -> "ErrorSums":
+        return ErrorSums(
+            max(self.max_error, other.max_error),
+            self.squared_error + other.squared_error,
+            self.squared_sum + other.squared_sum,
+        )
+
+    def agrees_with(self, other: "ErrorSums") -> bool:
+        """The same largest error, and sums that differ by the order of their float32 additions only."""
+        return self.max_error == other.max_error and all(
+            math.isclose(getattr(self, name), getattr(other, name), rel_tol=1e-4)
+            for name in ("squared_error", "squared_sum")
+        )
+
 
 @dataclass(frozen=True, slots=True)
-class Errors:
+class TensorErrors:
     """The error of one tensor. NMSE = sum (x - q)^2 / sum x^2; SQNR = -10 log10 NMSE, None where NMSE is 0."""
 
     nmse: float
@@ -34,41 +45,10 @@ class Errors:
     worst_expert_nmse: float | None
 
 
-def non_finite(rows: np.ndarray, tensor: MappedTensor) -> CheckpointError:
-    """The error for rows that hold NaN or infinity: no quantizer survives one."""
-    row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-    return CheckpointError(
-        f"non-finite weight: {tensor.source} holds NaN or infinity in row {row} of a chunk; the checkpoint is damaged"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """Of a chunk: the largest absolute error, the sum of squared errors, and the sum of squared weights."""
-
-    max_error: float
-    squared_error: float
-    squared_sum: float
-
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            max(self.max_error, other.max_error),
-            self.squared_error + other.squared_error,
-            self.squared_sum + other.squared_sum,
-        )
-
-    def agrees_with(self, other: "Sums") -> bool:
-        """The same largest error, and sums that differ by the order of their float32 additions only."""
-        return self.max_error == other.max_error and all(
-            math.isclose(getattr(self, name), getattr(other, name), rel_tol=1e-4)
-            for name in ("squared_error", "squared_sum")
-        )
-
-
-def sums(rows: np.ndarray, restored: np.ndarray) -> Sums:
+def error_sums(rows: np.ndarray, restored: np.ndarray) -> ErrorSums:
     """Compare float32 [n_rows, row_size] with what its quantized bytes give; `restored` is overwritten."""
     np.subtract(restored, rows, out=restored)
-    return Sums(float(max(restored.max(), -restored.min())), _squared_sum(restored), _squared_sum(rows))
+    return ErrorSums(float(max(restored.max(), -restored.min())), _squared_sum(restored), _squared_sum(rows))
 
 
 def _squared_sum(rows: np.ndarray) -> float:
@@ -76,28 +56,36 @@ def _squared_sum(rows: np.ndarray) -> float:
     return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
 
 
-def tensor_errors(tensor: MappedTensor, records: Sequence[Done]) -> Errors:
-    """Errors of a tensor from the records of all its chunks, in chunk order."""
-    nmse = _nmse(records)
-    worst, worst_nmse = _worst_expert(tensor, records) if len(tensor.shape) == 3 else (None, None)
-    return Errors(
+def tensor_errors(tensor: MappedTensor, sums: Sequence[ErrorSums]) -> TensorErrors:
+    """Errors of a tensor from those of all its chunks, in chunk order."""
+    nmse = _nmse(sums)
+    worst, worst_nmse = _worst_expert(tensor, sums) if len(tensor.shape) == 3 else (None, None)
+    return TensorErrors(
         nmse=nmse,
         sqnr_db=-10 * math.log10(nmse) if nmse > 0 else None,
-        max_abs_error=max(done.max_error for done in records),
+        max_abs_error=max(chunk.max_error for chunk in sums),
         worst_expert=worst,
         worst_expert_nmse=worst_nmse,
     )
 
 
-def _nmse(records: Sequence[Done]) -> float:
-    total = math.fsum(done.squared_sum for done in records)
-    return math.fsum(done.squared_error for done in records) / total if total > 0 else 0.0
+def _nmse(sums: Sequence[ErrorSums]) -> float:
+    total = math.fsum(chunk.squared_sum for chunk in sums)
+    return math.fsum(chunk.squared_error for chunk in sums) / total if total > 0 else 0.0
 
 
-def _worst_expert(tensor: MappedTensor, records: Sequence[Done]) -> tuple[int, float]:
-    by_expert: dict[int, list[Done]] = {}
-    for done in records:
-        by_expert.setdefault(chunk_at(tensor, done.chunk).expert, []).append(done)
+def _worst_expert(tensor: MappedTensor, sums: Sequence[ErrorSums]) -> tuple[int, float]:
+    by_expert: dict[int, list[ErrorSums]] = {}
+    for index, chunk in enumerate(sums):
+        by_expert.setdefault(chunk_at(tensor, index).expert, []).append(chunk)
     nmse = {expert: _nmse(group) for expert, group in by_expert.items()}
     worst = max(nmse, key=lambda expert: nmse[expert])
     return worst, nmse[worst]
+
+
+def non_finite(rows: np.ndarray, tensor: MappedTensor) -> CheckpointError:
+    """The error for rows that hold NaN or infinity: no quantizer accepts one."""
+    row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+    return CheckpointError(
+        f"non-finite weight: {tensor.source} holds NaN or infinity in row {row} of a chunk; the checkpoint is damaged"
+    )

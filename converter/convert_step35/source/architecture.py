@@ -10,8 +10,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _MAX_NUMBER = 1e30
 _MAX_VOCAB = 1_000_000
 
-# What the forward pass in llama.cpp takes for granted: any other value is another model.
-_TAKEN_FOR_GRANTED = {
+# The values that llama.cpp's step35 graph has built in: any other is another model.
+_BUILT_IN = {
     "use_head_wise_attn_gate": True,
     "sink": False,
     "att_impl_type": "GQA",
@@ -170,7 +170,7 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
             "only Step-3.5 and 3.7 convert here"
         )
     cfg = _text_part(config)
-    _check_taken_for_granted(cfg)
+    _check_built_in(cfg)
     layers = _layers(cfg)
     theta_full, theta_sliding = _rope_thetas(cfg, layers)
     return Architecture(
@@ -198,8 +198,8 @@ def read_architecture(config: dict[str, Any]) -> Architecture:
     )
 
 
-def _check_taken_for_granted(cfg: _Config) -> None:
-    for key, want in _TAKEN_FOR_GRANTED.items():
+def _check_built_in(cfg: _Config) -> None:
+    for key, want in _BUILT_IN.items():
         got = cfg.raw(key)
         if got is not None and (type(got) is not type(want) or got != want):
             raise cfg.unexpected(key, repr(want), got, "; llama.cpp's step35 graph has no such variant")
@@ -297,7 +297,7 @@ def _rope_thetas(cfg: _Config, layers: tuple[LayerShape, ...]) -> tuple[float, f
 def _rotary_factor_full(cfg: _Config, layers: tuple[LayerShape, ...]) -> float:
     n_trunk = sum(not layer.is_mtp for layer in layers)
     values = _per_layer(cfg, "partial_rotary_factors", n_trunk, len(layers), pad=1.0)
-    for i, (got, layer) in enumerate(zip(values, layers, strict=False)):
+    for i, (got, layer) in enumerate(zip(values, layers, strict=True)):
         want = 1.0 if layer.is_sliding else 0.5
         if got != want:
             kind = "sliding" if layer.is_sliding else "full-attention"

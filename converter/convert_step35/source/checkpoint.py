@@ -25,11 +25,25 @@ _UNUSED_SUFFIXES = (".k_scale", ".v_scale", ".input_scale", "_activation_scale",
 
 
 @dataclass(frozen=True, slots=True)
+class BlockScale:
+    """The scales of an FP8 tensor: one for each block of so many rows and columns."""
+
+    stored: StoredTensor
+    block_rows: int
+    block_columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """A stored tensor and, for FP8, the scales its blocks are multiplied by."""
 
     weight: StoredTensor
-    scale: StoredTensor | None = None
+    scale: BlockScale | None = None
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """All that is stored for it."""
+        return (self.weight,) if self.scale is None else (self.weight, self.scale.stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +70,11 @@ class Checkpoint:
 
     @property
     def shards(self) -> tuple[Path, ...]:
-        stored = (t for source in self.sources.values() for t in (source.weight, source.scale) if t is not None)
-        return tuple(sorted({tensor.path for tensor in stored}))
+        return tuple(sorted({tensor.path for source in self.sources.values() for tensor in source.stored}))
+
+    def source_of(self, tensor: MappedTensor) -> Source | None:
+        """What a GGUF tensor is made of; None for one that is generated."""
+        return self.sources[tensor.source] if tensor.source is not None else None
 
 
 def open_checkpoint(folder: Path, *, mtp_only: bool = False) -> Checkpoint:
@@ -82,7 +99,7 @@ def open_checkpoint(folder: Path, *, mtp_only: bool = False) -> Checkpoint:
     text = _text_tensors(stored)
     has_mtp = _has_mtp(arch, text)
     mapped = map_tensors(arch, trunk=not mtp_only, mtp=has_mtp)
-    sources = {m.source: _source(arch, m, text, folder) for m in mapped if m.source is not None}
+    sources = {m.source: _source(arch, m, m.source, text, folder) for m in mapped if m.source is not None}
     if not mtp_only:
         _refuse_extra(text, sources, folder)
     return Checkpoint(
@@ -183,8 +200,8 @@ def _has_mtp(arch: Architecture, text: dict[str, StoredTensor]) -> bool:
     return bool(prefixes) and any(name.startswith(prefixes) for name in text)
 
 
-def _source(arch: Architecture, mapped: MappedTensor, text: dict[str, StoredTensor], folder: Path) -> Source:
-    name = mapped.source
+def _source(arch: Architecture, mapped: MappedTensor, name: str, text: dict[str, StoredTensor], folder: Path) -> Source:
+    """The stored tensor of this canonical name, checked against what it becomes."""
     tensor = text.get(name)
     if tensor is None:
         raise CheckpointError(
@@ -204,7 +221,7 @@ def _source(arch: Architecture, mapped: MappedTensor, text: dict[str, StoredTens
     return Source(tensor)
 
 
-def _scale(arch: Architecture, tensor: StoredTensor, text: dict[str, StoredTensor]) -> StoredTensor:
+def _scale(arch: Architecture, tensor: StoredTensor, text: dict[str, StoredTensor]) -> BlockScale:
     name = canonical_source(tensor.name) + SCALE_SUFFIX
     scale = text.get(name)
     if arch.fp8_block is None or scale is None:
@@ -212,18 +229,18 @@ def _scale(arch: Architecture, tensor: StoredTensor, text: dict[str, StoredTenso
             f"missing scale: {tensor.path.name}: {tensor.name} is {FP8_DTYPE} and expected {name} and "
             "weight_block_size in config.json"
         )
-    rows, columns = (-(-size // block) for size, block in zip(tensor.shape[-2:], arch.fp8_block, strict=False))
-    want = (*tensor.shape[:-2], rows, columns)
+    n_blocks = (-(-size // block) for size, block in zip(tensor.shape[-2:], arch.fp8_block, strict=True))
+    want = (*tensor.shape[:-2], *n_blocks)
     if scale.shape != want or scale.dtype not in FLOAT_DTYPES:
         raise CheckpointError(
             f"misshaped scale: {scale.path.name}: {name} expected {_dims(want)} of {', '.join(FLOAT_DTYPES)}, "
             f"got {_dims(scale.shape)} of {scale.dtype}"
         )
-    return scale
+    return BlockScale(scale, *arch.fp8_block)
 
 
 def _refuse_extra(text: dict[str, StoredTensor], sources: dict[str, Source], folder: Path) -> None:
-    used = set(sources) | {canonical_source(s.scale.name) for s in sources.values() if s.scale is not None}
+    used = {canonical_source(stored.name) for source in sources.values() for stored in source.stored}
     extra = sorted(name for name in text.keys() - used if not name.endswith(_UNUSED_SUFFIXES))
     if extra:
         raise CheckpointError(

@@ -16,15 +16,6 @@ class Kind(Enum):
     ROPE_FREQS = auto()  # generated from the config, F32
 
 
-class MtpMode(str, Enum):
-    """Which parts of the model a file holds."""
-
-    KEEP = "keep"
-    SEPARATE = "separate"
-    DROP = "drop"
-    ONLY = "only"
-
-
 @dataclass(frozen=True, slots=True)
 class MappedTensor:
     """One GGUF tensor and where it comes from.

@@ -11,7 +11,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def open_regular(path: Path, *, error: type[ConvertError] = CheckpointError) -> tuple[BinaryIO, int]:
-    """Open `path` for reading and tell its size in bytes; anything but a regular file is an `error`."""
+    """Open `path` for reading and return its size in bytes too; anything but a regular file is an `error`."""
     try:
         # A pipe without a writer would block an ordinary open for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -36,5 +36,5 @@ def read_exactly(file: BinaryIO, n_bytes: int, path: Path, *, error: type[Conver
 
 
 def is_lfs_pointer(first_bytes: bytes) -> bool:
-    """Whether a file, judged by its first bytes, is only Git LFS's note of where the real file is."""
+    """Whether a file, judged by its first bytes, is a Git LFS pointer to the real file."""
     return len(first_bytes) >= 4 and _LFS_POINTER.startswith(first_bytes[: len(_LFS_POINTER)])

@@ -1,4 +1,4 @@
-"""Reads what a safetensors checkpoint says it holds, and believes none of it unchecked.
+"""Reads the headers of a safetensors checkpoint and checks every statement in them.
 
 The rules are those of the reference library, and tighter where it leaves room: every byte of the data belongs to
 exactly one tensor, no tensor is empty, names are printable, and a shard lies in its own folder.

@@ -25,8 +25,8 @@ PRE_TOKENIZER = "deepseek-v3"
 # How byte-level BPE spells the 256 bytes: those that print as themselves, the others from U+0100 on.
 _PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _BYTE_LETTERS = tuple(map(chr, (*_PRINTED, *range(0x100, 0x100 + 256 - len(_PRINTED)))))
-# What an added token may want of the text around it.
-_EAGER = ("lstrip", "rstrip", "single_word")
+# Flags of an added token that also match text around it.
+_CONTEXT_FLAGS = ("lstrip", "rstrip", "single_word")
 
 # Tokens that llama.cpp ends generation at by their text alone (llama-vocab.cpp, special_eog_ids).
 END_OF_TURN = "<|im_end|>"
@@ -95,10 +95,10 @@ def _notes(data: dict[str, Any], model: dict[str, Any], added: dict[str, dict[st
                 f"tokenizer.json: model.{key} expected none, got {quoted(model[key])}: llama.cpp adds none, "
                 "so words become other tokens"
             )
-    if eager := [text for text, entry in added.items() if any(entry.get(key) is True for key in _EAGER)]:
+    if tokens := [text for text, entry in added.items() if any(entry.get(key) is True for key in _CONTEXT_FLAGS)]:
         yield (
-            f"tokenizer.json: {len(eager)} added tokens such as {quoted(eager[0])} have {', '.join(_EAGER)} set, "
-            "which llama.cpp does not heed"
+            f"tokenizer.json: {len(tokens)} added tokens such as {quoted(tokens[0])} have "
+            f"{', '.join(_CONTEXT_FLAGS)} set, which llama.cpp does not heed"
         )
 
 

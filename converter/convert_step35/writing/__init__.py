@@ -1,1 +1,1 @@
-"""The conversion itself: reading, writing, resuming after a kill, rewriting finished files."""
+"""The conversion itself: writing, resuming after a kill, rewriting finished files."""

@@ -1,4 +1,4 @@
-"""Runs a plan: readers bring the chunks, all threads quantize and write them, a journal thread makes them durable.
+"""Runs a plan: readers load the chunks, workers quantize and write them, a journal thread makes them durable.
 
 Chunks come in the order of the source files, so reads are sequential and large, and go on while the workers compute.
 Output offsets are final, so the order in which chunks end is free.
@@ -8,26 +8,27 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 
 import numpy as np
 
 from convert_step35.errors import CheckpointError, DiskFullError, OutputError
-from convert_step35.gguf.ggml import row_bytes
+from convert_step35.gguf.ggml_types import row_bytes
 from convert_step35.gguf.imatrix import Imatrix
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, Chunk, chunk_at, chunks, n_chunks
 from convert_step35.planning.plan import Plan, PlannedTensor
-from convert_step35.quantization.measure import Done, Errors, Sums, non_finite, tensor_errors
+from convert_step35.quantization.measure import ErrorSums, TensorErrors, non_finite, tensor_errors
 from convert_step35.quantization.quantizers import Quantizers
+from convert_step35.reading.read_ahead import N_READERS, ChunkRead, Item, Loaded, ReadAhead, Unread
+from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import Checkpoint
 from convert_step35.source.mapping import MappedTensor
-from convert_step35.writing.digesting import Digest
-from convert_step35.writing.journal import Journal
+from convert_step35.writing.journal import ChunkRecord, Journal
 from convert_step35.writing.output import Output, discard
-from convert_step35.writing.reading import N_READERS, Item, Loaded, ReadAhead
-from convert_step35.writing.rows import RowReader
+from convert_step35.writing.tensor_digest import TensorDigest
 
 _SYNC_S = 1.0
 
@@ -38,13 +39,13 @@ class TensorResult:
 
     tensor: PlannedTensor
     sha256: str
-    errors: Errors
+    errors: TensorErrors
     quantizer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What the workers share. `on_progress` hears of each converted chunk, `on_resumed` of each in the journal."""
+    """What the workers share; `on_progress` is called for each converted chunk, `on_resumed` for each resumed one."""
 
     checkpoint: Checkpoint
     quantizers: Quantizers
@@ -63,8 +64,8 @@ def convert(
 ) -> list[TensorResult]:
     """Write every tensor of the plan and publish the files; returns one result a tensor, in plan order.
 
-    An interrupt or an error of the machine leaves the partial files and the journal, and the same call goes on
-    from there; a checkpoint that can't be converted leaves nothing.
+    An interrupt or an error of the machine leaves the partial files and the journal, and the same call resumes
+    there; a checkpoint that can't be converted leaves nothing.
     """
     tools.quantizers.prepare({tensor.kind for tensor in plan.tensors})
     with Journal(journal_path, fingerprint) as journal:
@@ -88,7 +89,7 @@ def _write(
 
 
 def _discard_new(plan: Plan, journal: Journal) -> None:
-    """Leave nothing half-written behind, but what an earlier run of the same command had achieved."""
+    """Remove the partial files, unless they have chunks of an earlier run of the same command."""
     if not journal.done:
         discard(plan.files)
         journal.remove()
@@ -96,7 +97,7 @@ def _discard_new(plan: Plan, journal: Journal) -> None:
 
 @dataclass(slots=True)
 class _Buffers:
-    """One worker's memory: 12 MiB, whatever the tensor, and mostly untouched.
+    """One worker's memory: 12 MiB for any tensor, of which most is never used.
 
     `scratch` is used where no native kernel takes the weights as they are.
     """
@@ -125,44 +126,41 @@ class _Conversion:
         self._stop = Event()
         self._failures: list[BaseException] = []
         self._ended = Event()
-        self._unrecorded: list[Done] = []
-        self._records: dict[int, dict[int, Done]] = {i: {} for i in range(len(tensors))}
+        self._unrecorded: list[ChunkRecord] = []
+        self._records: dict[int, dict[int, ChunkRecord]] = {i: {} for i in range(len(tensors))}
         self._results: dict[int, TensorResult] = {}
-        self._digests: dict[int, Digest] = {}
-        for done in journal.done:
-            self._records[done.tensor][done.chunk] = done
-            tools.on_resumed(tensors[done.tensor], chunk_at(tensors[done.tensor].mapped, done.chunk))
+        self._digests: dict[int, TensorDigest] = {}
+        for record in journal.done:
+            self._records[record.tensor][record.chunk] = record
+            tools.on_resumed(tensors[record.tensor], chunk_at(tensors[record.tensor].mapped, record.chunk))
         self._ahead = ReadAhead(self._work(), 4 * _largest_chunk(tensors), tools.n_threads)
 
     def run(self) -> list[TensorResult]:
-        workers = [self._thread(self._worker) for _ in range(self._tools.n_threads)]
-        readers = [self._thread(self._ahead.read) for _ in range(N_READERS)]
-        recorder = self._thread(self._record)
-        for thread in (recorder, *readers, *workers):
-            thread.start()
-        try:
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.2)
-        finally:
-            # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
-            self._halt()
-            _join([*readers, *workers])
-            self._ended.set()
-            _join([recorder])
+        targets = [self._ahead.read] * N_READERS + [self._worker] * self._tools.n_threads
+        with ThreadPoolExecutor(len(targets)) as pool, ThreadPoolExecutor(1) as journal_thread:
+            recorder = journal_thread.submit(self._guarded, self._record)
+            started: list[Future[None]] = []
+            try:
+                started.extend(pool.submit(self._guarded, target) for target in targets)
+                wait(started)
+            finally:
+                # Also on Ctrl-C: let every chunk in flight end, and journal what is done.
+                self._halt()
+                _join(started)
+                self._ended.set()
+                _join([recorder])
         if self._failures:
             raise self._failures[0]
         return [self._results[i] for i in range(len(self._tensors))]
 
-    def _thread(self, target: Callable[[], None]) -> Thread:
-        return Thread(target=self._guarded, args=(target,), daemon=True)
-
     def _guarded(self, target: Callable[[], None]) -> None:
+        """A thread's work: an error stops all threads, and the first is the conversion's."""
         try:
             target()
         except BaseException as exc:
             self._failures.append(exc)
             self._halt()
+            raise
 
     def _halt(self) -> None:
         self._stop.set()
@@ -173,37 +171,43 @@ class _Conversion:
         for index in sorted(range(len(self._tensors)), key=self._source_order):
             tensor = self._tensors[index].mapped
             if len(self._records[index]) == n_chunks(tensor):
-                yield Item(index, None, None)
+                yield Unread(index, None)
                 continue
             done = set(self._records[index])
-            self._digests[index] = Digest(n_chunks(tensor), is_partial=bool(done))
+            self._digests[index] = TensorDigest(n_chunks(tensor), is_partial=bool(done))
             for chunk in chunks(tensor):
                 if chunk.index not in done:
-                    yield Item(index, chunk, self._reader.place(tensor, chunk))
+                    place = self._reader.place(tensor, chunk)
+                    yield ChunkRead(index, chunk, place) if place is not None else Unread(index, chunk)
 
     def _source_order(self, index: int) -> tuple[str, int]:
-        source = self._tensors[index].mapped.source
-        if source is None:
-            return "", 0
-        stored = self._tools.checkpoint.sources[source].weight
-        return stored.path.name, stored.offset
+        source = self._tools.checkpoint.source_of(self._tensors[index].mapped)
+        return (source.weight.path.name, source.weight.offset) if source is not None else ("", 0)
 
     def _worker(self) -> None:
         buffers = _Buffers.for_tensors(self._tensors)
-        while (loaded := self._ahead.take()) is not None and not self._stop.is_set():
-            index, chunk = loaded.item.index, loaded.item.chunk
-            if chunk is None or self._finish_chunk(index, self._convert_loaded(index, chunk, loaded, buffers)):
+        while (taken := self._ahead.take()) is not None and not self._stop.is_set():
+            if isinstance(taken, Loaded):
+                index, is_whole = taken.item.index, self._convert_loaded(taken, buffers)
+            else:
+                index, is_whole = taken.index, taken.chunk is None or self._generate(taken.index, taken.chunk, buffers)
+            if is_whole:
                 self._finish_tensor(index, buffers)
 
-    def _convert_loaded(self, index: int, chunk: Chunk, loaded: Loaded, buffers: _Buffers) -> Done:
+    def _convert_loaded(self, loaded: Loaded, buffers: _Buffers) -> bool:
+        """Convert a chunk that was read; True where that makes its tensor whole."""
+        index, chunk = loaded.item.index, loaded.item.chunk
         weights = self._reader.weights(self._tensors[index].mapped, chunk, loaded.data, buffers.scratch[0])
         packed, sums = self._pack(index, chunk, weights, buffers)
         self._ahead.give_back(loaded)
-        done = self._write(index, chunk, packed, sums)
-        self._digests[index].add(chunk.index, packed)
-        return done
+        return self._finish_chunk(index, chunk, packed, sums)
 
-    def _pack(self, index: int, chunk: Chunk, weights: np.ndarray, buffers: _Buffers) -> tuple[np.ndarray, Sums]:
+    def _generate(self, index: int, chunk: Chunk, buffers: _Buffers) -> bool:
+        """Convert a chunk of a tensor that no file has; True where that makes the tensor whole."""
+        weights = self._reader.generated(self._tensors[index].mapped, chunk, buffers.scratch[0])
+        return self._finish_chunk(index, chunk, *self._pack(index, chunk, weights, buffers))
+
+    def _pack(self, index: int, chunk: Chunk, weights: np.ndarray, buffers: _Buffers) -> tuple[np.ndarray, ErrorSums]:
         """Quantize a chunk and measure what that did to it; its bytes are in `buffers` after that."""
         planned, quantizers = self._tensors[index], self._tools.quantizers
         importance = self._importance(planned.mapped, chunk)
@@ -217,24 +221,29 @@ class _Conversion:
             raise _bad_scale(planned)
         return packed, sums
 
-    def _write(self, index: int, chunk: Chunk, packed: np.ndarray, sums: Sums) -> Done:
+    def _write(self, index: int, chunk: Chunk, packed: np.ndarray, sums: ErrorSums) -> ChunkRecord:
         planned = self._tensors[index]
         self._output.write(index, packed, _offset(planned, chunk))
         self._tools.on_progress(planned, chunk)
-        crc = zlib.crc32(packed)
-        return Done(index, chunk.index, crc, sums.max_error, sums.squared_error, sums.squared_sum)
+        return ChunkRecord(index, chunk.index, zlib.crc32(packed.data), sums)
 
     def _importance(self, tensor: MappedTensor, chunk: Chunk) -> np.ndarray | None:
         imatrix = self._tools.imatrix
         entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
         return entry.weights(chunk.expert) if entry is not None else None
 
-    def _finish_chunk(self, index: int, done: Done) -> bool:
-        """Note a converted chunk; True for the one that makes its tensor whole."""
+    def _finish_chunk(self, index: int, chunk: Chunk, packed: np.ndarray, sums: ErrorSums) -> bool:
+        """Write and digest a converted chunk; True for the one that makes its tensor whole."""
+        record = self._write(index, chunk, packed, sums)
+        self._digests[index].add(chunk.index, packed)
+        return self._note(index, record)
+
+    def _note(self, index: int, record: ChunkRecord) -> bool:
+        """Note a written chunk; True for the one that makes its tensor whole."""
         with self._lock:
-            self._unrecorded.append(done)
+            self._unrecorded.append(record)
             records = self._records[index]
-            records[done.chunk] = done
+            records[record.chunk] = record
             return len(records) == n_chunks(self._tensors[index].mapped)
 
     def _finish_tensor(self, index: int, buffers: _Buffers) -> None:
@@ -244,8 +253,8 @@ class _Conversion:
         digest = digest if digest is not None else self._digest_of_file(index, buffers)
         if digest is None:
             return
-        ordered = [records[i] for i in sorted(records)]
-        errors, quantizer = tensor_errors(planned.mapped, ordered), self._tools.quantizers.name(planned.kind)
+        errors = tensor_errors(planned.mapped, [records[i].errors for i in sorted(records)])
+        quantizer = self._tools.quantizers.name(planned.kind)
         self._results[index] = TensorResult(planned, digest, errors, quantizer)
 
     def _digest_of_file(self, index: int, buffers: _Buffers) -> str | None:
@@ -254,7 +263,7 @@ class _Conversion:
         for chunk in chunks(self._tensors[index].mapped):
             if self._stop.is_set():
                 return None
-            sha.update(self._checked(index, chunk, buffers))
+            sha.update(self._checked(index, chunk, buffers).data)
         return sha.hexdigest()
 
     def _checked(self, index: int, chunk: Chunk, buffers: _Buffers) -> np.ndarray:
@@ -262,14 +271,14 @@ class _Conversion:
         planned = self._tensors[index]
         data = buffers.packed[: chunk.n_rows * row_bytes(planned.kind, planned.mapped.row_size)]
         self._output.read(index, data, _offset(planned, chunk))
-        if zlib.crc32(data) == self._records[index][chunk.index].crc:
+        if zlib.crc32(data.data) == self._records[index][chunk.index].crc:
             return data
         raw = np.empty(4 * chunk.n_rows * planned.mapped.row_size, np.uint8)
         rows = self._reader.read(planned.mapped, chunk, buffers.scratch[0], raw)
-        done = self._write(index, chunk, *self._pack(index, chunk, rows, buffers))
-        self._finish_chunk(index, done)
+        record = self._write(index, chunk, *self._pack(index, chunk, rows, buffers))
+        self._note(index, record)
         self._output.read(index, data, _offset(planned, chunk))
-        if zlib.crc32(data) != done.crc:
+        if zlib.crc32(data.data) != record.crc:
             raise OutputError(
                 f"the disk returns other bytes than were written: {planned.mapped.name}, chunk {chunk.index}; "
                 "check the disk"
@@ -290,14 +299,14 @@ class _Conversion:
             self._journal.append(batch)
 
 
-def _join(threads: Sequence[Thread]) -> None:
-    """Wait whatever comes: a second Ctrl-C must not close files that threads still write."""
-    for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join()
-            except KeyboardInterrupt:
-                continue
+def _join(threads: Sequence[Future[None]]) -> None:
+    """Wait even if interrupted: a second Ctrl-C must not close files that threads still write."""
+    while True:
+        try:
+            wait(threads)
+            return
+        except KeyboardInterrupt:
+            continue
 
 
 def _largest_chunk(tensors: Sequence[PlannedTensor]) -> int:

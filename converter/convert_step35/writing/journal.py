@@ -1,7 +1,7 @@
-"""The journal of an unfinished conversion: what is safely on disk, so that the same command goes on from there.
+"""The journal of an unfinished conversion: what is safely on disk, so that the same command resumes there.
 
 One line names the format, one holds the fingerprint as JSON, then come fixed records, one for each finished
-chunk. A record is appended only after its data is synced, and carries its own CRC, so a torn tail is dropped.
+chunk. A record is appended only after its data is synced, and carries its own CRC, so an incomplete tail is dropped.
 """
 
 import fcntl
@@ -10,14 +10,25 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from convert_step35.errors import OutputError
-from convert_step35.quantization.measure import Done
+from convert_step35.quantization.measure import ErrorSums
 
 _MAGIC = b"convert-step35 journal 1\n"
 _RECORD = struct.Struct("<IIIfddI")
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRecord:
+    """One finished chunk: of which tensor of the plan, the CRC-32 of its output bytes, and its error sums."""
+
+    tensor: int
+    chunk: int
+    crc: int
+    errors: ErrorSums
 
 
 def journal_path(out: Path) -> Path:
@@ -25,30 +36,35 @@ def journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
-def _pack(done: Done) -> bytes:
-    body = _RECORD.pack(done.tensor, done.chunk, done.crc, done.max_error, done.squared_error, done.squared_sum, 0)[:-4]
+def _pack(record: ChunkRecord) -> bytes:
+    errors = record.errors
+    numbers = errors.max_error, errors.squared_error, errors.squared_sum
+    body = _RECORD.pack(record.tensor, record.chunk, record.crc, *numbers, 0)[:-4]
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-def _unpack(data: bytes) -> Iterator[Done]:
+def _unpack(data: bytes) -> Iterator[ChunkRecord]:
     for at in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
-        *values, crc = _RECORD.unpack_from(data, at)
+        tensor, chunk, data_crc, *numbers, crc = _RECORD.unpack_from(data, at)
         if crc != zlib.crc32(data[at : at + _RECORD.size - 4]):
             return
-        yield Done(*values)
+        yield ChunkRecord(tensor, chunk, data_crc, ErrorSums(*numbers))
 
 
 class Journal:
-    """An open, locked journal. `done` holds the records that were found in it."""
+    """An open, locked journal. `done` are the records that were found in it."""
 
     def __init__(self, path: Path, fingerprint: dict[str, str]) -> None:
         self.path = path
-        self.done: tuple[Done, ...] = ()
+        self.done: tuple[ChunkRecord, ...] = ()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock(self._file, path)
             data = path.read_bytes()
-            self._start(fingerprint) if _is_torn_start(data) else self._resume(data, fingerprint)
+            if _is_incomplete_start(data):
+                self._start(fingerprint)
+            else:
+                self._resume(data, fingerprint)
         except BaseException:
             os.close(self._file)
             raise
@@ -61,9 +77,9 @@ class Journal:
     ) -> None:
         os.close(self._file)
 
-    def append(self, records: Iterable[Done]) -> None:
+    def append(self, records: Iterable[ChunkRecord]) -> None:
         """Add records whose data is already synced."""
-        os.write(self._file, b"".join(_pack(done) for done in records))
+        os.write(self._file, b"".join(_pack(record) for record in records))
         os.fdatasync(self._file)
 
     def remove(self) -> None:
@@ -86,13 +102,13 @@ class Journal:
             raise OutputError(f"damaged journal: {self.path}; start over with --restart") from exc
         _check_fingerprint(recorded, fingerprint, self.path)
         self.done = tuple(_unpack(records))
-        # Drop a torn tail, so that new records stay aligned.
+        # Drop an incomplete tail, so that new records stay aligned.
         os.ftruncate(self._file, len(data) - len(records) + len(self.done) * _RECORD.size)
         os.lseek(self._file, 0, os.SEEK_END)
 
 
 def drop_journal(path: Path) -> None:
-    """Remove a journal, if there is one; OutputError while a conversion holds it."""
+    """Remove a journal, if there is one; OutputError while a conversion has it open."""
     if not path.exists():
         return
     file = os.open(path, os.O_RDWR)
@@ -110,7 +126,7 @@ def _lock(file: int, path: Path) -> None:
         raise OutputError(f"already running: another conversion holds {path}; wait for it or stop it") from exc
 
 
-def _is_torn_start(data: bytes) -> bool:
+def _is_incomplete_start(data: bytes) -> bool:
     """True for an empty journal, or one killed before its first two lines were whole: nothing was done yet."""
     return _MAGIC.startswith(data) or (data.startswith(_MAGIC) and b"\n" not in data[len(_MAGIC) :])
 

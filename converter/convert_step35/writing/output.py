@@ -50,13 +50,13 @@ class Output:
 
     def write(self, index: int, data: np.ndarray, offset: int) -> None:
         """Write uint8 `data` of the plan's tensor `index` at an absolute offset."""
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         while done < len(view):
             done += os.pwrite(self._of_tensor[index], view[done:], offset + done)
 
     def read(self, index: int, data: np.ndarray, offset: int) -> None:
         """Read back what was written; OutputError where the file is short."""
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         while done < len(view):
             n = os.preadv(self._of_tensor[index], [view[done:]], offset + done)
             if n == 0:
@@ -78,7 +78,7 @@ class Output:
             os.fsync(descriptor)
         for file in reversed(self._files):
             if partial_path(file.path).exists():
-                os.replace(partial_path(file.path), file.path)
+                partial_path(file.path).replace(file.path)
         sync_folder(self._files[0].path.parent)
 
     def _working_path(self, file: PlannedFile) -> Path:
@@ -150,4 +150,4 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)

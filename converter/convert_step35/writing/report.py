@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from convert_step35.gguf.gguf_reader import GgufTensor
+from convert_step35.gguf.reader import GgufTensor
 from convert_step35.planning.plan import Plan, PlannedTensor
-from convert_step35.quantization.measure import Errors
+from convert_step35.quantization.measure import TensorErrors
 from convert_step35.writing.conversion import TensorResult
 from convert_step35.writing.requantizing import HeadsPlan, Requantized
 from convert_step35.writing.rewriting import Written
@@ -59,7 +59,7 @@ def trim_report(out: Path, plan: TrimPlan, written: Sequence[Written]) -> dict[s
     }
 
 
-def _written(out: Path, tensor: Written, was: GgufTensor | None, errors: Errors | None) -> dict[str, Any]:
+def _written(out: Path, tensor: Written, was: GgufTensor | None, errors: TensorErrors | None) -> dict[str, Any]:
     entry = {
         "file": out.name,
         "name": tensor.name,
@@ -113,7 +113,7 @@ def _measured(result: TensorResult) -> dict[str, Any]:
     return {"sha256": result.sha256, **_numbers(result.errors)}
 
 
-def _numbers(errors: Errors) -> dict[str, Any]:
+def _numbers(errors: TensorErrors) -> dict[str, Any]:
     return {key: _rounded(value) for key, value in asdict(errors).items() if value is not None}
 
 

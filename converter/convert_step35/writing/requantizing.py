@@ -12,28 +12,22 @@ from gguf import GGUFValueType as V
 from gguf import LlamaFileType
 
 from convert_step35.errors import GgufError, PlanError
-from convert_step35.gguf.ggml import QUANTIZABLE, row_bytes
-from convert_step35.gguf.gguf_header import Entry
-from convert_step35.gguf.gguf_model import (
-    GgufModel,
-    architecture_of,
-    has_mtp,
-    has_trunk,
-    is_shard_name,
-    open_model,
-    require_step35,
-)
-from convert_step35.gguf.gguf_reader import GgufTensor
+from convert_step35.gguf.ggml_types import QUANTIZABLE, row_bytes
+from convert_step35.gguf.header import Entry
+from convert_step35.gguf.model import GgufModel, architecture_of, has_mtp, has_trunk, open_model, require_step35
+from convert_step35.gguf.reader import GgufTensor
+from convert_step35.gguf.shard_names import is_shard_name
 from convert_step35.planning.chunks import Chunk, chunks
 from convert_step35.planning.presets import fit_to_row, requires_imatrix
 from convert_step35.planning.recipes import MTP_OPTION, head_matrices, mtp_text, tensor_bytes
-from convert_step35.quantization.measure import Done, Errors, tensor_errors
+from convert_step35.quantization.measure import ErrorSums, TensorErrors, tensor_errors
 from convert_step35.quantization.quantizers import Quantizers
+from convert_step35.reading.ranges import read_piece
 from convert_step35.source.mapping import MappedTensor, map_tensors
-from convert_step35.writing.rewriting import Made, Written, entries_of, read_piece, rewrite
+from convert_step35.writing.rewriting import Made, Written, entries_of, rewrite
 
 RECIPE_KEY = "convert_step35.recipe"
-# What the heads were before, where that was not exact: they are not what the checkpoint gives.
+# The heads' types before, where those were lossy: such heads are not what the checkpoint gives.
 FROM_KEY = "convert_step35.heads_requantized_from"
 _EXACT = {"F32", "F16", "BF16"}
 
@@ -71,7 +65,7 @@ class Requantized:
     """A finished file: its tensors, and what quantizing did to those that changed, against the values they had."""
 
     written: tuple[Written, ...]
-    errors: dict[str, Errors]
+    errors: dict[str, TensorErrors]
 
 
 def plan_heads(path: Path, kind: GgmlType) -> HeadsPlan:
@@ -99,7 +93,7 @@ def requantize(
 ) -> Requantized:
     """Write the file with its heads quantized again; PlanError or GgufError leave nothing behind."""
     quantizers.prepare({c.kind for c in plan.changes} | {c.stored.ggml_type for c in plan.changes})
-    errors: dict[str, Errors] = {}
+    errors: dict[str, TensorErrors] = {}
     made = {c.stored.name: _made(c, plan.model.path, quantizers, n_threads, errors) for c in plan.changes}
     tensors = [made.get(name, tensor) for name, tensor in plan.model.tensors.items()]
     written = rewrite(plan.model, out, _entries(plan, kind), tensors, on_bytes=on_bytes)
@@ -157,38 +151,38 @@ def _notes(changes: Sequence[Change]) -> Iterator[str]:
 
 
 def _entries(plan: HeadsPlan, kind: GgmlType) -> list[Entry]:
-    """The file's own metadata; where it tells a recipe, that now names the heads' type too."""
-    entries = [_told(entry, kind) for entry in entries_of(plan.model.files[0]) if entry.key != FROM_KEY]
+    """The file's own metadata; a recipe in it names the heads' new type too."""
+    entries = [_with_new_type(entry, kind) for entry in entries_of(plan.model.files[0]) if entry.key != FROM_KEY]
     earlier = plan.model.metadata.get(FROM_KEY)
     sources = [*([str(earlier)] if earlier is not None else []), *_lossy(plan.changes)]
     return [*entries, Entry(FROM_KEY, V.STRING, ", then ".join(sources))] if sources else entries
 
 
-def _told(entry: Entry, kind: GgmlType) -> Entry:
+def _with_new_type(entry: Entry, kind: GgmlType) -> Entry:
     if entry.key != RECIPE_KEY or entry.kind is not V.STRING:
         return entry
     words = [word for word in entry.value.split() if not word.startswith(MTP_OPTION)]
     return replace(entry, value=" ".join([*words, mtp_text(kind)]))
 
 
-def _made(change: Change, path: Path, quantizers: Quantizers, n_threads: int, errors: dict[str, Errors]) -> Made:
+def _made(change: Change, path: Path, quantizers: Quantizers, n_threads: int, errors: dict[str, TensorErrors]) -> Made:
     def pieces() -> Iterator[np.ndarray]:
-        records, every = [], list(chunks(change.mapped))
+        sums, every = [], list(chunks(change.mapped))
         with path.open("rb") as file, ThreadPoolExecutor(n_threads) as pool:
             convert = partial(_convert, change, file.fileno(), path, quantizers)
-            # In batches: a pool would otherwise hold the whole matrix.
+            # In batches: the whole matrix at once would fill the memory.
             for at in range(0, len(every), 4 * n_threads):
-                for packed, done in pool.map(convert, every[at : at + 4 * n_threads]):
-                    records.append(done)
+                for packed, errors_of_chunk in pool.map(convert, every[at : at + 4 * n_threads]):
+                    sums.append(errors_of_chunk)
                     yield packed
-        errors[change.mapped.name] = tensor_errors(change.mapped, records)
+        errors[change.mapped.name] = tensor_errors(change.mapped, sums)
 
     return Made(change.mapped.name, change.kind, change.mapped.shape, change.n_bytes, pieces)
 
 
 def _convert(
     change: Change, descriptor: int, path: Path, quantizers: Quantizers, chunk: Chunk
-) -> tuple[np.ndarray, Done]:
+) -> tuple[np.ndarray, ErrorSums]:
     """A chunk of a head's matrix in its new type, and what that did to it."""
     stored, columns = change.stored, change.mapped.row_size
     per_row = row_bytes(stored.ggml_type, columns)
@@ -200,4 +194,4 @@ def _convert(
     sums = quantizers.pack(change.kind, rows, packed, None, scratch)
     if sums is None:
         raise GgufError(f"damaged GGUF file: {path}: {stored.name} holds NaN or infinity; convert it again")
-    return packed, Done(0, chunk.index, 0, sums.max_error, sums.squared_error, sums.squared_sum)
+    return packed, sums

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
-from convert_step35.errors import GgufError, OutputError
-from convert_step35.gguf.gguf_header import Entry, TensorInfo, encode_header, padded
-from convert_step35.gguf.gguf_model import GgufModel
-from convert_step35.gguf.gguf_reader import GgufFile, GgufTensor
+from convert_step35.errors import OutputError
+from convert_step35.gguf.header import Entry, TensorInfo, encode_header, padded
+from convert_step35.gguf.model import GgufModel
+from convert_step35.gguf.reader import GgufFile, GgufTensor
+from convert_step35.reading.ranges import read_piece
 from convert_step35.writing.output import partial_path, require_space, reserve, sync_folder
 
 _PIECE_BYTES = 8 * 1024**2
@@ -59,8 +60,8 @@ def rewrite(
 ) -> list[Written]:
     """Write `out`, one file, with these entries and tensors, in this order; a GgufTensor is copied out of `source`.
 
-    Until all of it is on the disk `out` is not touched; whatever goes wrong leaves nothing behind. The disk's room
-    is reserved first. `on_bytes` hears how many bytes were written.
+    Until all of it is on the disk `out` is not touched; an error leaves nothing behind. The disk's room
+    is reserved first. `on_bytes` is called with the bytes written since.
     """
     alignment = source.files[0].alignment
     infos, n_data = _placed(tensors, alignment)
@@ -69,27 +70,12 @@ def rewrite(
     with _published(out, len(header) + n_data) as target:
         os.pwrite(target, header, 0)
         on_bytes(len(header))
-        for tensor, info in zip(tensors, infos, strict=False):
+        for tensor, info in zip(tensors, infos, strict=True):
             pieces = tensor.pieces() if isinstance(tensor, Made) else _copied(tensor, source.homes[tensor.name])
             offset = len(header) + info.offset
             digest = _write(target, pieces, offset, tensor.n_bytes, on_bytes)
             written.append(Written(info.name, info.kind, info.shape, offset, tensor.n_bytes, digest))
     return written
-
-
-def read_piece(descriptor: int, offset: int, n_bytes: int, path: Path) -> np.ndarray:
-    """uint8 [n_bytes] of a GGUF at `offset`, which then leave the page cache; GgufError where the file is short."""
-    data, done = np.empty(n_bytes, np.uint8), 0
-    while done < n_bytes:
-        n = os.preadv(descriptor, [memoryview(data)[done:]], offset + done)
-        if n == 0:
-            raise GgufError(
-                f"truncated file: {path} expected {offset + n_bytes} bytes or more, got {offset + done}; did it change?"
-            )
-        done += n
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
-    return data
 
 
 def _entry(file: GgufFile, key: str) -> Entry:
@@ -109,7 +95,7 @@ def _placed(tensors: Sequence[GgufTensor | Made], alignment: int) -> tuple[list[
 
 
 def _copied(tensor: GgufTensor, path: Path) -> Iterator[np.ndarray]:
-    """The tensor's bytes in pieces, the next one read while the last is dealt with."""
+    """The tensor's bytes in pieces, each read while the one before is used."""
     places = [(at, min(_PIECE_BYTES, tensor.n_bytes - at)) for at in range(0, tensor.n_bytes, _PIECE_BYTES)]
     with path.open("rb") as file, ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(read_piece, file.fileno(), tensor.offset, places[0][1], path)
@@ -126,8 +112,8 @@ def _write(
     """Write the pieces from `offset` on; the sha256 of them all."""
     sha, done = hashlib.sha256(), 0
     for piece in pieces:
-        sha.update(piece)
-        view = memoryview(piece)
+        view = piece.data
+        sha.update(view)
         while view:
             n = os.pwrite(target, view, offset + done)
             done, view = done + n, view[n:]
@@ -138,7 +124,7 @@ def _write(
 
 @contextmanager
 def _published(out: Path, n_bytes: int) -> Iterator[int]:
-    """A file of `n_bytes` under a temporary name, which becomes `out` if all goes well and vanishes if not."""
+    """A file of `n_bytes` under a temporary name, which becomes `out` at the end, or is removed after an error."""
     require_space(out.parent, n_bytes)
     partial = partial_path(out)
     target = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
@@ -149,7 +135,7 @@ def _published(out: Path, n_bytes: int) -> Iterator[int]:
             reserve(target, out, n_bytes)
             yield target
             os.fsync(target)
-            os.replace(partial, out)
+            partial.replace(out)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

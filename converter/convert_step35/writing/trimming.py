@@ -1,8 +1,8 @@
 """Trims the vocabulary of MTP heads: a side file whose output matrices hold the most frequent tokens only.
 
 Cheaper drafts, and the same text: what isn't kept is never drafted. The file has ids of its own, so llama.cpp refuses
-its architecture by name, and only who translates the ids loads it as step35. A row of a matrix is whole blocks of its
-type: kept rows are copied byte for byte.
+its architecture by name, and only a program that translates the ids loads it as step35. A row of a matrix is whole
+blocks of its type: kept rows are copied byte for byte.
 """
 
 import hashlib
@@ -14,14 +14,15 @@ import numpy as np
 from gguf import GGUFValueType as V
 
 from convert_step35.errors import GgufError, OptionError, PlanError
-from convert_step35.gguf.gguf_header import Entry
-from convert_step35.gguf.gguf_model import TRIMMED_ARCH, GgufModel, architecture_of
-from convert_step35.gguf.gguf_reader import GgufTensor
+from convert_step35.gguf.header import Entry
 from convert_step35.gguf.metadata import ARCH
+from convert_step35.gguf.model import TRIMMED_ARCH, GgufModel, architecture_of
+from convert_step35.gguf.reader import GgufTensor
 from convert_step35.quantization.quantizers import Quantizers
+from convert_step35.reading.ranges import read_piece
 from convert_step35.source.strict_json import read_json
 from convert_step35.writing.requantizing import open_heads
-from convert_step35.writing.rewriting import Made, Written, entries_of, read_piece, rewrite
+from convert_step35.writing.rewriting import Made, Written, entries_of, rewrite
 
 EMBEDDING, OUTPUT_SUFFIX = "token_embd.weight", ".nextn.shared_head_head.weight"
 # Rows read at a time, and kept rows that they are compared with at a time: the products are 16 MiB.

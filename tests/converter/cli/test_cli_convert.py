@@ -20,10 +20,10 @@ from gguf import GGUFValueType as V
 from rich.console import Console
 
 from checkpoints import REAL, TINY, write_checkpoint
-from command import Done, convert_step35, hear_interrupts
+from command import Done, accept_interrupts, convert_step35
 from convert_step35.cli import tables
-from convert_step35.gguf.gguf_header import Entry, TensorInfo, encode_header
-from convert_step35.planning.models import load_models
+from convert_step35.gguf.header import Entry, TensorInfo, encode_header
+from convert_step35.models import load_models
 from convert_step35.planning.plan import Plan
 from edited_gguf import edit_gguf
 
@@ -426,6 +426,11 @@ def test_debug_shows_the_traceback_before_the_same_line(tmp_path: Path) -> None:
         assert done.exit_code == 1 and done.err.startswith("Traceback") and done.err.endswith(plain.err)
 
 
+def test_after_two_dashes_debug_is_a_name() -> None:
+    done = convert_step35("inspect", "--", "--debug")
+    assert done.err == "convert-step35: error: cannot open --debug: No such file or directory\n"
+
+
 # Names
 
 
@@ -480,6 +485,7 @@ def test_a_pipe_gets_no_progress_no_colours_and_no_folded_lines(tmp_path: Path) 
 
 def test_a_pipe_that_closes_early_is_no_traceback(checkpoint: Path) -> None:
     with subprocess.Popen([*COMMAND, "plan", checkpoint], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
 
@@ -554,9 +560,9 @@ def test_what_was_made_of_the_real_model_fits_80_columns_whatever_quantized_it()
     tensor = {"name": name, "type": "IQ3_XXS", "nmse": 1.234e-3, "n_bytes": 105_000_000_000}
     report = {"quantizers": {"IQ3_XXS": "native, 16 lanes"}, "tensors": [tensor] * 805}
     report["totals"] = {"bytes_by_type": {"IQ3_XXS": 199 * 10**9}, "tensors": 805, "bits_per_weight": 4.25}
-    console = Console(width=80, file=io.StringIO())
-    console.print(tables.report_summary(Plan("MOE_IQ2_XS_IQ3_XXS", (), ()), report))
-    assert [len(line.split()) for line in console.file.getvalue().splitlines()[1:]] == [9, 8]
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(tables.report_summary(Plan("MOE_IQ2_XS_IQ3_XXS", (), ()), report))
+    assert [len(line.split()) for line in shown.getvalue().splitlines()[1:]] == [9, 8]
 
 
 def test_every_mtp_mode_plans_the_real_model(real: Path) -> None:
@@ -577,7 +583,7 @@ def test_a_target_size_picks_the_best_recipe_that_fits(real: Path) -> None:
 def interrupted(command: list[Any], partial: Path) -> Done:
     """Run a command and send it SIGINT as soon as a partial file holds some tensor data."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(list(map(str, command)), preexec_fn=hear_interrupts, **pipes) as process:
+    with subprocess.Popen(list(map(str, command)), preexec_fn=accept_interrupts, **pipes) as process:
         while process.poll() is None and not (partial.exists() and partial.read_bytes()[2**19 :].strip(b"\0")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

@@ -13,10 +13,10 @@ import pytest
 from checkpoints import TINY, write_checkpoint
 from convert_step35.cli.workspace import open_workspace
 from convert_step35.errors import GgufError, PlanError
-from convert_step35.gguf.ggml import load_ggml
 from convert_step35.gguf.imatrix import read_imatrix
-from convert_step35.planning.models import load_models
-from convert_step35.source.mapping import MtpMode
+from convert_step35.models import load_models
+from convert_step35.planning.plan import MtpMode
+from convert_step35.quantization.libggml import load_ggml
 
 SMALL = replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=1)
 NAME = "blk.3.ffn_down_exps.weight"

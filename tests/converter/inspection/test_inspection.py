@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from checkpoints import write_checkpoint
 from convert_step35.cli.workspace import open_workspace
 from convert_step35.errors import GgufError
-from convert_step35.gguf.gguf_header import Entry
-from convert_step35.gguf.gguf_reader import read_gguf
+from convert_step35.gguf.header import Entry
+from convert_step35.gguf.reader import read_gguf
 from convert_step35.inspection.inspection import Inspection, group_of, inspect_file
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import Wishes
-from convert_step35.source.mapping import MtpMode
+from convert_step35.models import load_models
+from convert_step35.planning.plan import ConversionOptions, MtpMode
 from convert_step35.writing.report import to_json
 from edited_gguf import edit_gguf
 
@@ -33,8 +32,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def plan(name: str, mtp: str = "keep", split: int | None = None) -> Path:
         folder = tmp_path_factory.mktemp("planned")
         mode = MtpMode(mtp)
-        wishes = Wishes(folder / name, "Q4_K_M", mtp=mode, split_max_bytes=split)
-        files = open_workspace(checkpoint, MODELS, mtp=mode).plan(wishes, MODELS).files
+        options = ConversionOptions(folder / name, "Q4_K_M", mtp=mode, split_max_bytes=split)
+        files = open_workspace(checkpoint, MODELS, mtp=mode).plan(options, MODELS).files
         for file in files:
             with file.path.open("wb") as out:
                 out.write(file.header)

@@ -13,8 +13,8 @@ from gguf import GGUFValueType as V
 
 from checkpoints import TINY, write_checkpoint
 from command import convert_step35
-from convert_step35.gguf.gguf_header import Entry, TensorInfo, encode_header
-from convert_step35.gguf.gguf_reader import read_gguf
+from convert_step35.gguf.header import Entry, TensorInfo, encode_header
+from convert_step35.gguf.reader import read_gguf
 from edited_gguf import edit_gguf
 
 SMALL = replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=1)

@@ -1,5 +1,6 @@
 """The native quantizers make libggml's bytes, block for block, or libggml does their work."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -18,22 +19,17 @@ from hypothesis.extra.numpy import arrays
 
 from checkpoints import BUNDLED, TINY, write_checkpoint
 from convert_step35.errors import OptionError
-from convert_step35.gguf.ggml import block_size, load_ggml, row_bytes
+from convert_step35.gguf.ggml_types import block_size, row_bytes
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, chunk_at
-from convert_step35.quantization.measure import Sums, sums
-from convert_step35.quantization.quantizers import (
-    SWITCH,
-    Native,
-    Quantizers,
-    load_quantizers,
-    native_path,
-    trial_rows,
-    trial_weights,
-)
+from convert_step35.quantization.libggml import Ggml, load_ggml
+from convert_step35.quantization.measure import ErrorSums, error_sums
+from convert_step35.quantization.native_kernels import NativeKernels, native_path
+from convert_step35.quantization.quantizers import SWITCH, Quantizers, load_quantizers
+from convert_step35.quantization.trial import trial_rows, trial_weights
+from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import open_checkpoint
 from convert_step35.source.mapping import Kind, map_tensors
 from convert_step35.writing.report import report_path
-from convert_step35.writing.rows import RowReader
 
 pytestmark = pytest.mark.skipif(not native_path().exists(), reason="installed without a C++ compiler")
 
@@ -45,10 +41,10 @@ Rows = np.ndarray
 
 def widths() -> list[int]:
     """Every number of lanes that this processor runs."""
-    return [lanes for lanes in (4, 8, 16) if native_path().exists() and lanes <= Native(native_path()).lanes]
+    return [lanes for lanes in (4, 8, 16) if native_path().exists() and lanes <= NativeKernels(native_path()).lanes]
 
 
-def quantized(maker: object, kind: GgmlType, rows: Rows, weights: Rows | None) -> Rows:
+def quantized(maker: Ggml | NativeKernels | Quantizers, kind: GgmlType, rows: Rows, weights: Rows | None) -> Rows:
     out = np.full(len(rows) * row_bytes(kind, rows.shape[1]), 0xA5, np.uint8)
     maker.quantize(kind, rows, out, weights)
     return out.reshape(len(rows), -1)
@@ -56,7 +52,7 @@ def quantized(maker: object, kind: GgmlType, rows: Rows, weights: Rows | None) -
 
 def assert_equal(kind: GgmlType, rows: Rows, weights: Rows | None, lanes: int) -> None:
     rows = np.ascontiguousarray(rows, np.float32)
-    got = quantized(Native(native_path(), lanes), kind, rows, weights)
+    got = quantized(NativeKernels(native_path(), lanes), kind, rows, weights)
     differing = np.flatnonzero((got != quantized(GGML, kind, rows, weights)).any(axis=1))
     assert not len(differing), f"{kind.name}, {lanes} lanes: rows {differing.tolist()} of {len(rows)}"
 
@@ -148,7 +144,7 @@ def test_rows_that_do_not_fill_the_lanes_touch_no_byte_beyond_their_own(kind: Gg
     n_bytes = n_rows * row_bytes(kind, 1280)
     for lanes in widths():
         out = np.full(n_bytes + 64, 0xA5, np.uint8)
-        assert Native(native_path(), lanes).quantize(kind, rows, out, None) == n_bytes
+        assert NativeKernels(native_path(), lanes).quantize(kind, rows, out, None) == n_bytes
         assert (
             np.array_equal(out[:n_bytes], quantized(GGML, kind, rows, None).reshape(-1))
             and (out[n_bytes:] == 0xA5).all()
@@ -174,7 +170,7 @@ def test_native_sums_are_numpys(row_size: int) -> None:
     restored = (rows + 0.01 * rng.standard_normal(rows.shape)).astype(np.float32)
     restored[3, row_size // 2] = 7 * rows.max()
     for lanes in widths():
-        got, want = Native(native_path(), lanes).measure(rows, restored), sums(rows, restored.copy())
+        got, want = NativeKernels(native_path(), lanes).measure(rows, restored), error_sums(rows, restored.copy())
         assert got.max_error == want.max_error
         assert (got.squared_error, got.squared_sum) == pytest.approx((want.squared_error, want.squared_sum), rel=1e-6)
 
@@ -185,10 +181,10 @@ def test_native_kernels_see_every_weight_that_is_not_finite() -> None:
             for bad in (np.nan, -np.nan, np.inf, -np.inf):
                 rows = np.full((1, n), 3e38, np.float32)
                 for lanes in widths():
-                    assert Native(native_path(), lanes).all_finite(rows)
+                    assert NativeKernels(native_path(), lanes).all_finite(rows)
                 rows[0, at] = bad
                 for lanes in widths():
-                    assert not Native(native_path(), lanes).all_finite(rows)
+                    assert not NativeKernels(native_path(), lanes).all_finite(rows)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -201,7 +197,7 @@ def test_native_dequantization_of_any_bytes_gives_libggmls_numbers(kind: GgmlTyp
     GGML.dequantize(kind, data, expected)
     for lanes in widths():
         got = np.full(n + 16, 7, np.float32)
-        Native(native_path(), lanes).dequantize(kind, data, got[:n])
+        NativeKernels(native_path(), lanes).dequantize(kind, data, got[:n])
         np.testing.assert_array_equal(got[:n], expected)
         assert (got[n:] == 7).all()
 
@@ -212,7 +208,9 @@ def halves_of(rows: Rows) -> tuple[Rows, Rows]:
     return halves, (halves.astype(np.uint32) << 16).view(np.float32)
 
 
-def packed_and_measured(native: Native, kind: GgmlType, rows: Rows, weights: Rows | None) -> tuple[Rows, Sums | None]:
+def packed_and_measured(
+    native: NativeKernels, kind: GgmlType, rows: Rows, weights: Rows | None
+) -> tuple[Rows, ErrorSums | None]:
     out = np.full(len(rows) * row_bytes(kind, rows.shape[1]), 0xA5, np.uint8)
     found = native.pack(kind, rows, out, weights)
     return out.reshape(len(rows), -1), found
@@ -233,7 +231,7 @@ def test_bfloat16_rows_become_libggmls_bytes_of_the_same_rows_in_float32(kind: G
     halves, rows = halves_of(np.concatenate([make(rng) for make in ADVERSARIAL.values()]))
     expected = quantized(GGML, kind, rows, weights)
     for lanes in widths():
-        native = Native(native_path(), lanes)
+        native = NativeKernels(native_path(), lanes)
         for got in (quantized(native, kind, halves, weights), packed_and_measured(native, kind, halves, weights)[0]):
             differing = np.flatnonzero((got != expected).any(axis=1))
             assert not len(differing), f"{kind.name}, {lanes} lanes: rows {differing.tolist()} of {len(rows)}"
@@ -248,7 +246,8 @@ def test_what_one_call_measures_is_what_libggmls_bytes_lost(kind: GgmlType, name
     wide = rows.astype(np.float64)
     for lanes in widths():
         for given_rows in (rows, halves):
-            found = packed_and_measured(Native(native_path(), lanes), kind, given_rows, None)[1]
+            found = packed_and_measured(NativeKernels(native_path(), lanes), kind, given_rows, None)[1]
+            assert found is not None
             assert is_sum(found.squared_sum, (wide**2).sum())
             assert is_sum(found.squared_error, ((restored - wide) ** 2).sum())
             if np.isfinite(restored).all():
@@ -266,7 +265,7 @@ def is_sum(got: float, exact: float) -> bool:
 def test_one_call_sees_every_weight_that_is_not_finite(kind: GgmlType) -> None:
     ordinary = np.full((5, 512), 3e38, np.float32)
     for lanes in widths():
-        native = Native(native_path(), lanes)
+        native = NativeKernels(native_path(), lanes)
         for given_rows in (ordinary, halves_of(ordinary)[0]):
             assert packed_and_measured(native, kind, given_rows, None)[1] is not None
         for at in (0, 1, 31, 255, 1300, ordinary.size - 1):
@@ -282,7 +281,9 @@ def test_bfloat16_rows_may_start_at_an_odd_byte() -> None:
     halves, rows = halves_of(np.random.default_rng(5).standard_normal((7, 512)))
     odd = np.empty(halves.nbytes + 1, np.uint8)
     odd[1:] = halves.reshape(-1).view(np.uint8)
-    got, _ = packed_and_measured(Native(native_path()), GgmlType.Q4_K, odd[1:].view("<u2").reshape(halves.shape), None)
+    got, _ = packed_and_measured(
+        NativeKernels(native_path()), GgmlType.Q4_K, odd[1:].view("<u2").reshape(halves.shape), None
+    )
     assert np.array_equal(got, quantized(GGML, GgmlType.Q4_K, rows, None))
 
 
@@ -290,7 +291,7 @@ def test_bfloat16_rows_may_start_at_an_odd_byte() -> None:
 def test_packing_gives_the_same_with_and_without_kernels(kind: GgmlType) -> None:
     halves, rows = halves_of(np.random.default_rng(6).standard_normal((9, 1280)))
     found = []
-    for native in (Native(native_path()), None):
+    for native in (NativeKernels(native_path()), None):
         quantizers = Quantizers(GGML, native)
         quantizers.prepare({kind})
         for given_rows in (rows, halves):
@@ -303,26 +304,30 @@ def test_packing_gives_the_same_with_and_without_kernels(kind: GgmlType) -> None
     assert all(sums.agrees_with(found[0][1]) for _, sums in found)
 
 
-class Careless(Native):
+class Careless(NativeKernels):
     """Native kernels that get the last byte of Q4_K wrong where there is an imatrix."""
 
-    def _quantize(self, kind: GgmlType, rows: Rows, out: Rows, imatrix: Rows | None, found: object) -> int:
+    def _quantize(
+        self, kind: GgmlType, rows: Rows, out: Rows, imatrix: Rows | None, found: "ctypes.Array[ctypes.c_double] | None"
+    ) -> int:
         outcome = super()._quantize(kind, rows, out, imatrix, found)
         if imatrix is not None and kind is GgmlType.Q4_K:
             out[len(rows) * row_bytes(kind, rows.shape[1]) - 1] ^= 1
         return outcome
 
 
-class Flattering(Native):
+class Flattering(NativeKernels):
     """Native kernels that report half of the largest error of Q4_K."""
 
-    def pack(self, kind: GgmlType, rows: Rows, out: Rows, imatrix: Rows | None) -> Sums | None:
+    def pack(self, kind: GgmlType, rows: Rows, out: Rows, imatrix: Rows | None) -> ErrorSums | None:
         found = super().pack(kind, rows, out, imatrix)
-        return replace(found, max_error=found.max_error / 2) if kind is GgmlType.Q4_K else found
+        if found is None or kind is not GgmlType.Q4_K:
+            return found
+        return replace(found, max_error=found.max_error / 2)
 
 
 @pytest.mark.parametrize("wrong", [Careless, Flattering])
-def test_a_kernel_that_makes_another_byte_or_measures_otherwise_is_not_used(wrong: type[Native]) -> None:
+def test_a_kernel_that_makes_another_byte_or_measures_otherwise_is_not_used(wrong: type[NativeKernels]) -> None:
     quantizers = Quantizers(GGML, wrong(native_path()))
     quantizers.prepare({GgmlType.Q4_K, GgmlType.Q4_0, GgmlType.Q8_0})
     assert quantizers.name(GgmlType.Q4_K) == quantizers.name(GgmlType.Q4_0) == "libggml"
@@ -334,7 +339,7 @@ def test_a_kernel_that_makes_another_byte_or_measures_otherwise_is_not_used(wron
 
 
 def test_a_sound_kernel_is_used_and_named() -> None:
-    quantizers = Quantizers(GGML, Native(native_path()))
+    quantizers = Quantizers(GGML, NativeKernels(native_path()))
     quantizers.prepare(set(KINDS))
     assert quantizers.notes == []
     assert {quantizers.name(kind) for kind in KINDS} == {f"native, {widths()[-1]} lanes"}

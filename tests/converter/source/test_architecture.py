@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from checkpoints import TINY, config, fp8_settings, step37_config
 from convert_step35.errors import CheckpointError
-from convert_step35.gguf.gguf_header import encode_header
-from convert_step35.gguf.metadata import Provenance, build_metadata, rope_freqs
+from convert_step35.gguf.header import encode_header
+from convert_step35.gguf.metadata import Provenance, build_metadata
 from convert_step35.source.architecture import Architecture, Llama3Rope, read_architecture
 from convert_step35.source.mapping import map_tensors
+from convert_step35.source.rope_freqs import rope_freqs
 from convert_step35.source.tokenizer import Tokenizer
 
 SCALES = {"quantization_config": fp8_settings()}
@@ -34,7 +35,7 @@ def valid(**changes: Any) -> dict[str, Any]:
 def put(data: Any, path: list[str], value: Any) -> None:
     for key in path[:-1]:
         data = data[int(key)] if isinstance(data, list) else data[key]
-    last = int(path[-1]) if isinstance(data, list) else path[-1]
+    last: Any = int(path[-1]) if isinstance(data, list) else path[-1]
     if value is None:
         del data[last]
     else:

@@ -9,11 +9,11 @@ import pytest
 
 from checkpoints import TINY, Shape, write_checkpoint
 from convert_step35.errors import CheckpointError
-from convert_step35.gguf.ggml import load_ggml
 from convert_step35.planning.chunks import chunks
+from convert_step35.quantization.libggml import load_ggml
+from convert_step35.reading.rows import RowReader
 from convert_step35.source.checkpoint import open_checkpoint
 from convert_step35.source.mapping import MappedTensor, map_tensors
-from convert_step35.writing.rows import RowReader
 
 NO_MTP = replace(TINY, num_nextn_predict_layers=0)
 
@@ -59,8 +59,10 @@ def test_fp8_experts_are_multiplied_by_their_scales(tmp_path: Path) -> None:
         source = open_checkpoint(folder).sources[f"model.layers.3.moe.{name}.weight"]
         raw = np.fromfile(source.weight.path, np.uint8, offset=source.weight.offset, count=source.weight.n_bytes)
         weight = torch.from_numpy(raw).view(torch.float8_e4m3fn).float().numpy().reshape(source.weight.shape)
-        scale = np.fromfile(source.scale.path, np.float32, offset=source.scale.offset, count=source.scale.n_bytes // 4)
-        blocks = scale.reshape(source.scale.shape).repeat(128, axis=1).repeat(128, axis=2)
+        assert source.scale is not None
+        stored = source.scale.stored
+        scale = np.fromfile(stored.path, np.float32, offset=stored.offset, count=stored.n_bytes // 4)
+        blocks = scale.reshape(stored.shape).repeat(128, axis=1).repeat(128, axis=2)
         rows, columns = weight.shape[1:]
         got = values(folder, f"blk.3.ffn_{name.removesuffix('_proj')}_exps.weight")
         np.testing.assert_array_equal(got, weight * blocks[:, :rows, :columns])

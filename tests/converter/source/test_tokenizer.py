@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from checkpoints import TINY, config
 from convert_step35.errors import CheckpointError
-from convert_step35.gguf.gguf_header import encode_header
+from convert_step35.gguf.header import encode_header
 from convert_step35.gguf.metadata import Provenance, build_metadata
 from convert_step35.source.architecture import read_architecture
 from convert_step35.source.tokenizer import MAX_TEMPLATE_CHARS, Tokenizer, read_tokenizer
@@ -87,11 +87,11 @@ def read(
     settings: dict[str, Any] | None = None,
     *,
     eos: tuple[int, ...] = (EOS, IM_END),
-    model_config: dict[str, Any] = {},
+    model_config: dict[str, Any] | None = None,
 ) -> Tokenizer:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json() if data is None else data))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings_json() if settings is None else settings))
-    return read_tokenizer(folder, N_VOCAB, eos, model_config)
+    return read_tokenizer(folder, N_VOCAB, eos, model_config or {})
 
 
 def changed(*path: str | int, to: Any) -> dict[str, Any]:
@@ -284,9 +284,10 @@ class open_vocabulary:
     def __enter__(self) -> Any:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        self.model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), params)
-        assert self.model, "llama.cpp refused the vocabulary"
-        return llama_cpp.llama_model_get_vocab(self.model)
+        model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), params)
+        assert model, "llama.cpp refused the vocabulary"
+        self.model = model
+        return llama_cpp.llama_model_get_vocab(model)
 
     def __exit__(self, *_: object) -> None:
         llama_cpp.llama_model_free(self.model)

@@ -20,12 +20,12 @@ import pytest
 from checkpoints import TINY, write_checkpoint
 from convert_step35.cli.workspace import fingerprint, open_workspace
 from convert_step35.errors import CheckpointError, OutputError
-from convert_step35.gguf.ggml import load_ggml
+from convert_step35.models import load_models
 from convert_step35.planning.chunks import CHUNK_WEIGHTS, chunks, n_chunks
-from convert_step35.planning.models import load_models
-from convert_step35.planning.plan import Wishes
+from convert_step35.planning.plan import ConversionOptions, MtpMode
+from convert_step35.quantization.libggml import load_ggml
 from convert_step35.quantization.quantizers import load_quantizers
-from convert_step35.source.mapping import Kind, MappedTensor, MtpMode
+from convert_step35.source.mapping import Kind, MappedTensor
 from convert_step35.writing import conversion
 from convert_step35.writing.conversion import Tools, convert
 from convert_step35.writing.journal import Journal, drop_journal, journal_path
@@ -51,7 +51,7 @@ def run(
     folder: Path, out: Path, *, type_name: str = "Q4_K_S", n_threads: int = 2, on_progress: Callable = lambda *_: None
 ) -> list:
     workspace = open_workspace(folder, MODELS, mtp=MtpMode.KEEP)
-    plan = workspace.plan(Wishes(out=out, type_name=type_name), MODELS)
+    plan = workspace.plan(ConversionOptions(out, type_name), MODELS)
     prints = fingerprint(workspace, plan, load_ggml())
     tools = Tools(workspace.checkpoint, load_quantizers(), None, n_threads, on_progress)
     return convert(plan, journal_path(out), prints, tools, lambda results: None)
@@ -129,6 +129,7 @@ def test_kill_9_at_any_moment_then_the_same_command_ends_with_the_same_bytes(che
     n_kills = 0
     for wait_s in (0.3, 0.8, 1.3, 1.8, 2.4, 3.0):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert process.stderr is not None
         try:
             assert process.wait(wait_s) == 0, process.stderr.read()
             break

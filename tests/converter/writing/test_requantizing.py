@@ -18,8 +18,8 @@ import pytest
 
 from checkpoints import TINY, write_checkpoint
 from command import Done, convert_step35
-from convert_step35.gguf.gguf_model import open_model
-from convert_step35.gguf.gguf_reader import GgufFile, read_gguf
+from convert_step35.gguf.model import open_model
+from convert_step35.gguf.reader import GgufFile, read_gguf
 from convert_step35.writing.rewriting import Made, entries_of, rewrite
 
 SMALL = replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=2)
@@ -199,7 +199,8 @@ def test_what_cannot_be_requantized_is_one_line_and_leaves_nothing(
     checkpoint: Path, made: dict[str, Path], tmp_path: Path
 ) -> None:
     work, out = tmp_path / "work", tmp_path / "out" / "out.gguf"
-    work.mkdir(), out.parent.mkdir()
+    work.mkdir()
+    out.parent.mkdir()
     assert convert_step35("run", checkpoint, work / "s.gguf", "--split-max-size", "4MB").exit_code == 0
     cut = work / "cut.gguf"
     cut.write_bytes(made["q8"].read_bytes()[:-5000])
@@ -310,7 +311,10 @@ def test_rewriting_keeps_an_alignment_and_every_type_of_value(tmp_path: Path) ->
     writer.add_bool("bool", True)
     for i, n in enumerate((3, 100, 1)):
         writer.add_tensor(f"t{i}", np.arange(n, dtype=np.float32))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     file = rewritten(tmp_path / "a.gguf", tmp_path / "b.gguf")
     assert file.alignment == 256
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()

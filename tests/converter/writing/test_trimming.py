@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from checkpoints import BUNDLED
 from command import Done, convert_step35
-from convert_step35.gguf.gguf_model import open_model
-from convert_step35.gguf.gguf_reader import read_gguf
+from convert_step35.gguf.model import open_model
+from convert_step35.gguf.reader import read_gguf
 from convert_step35.inspection.inspection import inspect_file
-from convert_step35.planning.models import load_models
+from convert_step35.models import load_models
 from convert_step35.writing import trimming
 from convert_step35.writing.rewriting import entries_of, rewrite
 from convert_step35.writing.trimming import TRIMMED_ARCH, nearest_kept
@@ -245,9 +245,9 @@ def test_heads_of_another_checkpoint_are_refused(heads: Path, tmp_path: Path) ->
     ],
 )
 def test_arrays_that_contradict_each_other_are_refused(tokens: list[int], stand_ins: list[int]) -> None:
-    arrays = (np.array(values, np.int32) for values in (tokens, stand_ins))
+    kept, replaced = (np.array(values, np.int32) for values in (tokens, stand_ins))
     with pytest.raises(ModelError, match="damaged heads: heads.gguf expected ascending step35.draft.tokens"):
-        draft_vocabulary.checked(Path("heads.gguf"), *arrays, "")
+        draft_vocabulary.checked(Path("heads.gguf"), kept, replaced, "")
 
 
 def test_a_real_load_takes_what_was_counted(heads: Path) -> None:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from command import hear_interrupts
+from command import accept_interrupts
 from tiny_model import tiny_gguf
 
 STEP35 = [sys.executable, "-m", "step35.cli"]
@@ -81,7 +81,7 @@ def test_a_prompt_longer_than_the_context_is_refused():
 def test_a_signal_ends_the_command_cleanly(number):
     command = [*STEP35, "generate", str(tiny_gguf()), "-p", "x", "-n", "100000", "-c", "200000", "-t", "1"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=accept_interrupts
     ) as process:
         try:
             assert process.stdout is not None

@@ -147,7 +147,7 @@ def test_a_trunk_with_a_side_file_is_cut_where_planned(side_files, name, own_hea
 
 @pytest.fixture(scope="module")
 def side_files(real, tmp_path_factory):
-    from convert_step35.source.mapping import MtpMode
+    from convert_step35.planning.plan import MtpMode
 
     folder = tmp_path_factory.mktemp("side")
     parts = [(MtpMode.DROP, "trunk"), (MtpMode.ONLY, "heads")]

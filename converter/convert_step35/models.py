@@ -1,8 +1,8 @@
 """What is known of each checkpoint and recipe: models.yaml, read strictly."""
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, ClassVar, Protocol, TypeVar, get_origin
 
 import yaml
 
@@ -10,12 +10,20 @@ from convert_step35.errors import ConvertError
 
 _TOP_LEVEL = {"checkpoints", "templates", "recipes", "machines"}
 _SAMPLING = {"temperature", "top_p"}
-_Entry = TypeVar("_Entry")
+
+
+class _Dataclass(Protocol):
+    """Any class that is a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+_Entry = TypeVar("_Entry", bound=_Dataclass)
 
 
 @dataclass(frozen=True, slots=True)
 class KnownShape:
-    """The dimensions that tell a published model from any other."""
+    """The dimensions that identify a published model."""
 
     n_layers: int
     n_mtp_layers: int
@@ -64,7 +72,7 @@ class Models:
 def models_path() -> Path:
     """models.yaml at the root of a checkout, or beside the package in an installed wheel."""
     here = Path(__file__).resolve()
-    candidates = (here.parents[3] / "models.yaml", here.parents[2] / "step35-models.yaml")
+    candidates = (here.parents[2] / "models.yaml", here.parents[1] / "step35-models.yaml")
     for path in candidates:
         if path.is_file():
             return path

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert_step35.errors import GgufError
-from convert_step35.gguf.gguf_reader import MAX_ARRAY_ELEMENTS, MAX_KEYS, MAX_TENSORS, GgufFile, GgufTensor, read_gguf
+from convert_step35.gguf.reader import MAX_ARRAY_ELEMENTS, MAX_KEYS, MAX_TENSORS, GgufFile, GgufTensor, read_gguf
 from limited_reader import LimitedReader, Outcome, assert_clean, flips
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = GGUFValueType
@@ -81,7 +81,7 @@ VALID_HEADER_BYTES = len(VALID) - 332
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedReader]:
     with LimitedReader(
-        "convert_step35.gguf.gguf_reader:read_gguf", tmp_path_factory.mktemp("gguf") / "hostile.gguf"
+        "convert_step35.gguf.reader:read_gguf", tmp_path_factory.mktemp("gguf") / "hostile.gguf"
     ) as reader:
         yield reader
 

@@ -1,14 +1,13 @@
 """A Step-3.5 GGUF as one model, of one file or of shards, and the architecture its metadata describes."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert_step35.errors import GgufError, quoted
-from convert_step35.gguf.gguf_header import shard_path
-from convert_step35.gguf.gguf_reader import GgufFile, GgufTensor, read_gguf
 from convert_step35.gguf.metadata import ARCH
+from convert_step35.gguf.reader import GgufFile, GgufTensor, read_gguf
+from convert_step35.gguf.shard_names import parse_shard_name, shard_path
 from convert_step35.source.architecture import Architecture, LayerShape, Llama3Rope
 
 # Trimmed heads: llama.cpp refuses the name, since the token ids inside are not the model's.
@@ -16,8 +15,6 @@ TRIMMED_ARCH = "step35-trimmed-heads"
 
 # llama.cpp's own limit (LLAMA_MAX_LAYERS).
 MAX_LAYERS = 512
-
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 # llama.cpp reads the divisors from rope_freqs.weight, so the file does not say what they were made of.
 _UNKNOWN_ROPE = Llama3Rope(1.0, 1.0, 1.0, 1)
@@ -48,17 +45,6 @@ class GgufModel:
         return any(name.startswith(f"blk.{i}.") for name in self.tensors)
 
 
-def is_shard_name(name: str) -> bool:
-    """True for NAME-00001-of-00003.gguf, which stands for all its shards."""
-    return _SHARD.fullmatch(name) is not None
-
-
-def whole_name(name: str) -> str:
-    """The name that shards were made of: OUT.gguf of OUT-00002-of-00003.gguf."""
-    match = _SHARD.fullmatch(name)
-    return name if match is None else match["stem"] + ".gguf"
-
-
 def open_model(path: Path) -> GgufModel:
     """Read the headers of a GGUF and, from any shard's name, of all its shards."""
     files = tuple(read_gguf(shard) for shard in _shards(path))
@@ -77,19 +63,19 @@ def open_model(path: Path) -> GgufModel:
 
 
 def _shards(path: Path) -> list[Path]:
-    match = _SHARD.fullmatch(path.name)
-    if match is None:
+    shard = parse_shard_name(path.name)
+    if shard is None:
         return [path]
-    number, count = int(match["no"]), int(match["count"])
-    if not 1 <= number <= count:
+    if not 1 <= shard.number <= shard.count:
         raise GgufError(
-            f"misnamed shard: {path} expected a number of 1 to {count}, got {number}; name the file as it was"
+            f"misnamed shard: {path} expected a number of 1 to {shard.count}, got {shard.number}; "
+            "name the file as it was"
         )
-    paths = [shard_path(path.with_name(match["stem"] + ".gguf"), i, count) for i in range(count)]
+    paths = [shard_path(path.with_name(shard.whole_name), i, shard.count) for i in range(shard.count)]
     missing = [p.name for p in paths if not p.exists()]
     if missing:
         raise GgufError(
-            f"missing shard: {path.parent} expected {count} shards, got none named {missing[0]}; download it"
+            f"missing shard: {path.parent} expected {shard.count} shards, got none named {missing[0]}; download it"
         )
     return paths
 
@@ -229,5 +215,5 @@ def _layers(keys: _Keys) -> tuple[LayerShape, ...]:
     )
     return tuple(
         LayerShape(sliding, n_dense <= i < n - n_mtp, i >= n - n_mtp, heads, kv_heads, routed, shared)
-        for i, (sliding, heads, kv_heads, routed, shared) in enumerate(zip(*columns, strict=False))
+        for i, (sliding, heads, kv_heads, routed, shared) in enumerate(zip(*columns, strict=True))
     )

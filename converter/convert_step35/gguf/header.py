@@ -6,7 +6,6 @@ Layout: ggml's docs/gguf.md. All offsets are known from types and shapes, so the
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gguf import GGMLQuantizationType as GgmlType
@@ -78,8 +77,3 @@ def _tensor(tensor: TensorInfo) -> bytes:
     return _string(tensor.name) + struct.pack(
         f"<I{n_dims}QIQ", n_dims, *reversed(tensor.shape), tensor.kind, tensor.offset
     )
-
-
-def shard_path(path: Path, i: int, n: int) -> Path:
-    """llama.cpp's name for shard `i` of `n`: it loads the rest from the first."""
-    return path.with_name(f"{path.name.removesuffix('.gguf')}-{i + 1:05d}-of-{n:05d}.gguf")

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from convert_step35.errors import CheckpointError
 from convert_step35.planning.chunks import Chunk
-from convert_step35.writing import direct
-from convert_step35.writing.digesting import MOST_WAITING_BYTES, Digest
-from convert_step35.writing.direct import BLOCK_BYTES, DirectFile, read_buffer
-from convert_step35.writing.reading import Item, Place, ReadAhead, spans
+from convert_step35.reading import direct_file
+from convert_step35.reading.direct_file import BLOCK_BYTES, DirectFile, read_buffer
+from convert_step35.reading.read_ahead import ChunkRead, Loaded, Place, ReadAhead, Unread, spans
+from convert_step35.writing.tensor_digest import MOST_WAITING_BYTES, TensorDigest
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def places(path: Path, sizes: list[int]) -> Iterator[Item]:
+def places(path: Path, sizes: list[int]) -> Iterator[ChunkRead]:
     at = 0
     for i, n in enumerate(sizes):
-        yield Item(0, Chunk(i, i, 1, 0), Place(path, at, n))
+        yield ChunkRead(0, Chunk(i, i, 1, 0), Place(path, at, n))
         at += n
 
 
@@ -44,7 +44,7 @@ def opened(request: pytest.FixtureRequest, file: Path, monkeypatch: pytest.Monke
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
     opened = DirectFile(file)
     if request.param == "refused at read":
-        monkeypatch.setattr(direct, "BLOCK_BYTES", 1)  # unaligned, so the kernel refuses
+        monkeypatch.setattr(direct_file, "BLOCK_BYTES", 1)  # unaligned, so the kernel refuses
     yield opened
     opened.close()
 
@@ -74,17 +74,18 @@ def test_spans_cover_all_items_in_order_and_only_join_neighbours(steps: list[tup
     items, at = [], 0
     for i, (gap, n) in enumerate(steps):
         at += gap
-        items.append(Item(0, Chunk(i, i, 1, 0), Place(Path("a"), at, n)))
+        items.append(ChunkRead(0, Chunk(i, i, 1, 0), Place(Path("a"), at, n)))
         at += n
     runs = list(spans(items, most))
     assert [item for run in runs for item in run] == items
     for run in runs:
-        assert all(a.place.end == b.place.offset for a, b in itertools.pairwise(run))
-        assert len(run) == 1 or run[-1].place.end - run[0].place.offset <= most
+        read = [item.place for item in run if isinstance(item, ChunkRead)]
+        assert all(a.end == b.offset for a, b in itertools.pairwise(read))
+        assert len(read) == 1 or read[-1].end - read[0].offset <= most
 
 
 def test_what_is_not_read_never_joins_what_is() -> None:
-    nothing, some = Item(1, None, None), Item(0, None, Place(Path("a"), 0, 4))
+    nothing, some = Unread(1, None), ChunkRead(0, Chunk(0, 0, 1, 0), Place(Path("a"), 0, 4))
     assert list(spans([nothing, some, nothing, nothing])) == [[nothing], [some], [nothing, nothing]]
 
 
@@ -97,7 +98,8 @@ def taken(ahead: ReadAhead, n: int) -> tuple[list[tuple[int, str]], list[Thread]
         reader.start()
     seen = []
     while len(seen) < n and (loaded := ahead.take()) is not None:
-        seen.append((loaded.item.chunk.index, hashlib.sha256(loaded.data).hexdigest()))
+        assert isinstance(loaded, Loaded)
+        seen.append((loaded.item.chunk.index, hashlib.sha256(loaded.data.data).hexdigest()))
         ahead.give_back(loaded)
     return sorted(seen), readers
 
@@ -119,7 +121,7 @@ def test_every_item_comes_once_with_its_bytes(tmp_path: Path) -> None:
 def test_stopping_wakes_readers_and_takers(file: Path) -> None:
     """Nobody gives buffers back, so the readers wait for one for ever."""
     sizes = [1] * 20_000
-    ahead = ReadAhead((Item(0, Chunk(i, 0, 1, 0), Place(file, 0, n)) for i, n in enumerate(sizes)), 0, 1)
+    ahead = ReadAhead((ChunkRead(0, Chunk(i, 0, 1, 0), Place(file, 0, n)) for i, n in enumerate(sizes)), 0, 1)
     readers = [Thread(target=ahead.read) for _ in range(2)]
     for reader in readers:
         reader.start()
@@ -138,7 +140,7 @@ def test_stopping_wakes_readers_and_takers(file: Path) -> None:
 @given(st.permutations(range(12)))
 def test_a_digest_does_not_depend_on_the_order_of_the_chunks(order: list[int]) -> None:
     pieces = [bytes([i]) * (i + 1) for i in range(12)]
-    digest = Digest(12)
+    digest = TensorDigest(12)
     for i in order:
         digest.add(i, np.frombuffer(pieces[i], np.uint8))
     assert digest.result() == hashlib.sha256(b"".join(pieces)).hexdigest()
@@ -146,20 +148,20 @@ def test_a_digest_does_not_depend_on_the_order_of_the_chunks(order: list[int]) -
 
 def test_a_digest_from_many_threads_is_the_same() -> None:
     pieces = [np.full(5000, i % 251, np.uint8) for i in range(400)]
-    digest, rest = Digest(400), iter(range(400))
+    digest, rest = TensorDigest(400), iter(range(400))
     threads = [Thread(target=lambda: [digest.add(i, pieces[i]) for i in rest]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert digest.result() in (hashlib.sha256(np.concatenate(pieces)).hexdigest(), None)
+    assert digest.result() in (hashlib.sha256(np.concatenate(pieces).data).hexdigest(), None)
 
 
 def test_too_many_early_chunks_are_not_kept() -> None:
     piece = np.zeros(MOST_WAITING_BYTES // 8, np.uint8)
     for n_early, is_kept in ((8, True), (9, False)):
-        digest = Digest(n_early + 1)
+        digest = TensorDigest(n_early + 1)
         for i in (*range(1, n_early + 1), 0):
             digest.add(i, piece)
         assert digest.result() == (hashlib.sha256(bytes(piece) * (n_early + 1)).hexdigest() if is_kept else None)
-    assert Digest(5, is_partial=True).result() is None
+    assert TensorDigest(5, is_partial=True).result() is None

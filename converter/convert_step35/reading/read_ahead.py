@@ -9,9 +9,9 @@ from threading import Lock
 import numpy as np
 
 from convert_step35.planning.chunks import Chunk
-from convert_step35.writing.direct import DirectFile, read_buffer
+from convert_step35.reading.direct_file import DirectFile, read_buffer
 
-# Reads of this size keep a disk busy, two at a time leave it no pause, and the ring is small beside any model.
+# Two reads of this size at a time keep a disk busy, and the ring of buffers is small beside any model.
 SPAN_BYTES = 8 * 1024**2
 N_READERS = 2
 N_BUFFERS = 16
@@ -31,17 +31,28 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A chunk of the plan's tensor `index`, None for one that has none left; `place` is None for what is not read."""
+class ChunkRead:
+    """A chunk of the plan's tensor `index`, and where its bytes stand."""
+
+    index: int
+    chunk: Chunk
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Work on the plan's tensor `index` for which nothing is read: a generated chunk, or None for a whole tensor."""
 
     index: int
     chunk: Chunk | None
-    place: Place | None
+
+
+Item = ChunkRead | Unread
 
 
 @dataclass(slots=True)
 class _Lease:
-    """A buffer, and how many items still need what it holds."""
+    """A buffer, and how many items still need its bytes."""
 
     buffer: np.ndarray
     n_left: int
@@ -49,11 +60,11 @@ class _Lease:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An item with its bytes."""
+    """A chunk with its bytes, which stay valid until it is given back."""
 
-    item: Item
-    data: np.ndarray | None = None
-    lease: _Lease | None = field(default=None, repr=False)
+    item: ChunkRead
+    data: np.ndarray
+    lease: _Lease = field(repr=False)
 
 
 def spans(items: Iterable[Item], most: int = SPAN_BYTES) -> Iterator[list[Item]]:
@@ -69,16 +80,18 @@ def spans(items: Iterable[Item], most: int = SPAN_BYTES) -> Iterator[list[Item]]
 
 
 def _goes_on(run: list[Item], item: Item, most: int) -> bool:
-    first, last, place = run[0].place, run[-1].place, item.place
-    if first is None or last is None or place is None:
-        return first is place
-    return (place.path, place.offset) == (last.path, last.end) and place.end - first.offset <= most
+    first, last = run[0], run[-1]
+    if not (isinstance(first, ChunkRead) and isinstance(last, ChunkRead) and isinstance(item, ChunkRead)):
+        return isinstance(first, Unread) and isinstance(item, Unread)
+    follows = (item.place.path, item.place.offset) == (last.place.path, last.place.end)
+    return follows and item.place.end - first.place.offset <= most
 
 
 class ReadAhead:
     """Items with their bytes, in order but for the readers' race; `read` runs in each of N_READERS threads.
 
-    `take` waits for the next item and gives None at the end; whoever took one gives it back once its bytes are used.
+    `take` waits for the next item and returns None at the end; who took a Loaded one gives it back when its bytes are
+    used.
     """
 
     def __init__(self, items: Iterable[Item], largest: int, n_takers: int) -> None:
@@ -87,7 +100,7 @@ class ReadAhead:
         self._n_takers = n_takers
         self._n_reading = N_READERS
         self._is_stopped = False
-        self._ready: SimpleQueue[Loaded | None] = SimpleQueue()
+        self._ready: SimpleQueue[Loaded | Unread | None] = SimpleQueue()
         self._free: SimpleQueue[np.ndarray | None] = SimpleQueue()
         for _ in range(N_BUFFERS):
             self._free.put(read_buffer(max(largest, SPAN_BYTES)))
@@ -103,13 +116,11 @@ class ReadAhead:
                 file.close()
             self._end()
 
-    def take(self) -> Loaded | None:
+    def take(self) -> Loaded | Unread | None:
         return self._ready.get()
 
     def give_back(self, loaded: Loaded) -> None:
         """Say that an item's bytes are used; the last one of a read frees the buffer."""
-        if loaded.lease is None:
-            return
         with self._lock:
             loaded.lease.n_left -= 1
             is_free = loaded.lease.n_left == 0
@@ -117,7 +128,7 @@ class ReadAhead:
             self._free.put(loaded.lease.buffer)
 
     def stop(self) -> None:
-        """Wake all that wait: readers end, and takers get None after what is ready."""
+        """End the waiting of all threads: readers return, and takers get None after what is ready."""
         self._is_stopped = True
         for _ in range(N_READERS):
             self._free.put(None)
@@ -129,20 +140,25 @@ class ReadAhead:
             return None if self._is_stopped else next(self._spans, None)
 
     def _load(self, span: list[Item], buffer: np.ndarray, files: dict[Path, DirectFile]) -> None:
-        first, last = span[0].place, span[-1].place
-        if first is None or last is None:
-            self._free.put(buffer)
-            for item in span:
-                self._ready.put(Loaded(item))
-            return
-        data = _opened(files, first.path).read(first.offset, last.end - first.offset, buffer)
-        lease = _Lease(buffer, len(span))
         for item in span:
+            if isinstance(item, Unread):
+                self._ready.put(item)
+        if reads := [item for item in span if isinstance(item, ChunkRead)]:
+            self._load_together(reads, buffer, files)
+        else:
+            self._free.put(buffer)
+
+    def _load_together(self, reads: list[ChunkRead], buffer: np.ndarray, files: dict[Path, DirectFile]) -> None:
+        """Read neighbours in a file at once."""
+        first, end = reads[0].place, reads[-1].place.end
+        data = _opened(files, first.path).read(first.offset, end - first.offset, buffer)
+        lease = _Lease(buffer, len(reads))
+        for item in reads:
             at = item.place.offset - first.offset
             self._ready.put(Loaded(item, data[at : at + item.place.n_bytes], lease))
 
     def _end(self) -> None:
-        """The last reader tells the takers."""
+        """The last reader to end puts a None for every taker."""
         with self._lock:
             self._n_reading -= 1
             is_last = self._n_reading == 0

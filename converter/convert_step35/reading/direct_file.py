@@ -1,4 +1,4 @@
-"""A file read past the page cache where the system can: a checkpoint must not push all else out of memory."""
+"""A file read past the page cache where the system can: so that a checkpoint does not evict all other files."""
 
 import errno
 import mmap
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert_step35.errors import CheckpointError
+from convert_step35.reading.ranges import read_into, truncated
 
-# Direct reads want offsets, lengths and memory in whole blocks of the disk; no disk has larger ones.
+# Direct reads need offsets, lengths and memory in whole blocks of the disk; no disk has larger ones.
 BLOCK_BYTES = 4096
 _F_NOCACHE = 48  # macOS, fcntl.h
 
@@ -69,13 +69,13 @@ class DirectFile:
     def _read_blocks(self, offset: int, n_bytes: int, buffer: np.ndarray) -> np.ndarray:
         before = offset % BLOCK_BYTES
         first, n_wanted = offset - before, before + n_bytes
-        view, done = memoryview(buffer)[: _up(n_wanted)], 0
+        view, done = buffer.data[: _up(n_wanted)], 0
         while done < n_wanted:
             n = os.preadv(self._file, [view[done:]], first + done)
             done += n
             # Only the end of the file leaves a part of a block.
             if n == 0 or (done % BLOCK_BYTES and done < n_wanted):
-                raise _truncated(self.path, offset + n_bytes, first + done)
+                raise truncated(self.path, offset + n_bytes, first + done)
         return buffer[before:n_wanted]
 
     def _read_cached(self, offset: int, n_bytes: int, buffer: np.ndarray) -> np.ndarray:
@@ -91,19 +91,5 @@ class DirectFile:
         return data
 
 
-def read_into(file: int, data: np.ndarray, offset: int, path: Path) -> None:
-    """Fill uint8 `data` from a file at `offset`; CheckpointError where the file ends early."""
-    view, done = memoryview(data), 0
-    while done < len(view):
-        n = os.preadv(file, [view[done:]], offset + done)
-        if n == 0:
-            raise _truncated(path, offset + len(view), offset + done)
-        done += n
-
-
 def _up(n_bytes: int) -> int:
     return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES
-
-
-def _truncated(path: Path, want: int, got: int) -> CheckpointError:
-    return CheckpointError(f"truncated file: {path} expected {want} bytes or more, got {got}; did it change?")

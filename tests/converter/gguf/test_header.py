@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderField
 from gguf import GGUFValueType as V
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert_step35.gguf.ggml import QUANTIZABLE
-from convert_step35.gguf.gguf_header import ALIGNMENT, Entry, TensorInfo, encode_header, padded
-from convert_step35.gguf.gguf_reader import read_gguf
+from convert_step35.gguf.ggml_types import QUANTIZABLE
+from convert_step35.gguf.header import ALIGNMENT, Entry, TensorInfo, encode_header, padded
+from convert_step35.gguf.reader import read_gguf
 
 INTEGERS = {
     V.UINT8: (0, 8),
@@ -84,7 +84,7 @@ def n_bytes(info: TensorInfo) -> int:
 
 def same(got: Any, want: Any) -> bool:
     if isinstance(want, tuple):
-        return len(got) == len(want) and all(same(a, b) for a, b in zip(got, want, strict=False))
+        return len(got) == len(want) and all(same(a, b) for a, b in zip(got, want, strict=True))
     return got == want or (isinstance(want, float) and math.isnan(want) and math.isnan(got))
 
 
@@ -110,19 +110,22 @@ def test_our_reader_reads_back_what_was_encoded(path: Path, keys: list[Entry], i
     ]
 
 
+def field_of(reader: GGUFReader, key: str) -> ReaderField:
+    field = reader.get_field(key)
+    assert field is not None, f"gguf-py found no {key}"
+    return field
+
+
 @settings(max_examples=100, deadline=None)
 @given(entries(), tensors())
 def test_gguf_py_reads_back_what_was_encoded(path: Path, keys: list[Entry], infos: list[TensorInfo]) -> None:
     path.unlink(missing_ok=True)
     path.write_bytes(encode_header(keys, infos) + bytes(data_bytes(infos)))
     reader = GGUFReader(path)
-    assert [reader.get_field(f"GGUF.{name}").contents() for name in ("version", "tensor_count", "kv_count")] == [
-        3,
-        len(infos),
-        len(keys),
-    ]
+    counts = [field_of(reader, f"GGUF.{name}").contents() for name in ("version", "tensor_count", "kv_count")]
+    assert counts == [3, len(infos), len(keys)]
     for key in keys:
-        field = reader.get_field(key.key)
+        field = field_of(reader, key.key)
         # gguf-py forgets the type of an empty array's items.
         assert field.types == ([V.ARRAY, key.kind] if key.value else [V.ARRAY]) if key.is_array else [key.kind]
         assert same(field.contents() if key.value != () else (), key.value)

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -14,53 +15,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 
 from convert_step35.errors import ConvertError
+from convert_step35.gguf.ggml_types import block_size, row_bytes
 
 _LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
-
-# Types that llama.cpp's loader takes as weights and ggml_quantize_chunk can make.
-QUANTIZABLE = tuple(
-    GgmlType[name]
-    for name in [
-        "F32",
-        "F16",
-        "BF16",
-        "Q1_0",
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "Q8_0",
-        "MXFP4",
-        "NVFP4",
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-        "TQ1_0",
-        "TQ2_0",
-        "IQ1_S",
-        "IQ1_M",
-        "IQ2_XXS",
-        "IQ2_XS",
-        "IQ2_S",
-        "IQ3_XXS",
-        "IQ3_S",
-        "IQ4_NL",
-        "IQ4_XS",
-    ]
-)
-
-
-def block_size(kind: GgmlType) -> int:
-    """Weights in one block of this type."""
-    return gguf.GGML_QUANT_SIZES[kind][0]
-
-
-def row_bytes(kind: GgmlType, n_weights: int) -> int:
-    """Bytes of a row of `n_weights`, a multiple of the block size."""
-    n_per_block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-    return n_weights // n_per_block * n_bytes
 
 
 class _TypeTraits(ctypes.Structure):
@@ -102,7 +59,7 @@ class Ggml:
         self._declare("ggml_bf16_to_fp32_row", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         self._declare("ggml_fp16_to_fp32_row", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         self._declare("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), ctypes.c_int)
-        self._to_float: dict[GgmlType, ctypes._CFuncPtr] = {}
+        self._to_float: dict[GgmlType, Callable[[int, int, int], None]] = {}
 
     def _declare(self, name: str, result: type | None, *arguments: type) -> None:
         function = getattr(self._lib, name, None)
@@ -114,7 +71,7 @@ class Ggml:
         """Build the tables of the IQ types (seconds, under a global lock) before threads need them."""
         for kind in sorted(kinds):
             self._lib.ggml_quantize_init(int(kind))
-            self._to_float[kind] = self._dequantizer(kind)
+            self._bind_dequantizer(kind)
 
     def requires_imatrix(self, kind: GgmlType) -> bool:
         return self._lib.ggml_quantize_requires_imatrix(int(kind))
@@ -155,7 +112,8 @@ class Ggml:
         else:
             self._to_float[kind](data.ctypes.data, out.ctypes.data, out.size)
 
-    def _dequantizer(self, kind: GgmlType) -> "ctypes._CFuncPtr":
+    def _bind_dequantizer(self, kind: GgmlType) -> None:
+        """Look up what dequantizes a type; float types have nothing."""
         traits = self._lib.ggml_get_type_traits(int(kind)).contents
         expected = gguf.GGML_QUANT_SIZES[kind]
         if (got := (traits.blck_size, traits.type_size)) != expected:
@@ -163,7 +121,8 @@ class Ggml:
                 f"{self.path}: blocks of {kind.name} expected {expected} (weights, bytes), got {got}; "
                 "install llama-cpp-python==0.3.36"
             )
-        return _ToFloat(traits.to_float) if traits.to_float else _ToFloat()
+        if traits.to_float:
+            self._to_float[kind] = _ToFloat(traits.to_float)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""The sha256 of a tensor's bytes, made of chunks that end nearly in order while they are still in memory."""
+"""The sha256 of a tensor's bytes, from its chunks while they are still in memory; they end nearly in order."""
 
 import hashlib
 from threading import Condition
@@ -9,7 +9,7 @@ import numpy as np
 MOST_WAITING_BYTES = 64 * 1024**2
 
 
-class Digest:
+class TensorDigest:
     """Takes each of a tensor's chunks once, from any thread, in any order."""
 
     def __init__(self, n_chunks: int, *, is_partial: bool = False) -> None:
@@ -32,7 +32,7 @@ class Digest:
                 self._keep(index, data)
                 return
             self._is_busy = True
-        self._digest_from(data)
+        self._digest_from(data.data)
 
     def result(self) -> str | None:
         """The digest in hex, once every chunk was added; None where the file must be read for it."""
@@ -48,8 +48,8 @@ class Digest:
             self._waiting.clear()
             self._changed.notify_all()
 
-    def _digest_from(self, data: np.ndarray | bytes | None) -> None:
-        """Digest a chunk and all that wait behind it, without the lock: others go on meanwhile."""
+    def _digest_from(self, data: memoryview | bytes | None) -> None:
+        """Digest a chunk and the kept ones that follow it, without the lock: other threads add theirs meanwhile."""
         while data is not None:
             self._sha.update(data)
             with self._changed:

@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from checkpoints import REAL, config, tensor_shapes
 from convert_step35.errors import ConvertError
-from convert_step35.planning.models import Models, load_models, models_path
+from convert_step35.models import Models, load_models, models_path
 from convert_step35.planning.presets import PRESETS
 from convert_step35.planning.recipes import choose_types, ggml_type
 from convert_step35.source.architecture import read_architecture
@@ -26,7 +26,7 @@ def models() -> Models:
 
 
 def test_it_is_found_at_the_root_of_the_checkout() -> None:
-    assert models_path() == Path(__file__).parents[3] / "models.yaml"
+    assert models_path() == Path(__file__).parents[2] / "models.yaml"
 
 
 def test_every_type_of_a_recipe_exists(models: Models) -> None:
