@@ -79,7 +79,7 @@ def test_without_known_turns_a_prompt_is_what_the_template_says():
         ((0, 500, 800, 960), 600, (800,)),
     ],
 )
-def test_a_mark_close_behind_a_checkpoint_is_not_worth_a_decode(starts, n_cached, checkpoint_positions):
+def test_a_position_close_behind_a_checkpoint_is_not_worth_a_decode(starts, n_cached, checkpoint_positions):
     """A short message took three decodes in every turn, one of them for the five tokens before the answer."""
     assert Prompt([0] * 1000, starts).checkpoints_after(n_cached) == checkpoint_positions
 
