@@ -1,86 +1,44 @@
-"""`step35 bench`: prefill and decode speed at growing contexts, with and without drafting."""
+"""`step35 bench`: the command; what it measures is in benchmark."""
 
-import csv
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TextIO
 
-from step35.engine.decode_loop import begin, generate
-from step35.engine.engine import Engine
-from step35.errors import SettingsError
-from step35.planning.autoplan import EnginePlan
-from step35.sampling.sampler import Sampling
-from step35.sampling.token_chooser import Chooser
+import click
+
+from step35.cli.model_options import MODEL_OPTIONS, SAMPLING_OPTIONS, with_options
+from step35.cli.plan import engine_plan
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One frontier with one way to draft. `prefill_tps` covers the tokens since the last frontier."""
+@click.command()
+@with_options(MODEL_OPTIONS)
+@click.option("--frontiers", default="0,2048,8192,16384", show_default=True, help="Context lengths to measure at.")
+@click.option("-n", "--n-predict", default=128, show_default=True, help="Tokens to decode at each.")
+@with_options(SAMPLING_OPTIONS)
+@click.option("--csv", "csv_file", type=click.File("w"), default="-", help="Where the table goes; default stdout.")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw the table as a plot, too.")
+def bench(frontiers, n_predict, temp, top_k, top_p, min_p, seed, csv_file, png, draft, **engine_options) -> None:
+    """Measures prefill and decode at growing contexts, without drafting and with."""
+    from step35.cli.benchmark import measure, plot, write_csv
+    from step35.sampling.sampler import Sampling
 
-    draft: str
-    n_context: int
-    prefill_tps: float
-    decode_tps: float
-    n_decoded: int
-    n_drafted: int
-    n_accepted: int
-    mean_depth: float
-
-
-def measure(
-    plan: EnginePlan, drafts: Sequence[str], frontiers: Sequence[int], n_predict: int, sampling: Sampling
-) -> Iterator[Measurement]:
-    """Yields a measurement for each way to draft at each frontier, which must grow."""
-    for draft in drafts:
-        with Engine(replace(plan.options, draft=draft), plan.headers) as engine:
-            yield from _measure_engine(engine, frontiers, n_predict, sampling)
-
-
-def _measure_engine(
-    engine: Engine, frontiers: Sequence[int], n_predict: int, sampling: Sampling
-) -> Iterator[Measurement]:
-    if frontiers[-1] + n_predict > engine.n_ctx:
-        raise SettingsError(f"frontier too far: {frontiers[-1]} + {n_predict} tokens expected at most {engine.n_ctx}")
-    text = _text_tokens(engine, frontiers[-1] + 16)
-    with engine.open_session() as session:
-        for frontier in frontiers:
-            turn = begin(session, text[: frontier + 16], Chooser(sampling), n_predict)
-            for _ in generate(turn):
-                pass
-            s = turn.stats
-            rates = (round(s.prefill_tps, 2), round(s.decode_tps, 2))
-            counts = (s.n_decoded, s.n_drafted, s.n_accepted, round(s.mean_depth, 3))
-            yield Measurement(engine.options.draft, frontier, *rates, *counts)
+    sampling = Sampling(temp, top_k, top_p, min_p, seed)
+    rows = []
+    drafts, lengths = list(dict.fromkeys(["off", draft])), _frontiers(frontiers)
+    for row in measure(engine_plan(**engine_options), drafts, lengths, n_predict, sampling):
+        rows.append(row)
+        click.echo(
+            f"draft {row.draft} at {row.n_context}: prefill {row.prefill_tps} tok/s, decode {row.decode_tps} tok/s",
+            err=True,
+        )
+    write_csv(csv_file, rows)
+    if png:
+        plot(png, rows, engine_options["model"].name)
 
 
-def _text_tokens(engine: Engine, n: int) -> list[int]:
-    """This package's own source, over and over: ordinary code."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    tokens = engine.tokenize("\n".join(f.read_text(encoding="utf-8") for f in files), parse_special=False)
-    return (tokens * (n // len(tokens) + 1))[:n]
-
-
-def write_csv(out: TextIO, measurements: Sequence[Measurement]) -> None:
-    """Writes a header and one line for each measurement."""
-    writer = csv.DictWriter(out, [field.name for field in fields(Measurement)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(measurement) for measurement in measurements)
-
-
-def plot(path: Path, measurements: Sequence[Measurement], title: str = "") -> None:
-    """Draws prefill and decode speed over the context, a line for each way to draft."""
+def _frontiers(text: str) -> list[int]:
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("can't plot: matplotlib isn't installed; pip install 'step35[plot]'") from error
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("prefill_tps", "decode_tps"), strict=True):
-        for draft in dict.fromkeys(m.draft for m in measurements):
-            points = [(m.n_context, getattr(m, name)) for m in measurements if m.draft == draft]
-            axes.plot(*zip(*points, strict=True), marker="o", label=f"draft {draft}")
-        axes.set(xlabel="context, tokens", ylabel=f"{name.removesuffix('_tps')}, tokens/s", ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+        frontiers = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers such as 0,2048, got {text!r}") from error
+    if frontiers[0] < 0:
+        raise click.BadParameter(f"expected numbers from 0 on, got {text!r}")
+    return frontiers

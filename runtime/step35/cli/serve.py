@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from step35.cli.model_options import MODEL_OPTIONS, with_options
 from step35.cli.plan import Size, engine_plan
+from step35.cli.renamed_option import renamed_option
 
 if TYPE_CHECKING:
     from step35.planning.autoplan import EnginePlan
@@ -53,12 +55,13 @@ SERVER_OPTIONS = (
     click.option(
         "--session-size", type=Size(), default="20GiB", show_default=True, help="What they may take together."
     ),
-    click.option(
+    renamed_option(
         "--record",
+        "--trace",
+        "record",
         type=click.Path(path_type=Path, file_okay=False),
         help="Write requests and answers here, texts and all.",
     ),
-    click.option("--trace", type=click.Path(path_type=Path, file_okay=False), hidden=True),
     click.option(
         "--drain",
         "drain_s",
@@ -87,15 +90,10 @@ _SERVER_NAMES = {
 }  # fmt: skip
 
 
-def make_serve(model_options: tuple) -> click.Command:
-    """Returns the command; `model_options` are those that every command with a model takes."""
-    function = _serve
-    for option in reversed((*model_options, *SERVER_OPTIONS)):
-        function = option(function)
-    return click.command("serve", cls=GroupedCommand, epilog=EXAMPLES)(function)
-
-
-def _serve(
+@click.command(cls=GroupedCommand, epilog=EXAMPLES)
+@with_options(MODEL_OPTIONS)
+@with_options(SERVER_OPTIONS)
+def serve(
     host: str,
     port: int,
     api_key: str | None,
@@ -107,7 +105,6 @@ def _serve(
     session_dir: Path | None,
     session_size: int,
     record: Path | None,
-    trace: Path | None,
     drain_s: float,
     **engine_options: Any,
 ) -> None:
@@ -125,9 +122,6 @@ def _serve(
     if not address.is_loopback and not api_key:
         raise click.UsageError(f"--host {host} lets others in: give --api-key, too")
     _log_to_stderr()
-    if trace is not None:
-        click.echo("step35: --trace is now called --record", err=True)
-        record = record or trace
     for folder in filter(None, (session_dir, record)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener = listen(address)

@@ -20,7 +20,7 @@ def measure_apart(model: Path, plan: Path, mtp: Path | None, workload: Workload)
 
 def measure_here(model: Path, plan: Path, mtp: Path | None, workload: Workload) -> Sample:
     """Returns the speeds of a workload under a plan file, in this process."""
-    from step35.cli.bench import measure
+    from step35.cli.benchmark import measure
     from step35.planning.autoplan import file_plan
     from step35.planning.model_header import read_headers
     from step35.sampling.sampler import Sampling
