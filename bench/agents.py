@@ -30,11 +30,16 @@ from step35.chat.events import (
 from step35.chat.messages import Conversation
 from step35.cli.agents import CLIENTS, Server
 from step35.server.api import chat_completions, messages, responses
+from step35.server.api.protocol import ApiModule
 from step35.server.errors import ApiError
 from step35.server.events import Event, Progress, Sse
 from step35.server.generation_request import GenerationRequest
 
-APIS = {"/v1/responses": responses, "/v1/messages": messages, "/v1/chat/completions": chat_completions}
+APIS: dict[str, ApiModule] = {
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+    "/v1/chat/completions": chat_completions,
+}
 SHELLS = {"exec_command": "cmd", "shell_command": "command", "Bash": "command", "bash": "command"}
 COMMAND, RESULT = "echo answer-$((40 + 2))", "answer-42"
 THOUGHT = "The shell can tell."
@@ -110,7 +115,7 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 script.errors.append(error.message)
                 self._send(error.status, api.error_body(error, "req"))
 
-        def _answer(self, api, request: GenerationRequest) -> None:
+        def _answer(self, api: ApiModule, request: GenerationRequest) -> None:
             events = script.events(request)
             if not request.stream:
                 return self._send(200, api.whole(request, "req", 1, events))
