@@ -30,11 +30,16 @@ from step35.chat.events import (
 from step35.chat.messages import Conversation
 from step35.cli.agents import CLIENTS, Server
 from step35.server.api import chat_completions, messages, responses
+from step35.server.api.protocol import ApiModule
 from step35.server.errors import ApiError
 from step35.server.events import Event, Progress, Sse
 from step35.server.generation_request import GenerationRequest
 
-APIS = {"/v1/responses": responses, "/v1/messages": messages, "/v1/chat/completions": chat_completions}
+APIS: dict[str, ApiModule] = {
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+    "/v1/chat/completions": chat_completions,
+}
 SHELLS = {"exec_command": "cmd", "shell_command": "command", "Bash": "command", "bash": "command"}
 COMMAND, RESULT = "echo answer-$((40 + 2))", "answer-42"
 THOUGHT = "The shell can tell."
@@ -61,14 +66,16 @@ class Script:
         self.n_called = self.n_answered = self.n_reasoning_kept = 0
         self._ids = count()
 
-    def events(self, ask: GenerationRequest) -> list[Event]:
-        assert isinstance(ask.prompt, Conversation)
-        last, usage = ask.prompt.messages[-1], TokenUsage(1000, 900, 20, 5)
-        shell = next((tool.name for tool in ask.prompt.tools if tool.name in SHELLS), None)
-        results = [message for message in ask.prompt.messages if message.role == "tool" and RESULT in message.content]
+    def events(self, request: GenerationRequest) -> list[Event]:
+        assert isinstance(request.prompt, Conversation)
+        last, usage = request.prompt.messages[-1], TokenUsage(1000, 900, 20, 5)
+        shell = next((tool.name for tool in request.prompt.tools if tool.name in SHELLS), None)
+        results = [
+            message for message in request.prompt.messages if message.role == "tool" and RESULT in message.content
+        ]
         if results:
             self.n_answered += 1
-            self.n_reasoning_kept += any(message.reasoning == THOUGHT for message in ask.prompt.messages)
+            self.n_reasoning_kept += any(message.reasoning == THOUGHT for message in request.prompt.messages)
             return [ContentDelta(f"The shell says {RESULT}."), Finished("stop", usage)]
         if shell is None or last.role == "tool":
             return [ContentDelta("Greeting"), Finished("stop", usage)]
@@ -102,17 +109,17 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 return self._send(200, messages.counted(1000))
             api = APIS[path]
             try:
-                ask = api.read(json.loads(data))
-                self._answer(api, ask)
+                request = api.read(json.loads(data))
+                self._answer(api, request)
             except ApiError as error:
                 script.errors.append(error.message)
                 self._send(error.status, api.error_body(error, "req"))
 
-        def _answer(self, api, ask: GenerationRequest) -> None:
-            events = script.events(ask)
-            if not ask.stream:
-                return self._send(200, api.whole(ask, "req", 1, events))
-            writer = api.Writer(ask, "req", 1)
+        def _answer(self, api: ApiModule, request: GenerationRequest) -> None:
+            events = script.events(request)
+            if not request.stream:
+                return self._send(200, api.whole(request, "req", 1, events))
+            writer = api.Writer(request, "req", 1)
             self.send_response(200)
             self.send_header("content-type", "text/event-stream")
             self.end_headers()

@@ -56,7 +56,7 @@ TOOL = {
     "function": {"name": "read", "parameters": {"type": "object", "properties": {"path": {"type": "string"}}}},
 }
 FLOAT_NOISE = 0.5
-"""Of logits: 0.002 in the median, but a router torn between two experts moves them by up to 0.2."""
+"""Of logits: 0.002 in the median, but where a router's two best experts are close, rounding moves them by up to 0.2."""
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 

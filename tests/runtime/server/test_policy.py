@@ -22,14 +22,14 @@ def test_as_many_jobs_are_taken_as_may_run_and_wait():
         (2048, 5000, False, 2048),
         (2048, 5000, True, PREFILL_CHUNK),
         (128, 5000, True, 128),
-        (512, 512, False, 512),  # no rest
+        (512, 512, False, 512),  # no remainder
         (512, 512 + 1, False, 512 - LEAST_PIECE),
         (512, 512 + LEAST_PIECE - 1, False, 512 - LEAST_PIECE),
-        (512, 512 + LEAST_PIECE, False, 512),  # a rest that is worth a decode
+        (512, 512 + LEAST_PIECE, False, 512),  # a remainder that is worth a decode
         (LEAST_PIECE, LEAST_PIECE + 1, False, LEAST_PIECE),  # a batch that can't be made smaller
     ],
 )
-def test_a_step_reads_all_that_fits_and_leaves_no_rest_of_a_few(
+def test_a_step_reads_all_that_fits_and_leaves_no_remainder_of_a_few(
     n_batch: int, n_rows: int, has_answers: bool, n_read: int
 ):
     assert PrefillPolicy(n_batch).chunk(n_rows, has_answers) == n_read
@@ -42,7 +42,7 @@ def test_a_prompt_is_read_to_its_end_in_pieces_that_fit(n_batch: int, n_rows: in
         pieces.append(min(policy.chunk(n_left, has_answers), n_left))
         assert 0 < pieces[-1] <= n_batch
     if n_rows >= LEAST_PIECE and n_batch >= 2 * LEAST_PIECE:
-        assert pieces[-1] >= LEAST_PIECE, "no rest of a few rows"
+        assert pieces[-1] >= LEAST_PIECE, "no remainder of a few rows"
 
 
 def test_the_first_quarter_of_a_second_is_free_and_then_the_answers_have_their_half():

@@ -154,7 +154,7 @@ def test_a_prompt_leaves_no_rest_of_a_few_rows(n_prompt: int, pieces: list[int])
 
 @pytest.mark.parametrize(("decode_s", "n_apart"), [(0.0005, 4), (0.003, 1)])
 def test_tokens_of_quick_decodes_go_out_together(decode_s: float, n_apart: int, monkeypatch: pytest.MonkeyPatch):
-    """To wake the event loop for every token took as long as to decode one of a small model."""
+    """To call the event loop for every token took as long as to decode one of a small model."""
     script, sent = Script(), []
     send = EventBridge.send
 
