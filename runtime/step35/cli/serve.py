@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from step35.cli.plan import Size, engine_plan
+from step35.cli.renamed_option import renamed_option
 
 if TYPE_CHECKING:
     from step35.planning.autoplan import EnginePlan
@@ -53,12 +54,13 @@ SERVER_OPTIONS = (
     click.option(
         "--session-size", type=Size(), default="20GiB", show_default=True, help="What they may take together."
     ),
-    click.option(
+    renamed_option(
         "--record",
+        "--trace",
+        "record",
         type=click.Path(path_type=Path, file_okay=False),
         help="Write requests and answers here, texts and all.",
     ),
-    click.option("--trace", type=click.Path(path_type=Path, file_okay=False), hidden=True),
     click.option(
         "--drain",
         "drain_s",
@@ -107,7 +109,6 @@ def _serve(
     session_dir: Path | None,
     session_size: int,
     record: Path | None,
-    trace: Path | None,
     drain_s: float,
     **engine_options: Any,
 ) -> None:
@@ -125,9 +126,6 @@ def _serve(
     if not address.is_loopback and not api_key:
         raise click.UsageError(f"--host {host} lets others in: give --api-key, too")
     _log_to_stderr()
-    if trace is not None:
-        click.echo("step35: --trace is now called --record", err=True)
-        record = record or trace
     for folder in filter(None, (session_dir, record)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener = listen(address)
