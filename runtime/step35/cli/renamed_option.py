@@ -15,7 +15,7 @@ def renamed_option(new: str, old: str, name: str, **settings: Any) -> Decorator:
 
     def take_old(ctx: click.Context, param: click.Parameter, value: object) -> None:
         if value is not None:
-            click.echo(f"step35: {old} is now {new}", err=True)
+            click.echo(f"step35: {old} is now called {new}", err=True)
             ctx.meta[given_before] = value
 
     def take_new(ctx: click.Context, param: click.Parameter, value: object) -> object:

@@ -158,7 +158,7 @@ def read_header(path: Path) -> Header:
     is_trimmed = _check_architecture(metadata)
     paths = (path, *_other_shards(path, metadata.number("split.count", 1, high=MAX_SHARDS)))
     files = [first, *map(read_gguf, paths[1:])]
-    stored = _distinct(path, files)
+    stored = _all_tensors(path, files)
     shape = _shape(metadata, stored)
     _check_heads(path, metadata, shape, stored)
     tensors = tuple(_tensor(path, shape, tensor) for tensor in stored.values())
@@ -196,7 +196,7 @@ def _other_shards(path: Path, n_shards: int) -> list[Path]:
     return [path.with_name(f"{stem}-{i:05}-of-{n_shards:05}.gguf") for i in range(2, n_shards + 1)]
 
 
-def _distinct(path: Path, files: Sequence[GgufFile]) -> dict[str, StoredTensor]:
+def _all_tensors(path: Path, files: Sequence[GgufFile]) -> dict[str, StoredTensor]:
     """Returns the tensors of all shards by name."""
     stored = {tensor.name: tensor for file in files for tensor in file.tensors}
     n_tensors = sum(len(file.tensors) for file in files)
@@ -233,11 +233,16 @@ def with_side(header: Header, side: Header) -> Header:
     """Returns a trunk's header joined with that of an MTP side file, which brings its own embedding and output.
 
     Heads in the trunk's own file then lie idle, as far as llama.cpp loads them. Raises ModelError if the side file has
-    no heads.
+    no heads, or those of another model.
     """
     if not side.shape.n_heads:
         raise ModelError(
             f"no MTP heads: {side.path} expected some, got none; make it with convert-step35 run --mtp only"
+        )
+    if side.shape.n_trunk != header.shape.n_trunk:
+        raise ModelError(
+            f"the MTP file doesn't belong to the model: {side.path} expected {header.shape.n_trunk} layers before its "
+            f"heads as in {header.path}, got {side.shape.n_trunk}; make it from the same checkpoint"
         )
     layers = header.shape.trunk + side.shape.heads
     shape = replace(header.shape, n_heads=side.shape.n_heads, n_head_vocab=side.shape.n_vocab, layers=layers)

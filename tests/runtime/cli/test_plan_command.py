@@ -97,9 +97,9 @@ def test_the_old_spellings_are_taken_with_a_note_and_hidden():
     for command in (["--mtp", heads, trunk], [trunk, "--mtp-file", heads]):
         done = step35("plan", "--machine", "cpu-192", "--ctx", 1024, *command)
         assert "3 MTP heads" in done.stdout, done.stderr
-        assert done.stderr == ("step35: --mtp is now --mtp-file\n" if "--mtp" in command else "")
+        assert done.stderr == ("step35: --mtp is now called --mtp-file\n" if "--mtp" in command else "")
     traced = step35("plan", trunk, "--machine", "cpu-192", "--ctx", 1024, "--trace", "none.json")
-    assert traced.stderr.startswith("step35: --trace is now --routing\nstep35: error: can't read none.json")
+    assert traced.stderr.startswith("step35: --trace is now called --routing\nstep35: error: can't read none.json")
     words = [word for command in ("plan", "generate", "tune") for word in step35(command, "--help").stdout.split()]
     assert {"--mtp-file", "--routing"} <= {*words} and not {"--mtp", "--trace"} & {*words}
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import planned_gguf
 from checkpoints import REAL, TINY, Shape
+from convert_step35.source.mapping import MtpMode
 from dry_run import DryModel, sizes_of
 from fake_native import FakeModel, Script, loader
 from step35.engine.engine import Engine
@@ -216,6 +217,13 @@ def test_shards_are_read_as_one(gguf, tmp_path):
     assert set(header.tensors) == set(whole.tensors)
     assert header.shape == whole.shape
     assert header.digest != whole.digest
+
+
+def test_a_side_file_of_another_model_is_refused(gguf, tmp_path):
+    """Symptom: a traceback, where the plan looks for the place of a layer that the model hasn't."""
+    side = planned_gguf.write(tmp_path / "side.gguf", SLICE, "Q4_K_M", mtp=MtpMode.ONLY)
+    with pytest.raises(ModelError, match=r"the MTP file doesn't belong to the model: .* expected 6 layers .* got 5"):
+        read_model(gguf(TINY, "Q4_K_M"), side)
 
 
 def test_another_models_header_is_refused(tmp_path):
