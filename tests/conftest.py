@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         started = our_backend.start()
         config.stash[_STARTED] = started
-        config.add_cleanup(lambda: (started.terminate(), started.communicate()))
+        config.add_cleanup(lambda: our_backend.stop(started))
 
 
 _STARTED = pytest.StashKey()

@@ -137,6 +137,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_slip_in_the_file_is_named_with_its_place(tmp_path: Path, case: str) -> None:
     change, message = REFUSED[case]

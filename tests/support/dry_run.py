@@ -58,8 +58,9 @@ class DryModel:
         library.start_backend()
         params = C.llama_model_default_params()
         params.no_alloc, params.load_mode, params.load_mtp = True, C.LLAMA_LOAD_MODE_NONE, load_heads
-        self._handle = C.llama_model_load_from_file(str(path).encode(), params)
-        assert self._handle, f"llama.cpp refuses {path}"
+        handle = C.llama_model_load_from_file(str(path).encode(), params)
+        assert handle, f"llama.cpp refuses {path}"
+        self._handle = handle
 
     def __enter__(self) -> "DryModel":
         return self

@@ -24,8 +24,8 @@ N_KEPT = 4
 def start() -> subprocess.Popen[str]:
     """Starts the build, or the look at the one that is there."""
     environment = os.environ | {"XDG_DATA_HOME": str(HOME / "data"), "XDG_CACHE_HOME": str(HOME / "cache")}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes)
+    command = [sys.executable, __file__]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def folder_of(started: subprocess.Popen[str]) -> Path:
@@ -34,6 +34,12 @@ def folder_of(started: subprocess.Popen[str]) -> Path:
     if started.returncode:
         raise RuntimeError(f"the build failed: {err[-2000:]}")
     return Path(out.splitlines()[-1])
+
+
+def stop(started: subprocess.Popen[str]) -> None:
+    """Ends the build, if it still runs; the next one goes on from there."""
+    started.terminate()
+    started.communicate()
 
 
 def main() -> None:

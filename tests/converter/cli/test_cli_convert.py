@@ -167,6 +167,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OPTIONS)
 def test_a_slip_in_an_option_is_one_line(checkpoint: Path, case: str) -> None:
     options, exit_code, message = OPTIONS[case]
@@ -434,6 +435,7 @@ def test_after_two_dashes_debug_is_a_name() -> None:
 # Names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["with spaces", "ünï-チェックポイント", "-dash", "quote'\"$(x)", "[red]markup", "wide\N{IDEOGRAPHIC SPACE}space"],
@@ -536,6 +538,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("real") / "Step-3.5-Flash", REAL, sparse=True, n_shards=44)
 
 
+@pytest.mark.slow
 def test_the_real_plan_fits_80_columns_without_a_folded_row(real: Path) -> None:
     shown = lines(on_terminal("plan", real, "--type", "BF16"))
     assert max(map(len, shown)) <= 80
@@ -543,6 +546,7 @@ def test_the_real_plan_fits_80_columns_without_a_folded_row(real: Path) -> None:
     assert len(rows) == 805 and all(row[-2] in ("BF16", "F32") and row[-1].replace(",", "").isdigit() for row in rows)
 
 
+@pytest.mark.slow
 def test_the_tables_fit_80_columns(checkpoint: Path, made: Path, tmp_path: Path) -> None:
     assert max(map(len, convert_step35("recipes").out.partition("\n\n")[0].splitlines())) <= 80
     for arguments in (
@@ -565,6 +569,7 @@ def test_what_was_made_of_the_real_model_fits_80_columns_whatever_quantized_it()
     assert [len(line.split()) for line in shown.getvalue().splitlines()[1:]] == [9, 8]
 
 
+@pytest.mark.slow
 def test_every_mtp_mode_plans_the_real_model(real: Path) -> None:
     """`--mtp only` asked for the dtype of experts that it had not read."""
     tensors = {
@@ -591,6 +596,7 @@ def interrupted(command: list[Any], partial: Path) -> Done:
     return Done(process.returncode, out, err)
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_the_same_command_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
     command = [*COMMAND, "run", checkpoint, out, "--type", "IQ4_XS", "--threads", "1"]

@@ -93,6 +93,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("header") / "header.gguf"
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(entries(), tensors())
 def test_our_reader_reads_back_what_was_encoded(path: Path, keys: list[Entry], infos: list[TensorInfo]) -> None:

@@ -51,6 +51,7 @@ def run(checkpoint: Path, out: Path, *options: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_each_expert_is_quantized_with_its_own_weights(checkpoint: Path, tmp_path: Path) -> None:
     """Expected bytes: ggml called by hand on the whole expert; expert 5 was never hit and takes neutral weights."""
     counts = np.array([3, 1, 4, 1, 5, 0, 2, 6])
@@ -81,6 +82,7 @@ def test_the_file_says_which_imatrix_made_it(checkpoint: Path, tmp_path: Path) -
     assert any("no entry for" in note for note in json.loads(done.stdout)["notes"])
 
 
+@pytest.mark.slow
 def test_a_low_bit_type_is_made_where_the_imatrix_has_every_tensor(checkpoint: Path, tmp_path: Path) -> None:
     entries = {NAME: (sums(8), np.ones(8))}
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", entries)

@@ -239,6 +239,7 @@ def files(draw: st.DrawFn) -> bytes:
     return packed(metadata, tensors, bytes(offset), alignment=alignment)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=200,
     deadline=None,
@@ -379,6 +380,7 @@ def test_is_refused(reader: LimitedReader, data: bytes, problem: str) -> None:
     assert problem in outcome.message and str(reader.path) in outcome.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bomb",
     [
@@ -430,6 +432,7 @@ def assert_sound(outcome: Outcome, path: Path, llama_cpp_accepts: Callable[[Path
         assert llama_cpp_accepts(path)
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_refused_or_read_as_others_read_it(
     reader: LimitedReader, llama_cpp_accepts: Callable[[Path], bool]
 ) -> None:
@@ -456,6 +459,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated_files())
 def test_any_mutation_is_refused_or_read_as_others_read_it(

@@ -348,6 +348,7 @@ def bare(sound: Path) -> Path:
     return edit_gguf(sound, sound.with_name("bare.gguf"), without=tuple(names))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_mutated_metadata_is_a_clean_error_or_a_verdict(

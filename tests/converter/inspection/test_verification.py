@@ -89,12 +89,14 @@ def test_a_sound_file_is_told_so_with_what_was_checked(checkpoint: Path, made: P
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_name", ["F32", "BF16", "Q4_K_M", "MXFP4_MOE"])
 def test_every_kind_of_type_is_made_again_to_the_byte(checkpoint: Path, tmp_path: Path, type_name: str) -> None:
     out = run(checkpoint, tmp_path / "out.gguf", type_name=type_name)
     assert problems(out, "--against", checkpoint, "--full") == []
 
 
+@pytest.mark.slow
 def test_files_of_parts_are_verified_against_the_whole_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     run(checkpoint, tmp_path / "a.gguf", "--mtp", "separate")
     run(checkpoint, tmp_path / "b.gguf", "--split-max-size", "2MiB")
@@ -144,6 +146,7 @@ def test_full_compares_the_chunks_that_a_sample_skips(checkpoint: Path, copy: Pa
     assert problems(copy, "--against", checkpoint, "--full") == [f"{EXPERTS} is not what the checkpoint gives as Q8_0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
@@ -179,6 +182,7 @@ def test_a_key_that_the_checkpoint_does_not_give_is_a_problem(checkpoint: Path, 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("type_name", "position"), [("Q8_0", 0), ("Q4_K", 0), ("F32", 4)])
 def test_nan_in_a_scale_or_a_value_is_found(checkpoint: Path, tmp_path: Path, type_name: str, position: int) -> None:
     path = run(checkpoint, tmp_path / "out.gguf", type_name=type_name)
@@ -317,6 +321,7 @@ def test_a_file_made_with_an_imatrix_asks_for_it(checkpoint: Path, tmp_path: Pat
     assert problems(out, "--against", checkpoint, "--imatrix", imatrix) == []
 
 
+@pytest.mark.slow
 def test_a_type_that_needs_an_imatrix_is_not_compared_without(checkpoint: Path, tmp_path: Path) -> None:
     """Quantizing to IQ2_XXS without weights aborts the process in ggml."""
     imatrix = write_imatrix(tmp_path / "i.gguf", [EXPERTS])

@@ -43,6 +43,7 @@ def test_planning_the_real_checkpoint_takes_a_moment(tmp_path: Path) -> None:
 
 
 # GiB of the tensor data: AesSedai's published files of these mixes, and the sizes of converter arithmetic.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "gib"),
     [
@@ -65,12 +66,14 @@ def test_recipes_have_the_published_sizes(real: Workspace, recipe: str, gib: flo
     assert len(made.tensors) == 805
 
 
+@pytest.mark.slow
 def test_recipes_are_listed_from_large_to_small(real: Workspace) -> None:
     """--target-size takes the first that fits, so a smaller one must never hide a larger."""
     sizes = [sum(t.n_bytes for t in plan(real, types=name).tensors) for name in list(MODELS.recipes)[:11]]
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.slow
 def test_target_size_counts_the_whole_file(real: Workspace) -> None:
     made = plan(real, types=TargetSize(103 * 2**30))
     assert made.recipe == "MOE_IQ4_XS_MTP_Q6_K" and made.n_bytes <= 103 * 2**30
@@ -78,6 +81,7 @@ def test_target_size_counts_the_whole_file(real: Workspace) -> None:
     assert plan(real, types=TargetSize(103 * 2**30), mtp=MtpMode.DROP).recipe == "MOE_IQ4_XS_Q4_K"
 
 
+@pytest.mark.slow
 def test_a_target_that_nothing_fits_names_the_smallest_recipe(real: Workspace) -> None:
     with pytest.raises(PlanError, match=r"MOE_IQ3_S_IQ4_XS, needs 91\.\d+ GiB, got 50\.00 GiB"):
         plan(real, types=TargetSize(50 * 2**30))
@@ -108,6 +112,7 @@ def test_a_shard_too_small_for_one_tensor_is_refused(real: Workspace) -> None:
         plan(real, types="Q8_0", split_max_bytes=10**8)
 
 
+@pytest.mark.slow
 def test_mtp_modes_divide_the_tensors(real: Workspace) -> None:
     keep, drop = plan(real, types="Q8_0"), plan(real, types="Q8_0", mtp=MtpMode.DROP)
     separate, only = (plan(real, types="Q8_0", mtp=mode) for mode in (MtpMode.SEPARATE, MtpMode.ONLY))

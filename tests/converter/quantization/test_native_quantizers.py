@@ -107,6 +107,7 @@ def importance_of(name: str, rng: np.random.Generator) -> np.ndarray | None:
     return None if weights is None else weights.astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_adversarial_rows_become_libggmls_bytes_at_every_width(kind: GgmlType, importance: str) -> None:
@@ -131,6 +132,7 @@ def cases(draw: st.DrawFn) -> tuple[GgmlType, Rows, Rows | None, int]:
     return kind, rows, draw(st.none() | importance), draw(st.sampled_from(widths()))
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(cases())
 def test_any_finite_rows_become_libggmls_bytes(case: tuple[GgmlType, Rows, Rows | None, int]) -> None:
@@ -223,6 +225,7 @@ def restored_by_libggml(kind: GgmlType, packed: Rows, shape: tuple[int, ...]) ->
     return restored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_bfloat16_rows_become_libggmls_bytes_of_the_same_rows_in_float32(kind: GgmlType, importance: str) -> None:
@@ -381,6 +384,7 @@ def test_the_environment_can_ask_for_nothing_else(fresh_load: None, monkeypatch:
         load_quantizers()
 
 
+@pytest.mark.slow
 def test_report_and_summary_say_what_quantized(tmp_path: Path) -> None:
     """And the file is the same, whatever did."""
     checkpoint = write_checkpoint(tmp_path / "small", replace(TINY, num_hidden_layers=4, num_nextn_predict_layers=0))

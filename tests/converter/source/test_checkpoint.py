@@ -51,6 +51,7 @@ def test_norms_gain_one_in_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values(folder, "output_norm.weight"), raw + np.float32(1))
 
 
+@pytest.mark.slow
 def test_fp8_experts_are_multiplied_by_their_scales(tmp_path: Path) -> None:
     """Expected values come from torch's float8 and a plain repeat of the 128 x 128 blocks."""
     torch = pytest.importorskip("torch")
@@ -68,6 +69,7 @@ def test_fp8_experts_are_multiplied_by_their_scales(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got, weight * blocks[:, :rows, :columns])
 
 
+@pytest.mark.slow
 def test_fp8_without_scales_names_the_missing_one(tmp_path: Path) -> None:
     folder = write_checkpoint(
         tmp_path / "c", fp8_experts=True, without=("model.layers.4.moe.up_proj.weight_scale_inv",), n_shards=1
@@ -108,6 +110,7 @@ def test_no_declared_mtp_layers_are_a_trunk(tmp_path: Path) -> None:
     assert not open_checkpoint(write_checkpoint(tmp_path / "c", NO_MTP)).has_mtp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -214,6 +214,7 @@ def test_is_refused(reader: LimitedReader, data: bytes, problem: str) -> None:
     assert problem in outcome.message and str(reader.path) in outcome.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bomb",
     [
@@ -243,6 +244,7 @@ def test_a_file_cut_anywhere_is_refused(reader: LimitedReader) -> None:
         assert outcome.error, f"accepted {n_bytes} of {len(VALID)} bytes"
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_refused_or_read_as_the_library_does(reader: LimitedReader) -> None:
     for data in flips(VALID, VALID_HEADER_BYTES):
         assert_sound(reader.read(data), data)
@@ -286,6 +288,7 @@ def spliced_files(draw: st.DrawFn) -> bytes:
     return packed(data[8 : 8 + header_bytes], data[8 + header_bytes :]) if draw(st.booleans()) else data
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated_headers() | spliced_files())
 def test_any_mutation_is_refused_or_read_as_the_library_does(reader: LimitedReader, data: bytes) -> None:
@@ -308,6 +311,7 @@ def near_layouts(draw: st.DrawFn) -> bytes:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(near_layouts())
 def test_layouts_are_judged_as_the_library_judges_them(reader: LimitedReader, data: bytes) -> None:

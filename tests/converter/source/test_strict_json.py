@@ -89,6 +89,7 @@ def test_nesting_at_the_limit_is_read() -> None:
     assert parse(b"[" * 64 + b"]" * 64) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bomb",
     [

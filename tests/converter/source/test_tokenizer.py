@@ -491,6 +491,7 @@ def mutations(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     return files["tokenizer"], files["settings"]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(mutations())
 def test_a_mutated_tokenizer_is_a_clean_error_or_a_whole_vocabulary(

@@ -73,12 +73,14 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_output_does_not_depend_on_the_number_of_threads(checkpoint: Path, expected: str, tmp_path: Path) -> None:
     for n_threads in (2, 5):
         run(checkpoint, tmp_path / f"{n_threads}.gguf", n_threads=n_threads)
         assert digest(tmp_path / f"{n_threads}.gguf") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 17, 60])
 def test_an_interrupted_run_goes_on_where_it_stopped(
     checkpoint: Path, expected: str, tmp_path: Path, after: int
@@ -93,6 +95,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf"]
 
 
+@pytest.mark.slow
 def test_a_torn_journal_and_unsynced_data_end_with_the_same_bytes(
     checkpoint: Path, expected: str, tmp_path: Path
 ) -> None:
@@ -113,6 +116,7 @@ def test_a_torn_journal_and_unsynced_data_end_with_the_same_bytes(
         assert digest(out) == expected
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_then_the_same_command_ends_with_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -188,6 +192,7 @@ def test_two_runs_for_one_output_exclude_each_other(checkpoint: Path, tmp_path: 
             drop_journal(tmp_path / "out.gguf.journal")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_refused_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
     """A file size limit stands in for a full disk: both fail when the space is reserved."""
 
@@ -241,6 +246,7 @@ def test_a_disk_that_returns_other_bytes_is_caught_when_a_run_goes_on(
         run(checkpoint, tmp_path / "out.gguf")
 
 
+@pytest.mark.slow
 def test_the_reported_errors_are_those_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
     """Recomputed in float64 from a float32 conversion and gguf-py's own dequantization."""
     f32, q4 = tmp_path / "f32.gguf", tmp_path / "q4.gguf"
@@ -276,6 +282,7 @@ def test_chunks_cover_every_row_once_and_never_cross_an_expert() -> None:
         assert row * shape[-1] == np.prod(shape)
 
 
+@pytest.mark.slow
 def test_private_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     """A gigabyte of expert stacks converts with 320 MB of data segment in all, interpreter and threads included."""
     shape = replace(

@@ -133,6 +133,7 @@ def refused(done: Done, exit_code: int, message: str) -> None:
     ), done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "options"), [("bf16", []), ("heads", ["--mtp", "only"])])
 def test_exact_heads_become_what_the_checkpoint_gives(
     checkpoint: Path, made: dict[str, Path], tmp_path: Path, source: str, options: list[str]
@@ -163,6 +164,7 @@ def test_everything_else_stays_as_it_is(checkpoint: Path, made: dict[str, Path],
     assert after.metadata == before.metadata | keys
 
 
+@pytest.mark.slow
 def test_the_report_tells_the_digests_and_the_errors(made: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     report = convert_step35("mtp", "requantize", made["q8"], out, "--type", "Q4_K", "--json").data
@@ -256,6 +258,7 @@ def test_damage_in_a_head_is_named_and_leaves_nothing(made: dict[str, Path], tmp
     assert left(out.parent) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_refused_and_the_old_file_stays(made: dict[str, Path], tmp_path: Path) -> None:
     """A file size limit stands in for a full disk: both fail when the space is reserved."""
     (tmp_path / "out.gguf").write_text("mine")
@@ -274,6 +277,7 @@ def test_a_full_disk_is_refused_and_the_old_file_stays(made: dict[str, Path], tm
     assert left(tmp_path) == ["out.gguf"] and (tmp_path / "out.gguf").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_runtimes_command_is_the_converters(made: dict[str, Path], tmp_path: Path) -> None:
     """`step35 mtp` only hands over: options, answers and exit codes are those of `convert-step35 mtp`."""
     out = tmp_path / "out.gguf"
@@ -332,6 +336,7 @@ def test_a_failure_in_the_middle_leaves_nothing(made: dict[str, Path], tmp_path:
     assert left(tmp_path) == ["out.gguf"] and (tmp_path / "out.gguf").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_private_memory_does_not_grow_with_the_heads(tmp_path: Path) -> None:
     """A matrix of 340 MB is requantized with 240 MB of data segment in all."""
     shape = replace(

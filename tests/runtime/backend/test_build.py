@@ -196,6 +196,7 @@ def _retried(bench: Path) -> builds.Build:
     raise AssertionError("the compilers of a killed build never ended")
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_compilers_and_what_is_done_stays(bench: Path) -> None:
     with start(bench) as child:
         kept = next(cache_folder().glob("*/build/bin/half.o")).with_name("done.o")

@@ -156,6 +156,7 @@ def test_a_patch_that_is_not_listed_is_refused(patches: Path) -> None:
         read_series(patches)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.data())
 def test_any_edits_go_there_and_back(tmp_path_factory, data) -> None:

@@ -143,6 +143,7 @@ def test_golden(name: str) -> None:
     assert calls(text) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.parametrize("truncated", [False, True])
 def test_every_cut_into_two_says_the_same(name: str, truncated: bool) -> None:
@@ -257,6 +258,7 @@ def test_without_tools_everything_is_text() -> None:
     assert said["content"] == call("write", path="a") and said["calls"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["<", "\n", "<tool_call>", "<function=", "</parameter>", "<tool_call>\n<function=write>\n<parameter=text>\n", " "],

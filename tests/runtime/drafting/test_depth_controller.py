@@ -81,6 +81,7 @@ WORLDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORLDS)
 def test_it_is_never_slower_than_plain_and_close_to_the_best_fixed_depth(name):
     growth, draft, skill = WORLDS[name]

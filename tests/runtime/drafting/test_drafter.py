@@ -206,6 +206,7 @@ def test_a_file_without_heads_runs_plain_and_says_so():
     assert e.notes == ["fake has no MTP heads: running without them"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=2, max_size=4),
@@ -228,6 +229,7 @@ def test_sequences_of_unequal_length_in_one_batch_dont_touch_each_other(lengths,
         assert turn.generated == expected(prompt_of(n), 30)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**64 - 1), temperature=st.floats(0.1, 3), wrong=st.integers(2, 6), flatness=st.floats(0, 2))
 def test_the_same_seed_gives_the_same_text_at_any_depth(seed, temperature, wrong, flatness):

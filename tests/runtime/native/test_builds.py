@@ -118,6 +118,7 @@ def test_a_damaged_manifest_is_one_line(text: str) -> None:
 # as a user meets it
 
 
+@pytest.mark.slow
 def test_the_commands_list_use_and_remove() -> None:
     make()
     assert step35("backend", "use", BUILD.name).returncode == 0
@@ -142,6 +143,7 @@ def refused(*command: str, **environment: str) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_a_chosen_build_that_is_gone_is_one_line(home: Path) -> None:
     home.mkdir(parents=True)
     (home / "chosen").write_text("0.3.36-cpu-gone\n")
@@ -151,6 +153,7 @@ def test_a_chosen_build_that_is_gone_is_one_line(home: Path) -> None:
     assert "gone; step35 backend use stock" in step35("backend", "list").stdout
 
 
+@pytest.mark.slow
 def test_a_chosen_build_that_does_not_load_is_one_line() -> None:
     folder = make()
     (folder / "libllama.so").write_bytes(b"not a library")
@@ -160,6 +163,7 @@ def test_a_chosen_build_that_does_not_load_is_one_line() -> None:
     assert f"step35 backend remove {BUILD.name} and build it again" in said
 
 
+@pytest.mark.slow
 def test_a_variable_that_leads_nowhere_is_one_line(tmp_path: Path) -> None:
     assert f"unset {VARIABLE}" in refused(**{VARIABLE: str(tmp_path)})
 

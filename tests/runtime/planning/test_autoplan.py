@@ -59,6 +59,7 @@ def test_a_small_model_is_planned_without_measuring_and_without_a_word(tiny, dev
     assert not plan.options.overrides
 
 
+@pytest.mark.slow
 def test_a_split_is_planned_with_the_measured_bandwidth_and_said(real):
     box = Box(CARD)
     plan = planned(real, box.sources)
@@ -81,6 +82,7 @@ def test_layers_placed_by_hand_are_left_alone(real):
     assert (options.n_gpu_layers, options.overrides, options.n_batch) == (7, (), 512)
 
 
+@pytest.mark.slow
 def test_a_context_nobody_asked_for_is_shortened_and_one_asked_for_is_refused(real):
     plan = planned(real, Box(available=108).sources, draft="off")
     assert plan.options.n_ctx < DEFAULT_CTX
@@ -90,6 +92,7 @@ def test_a_context_nobody_asked_for_is_shortened_and_one_asked_for_is_refused(re
         planned(real, Box(available=108).sources, draft="off", n_ctx=200_000)
 
 
+@pytest.mark.slow
 def test_a_box_that_is_too_small_says_what_would_fit(real):
     with pytest.raises(DoesNotFit, match="try recipe MOE_"):
         planned(real, Box(available=100).sources)

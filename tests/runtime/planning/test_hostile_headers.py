@@ -234,6 +234,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bomb", "message"), BOMBS.values(), ids=BOMBS)
 def test_a_bomb_is_refused_within_the_limits(reader: LimitedReader, bomb, message) -> None:
     assert_refused(reader.read(bomb()), message)

@@ -119,6 +119,7 @@ def test_more_ram_never_breaks_a_plan(tiny, asked, more):
         assert place(tiny, larger, constraints).fits
 
 
+@pytest.mark.slow
 @LAWS
 @given(ASKED, st.integers(1, 65536))
 def test_a_longer_context_never_needs_less(tiny, asked, more):
@@ -164,6 +165,7 @@ def test_two_gpus_share_the_layers_in_one_cut(real):
     assert abs(layers.count("GPU0") - layers.count("GPU1")) <= 2
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_a_context_and_a_recipe_that_do(real):
     machine, constraints = known_machines()["dgx-spark"], Constraints(n_ctx=262144)
     assert not place(real, machine, constraints).fits
@@ -265,6 +267,7 @@ def test_a_constraint_that_cannot_be_met_is_one_line(tiny, constraints, message)
 # bad plan files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [

@@ -16,6 +16,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
+@pytest.mark.slow
 def test_200_000_draws_follow_the_target_distribution():
     """Chi-square with 15 degrees of freedom; 44.3 is the 1e-4 quantile."""
     logits = np.random.default_rng(0).normal(0, 1.5, 16).astype(np.float32)
@@ -159,6 +160,7 @@ def test_a_wide_nucleus_equals_its_definition(logits, top_p):
     assert set(kept) == _slow_truncate(values, 0, top_p, 0.0) or _is_tie(values, kept)
 
 
+@pytest.mark.slow
 @settings(relaxed, max_examples=50)
 @given(seed=st.integers(0, 1000), top_k=st.integers(0, 300), top_p=st.floats(0.1, 1), spread=st.floats(0.1, 8))
 def test_truncation_of_a_large_vocabulary_equals_its_definition(seed, top_k, top_p, spread):
