@@ -24,10 +24,11 @@ from step35.chat.chat_prompts import chat_prompts
 from step35.chat.sampled_turns import TurnMap
 from step35.chat.stock_chat import stock_chat
 from step35.choices import KV_TYPES
-from step35.engine.decode_loop import Turn, begin, step
+from step35.engine.decode_loop import begin, step
 from step35.engine.detokenize import TextStream
 from step35.engine.engine import Engine
 from step35.engine.session import Snapshot
+from step35.engine.turn import Turn
 from step35.errors import SettingsError
 from step35.native.library import LlamaGrammar, LlamaState, StockLlama
 from step35.options import EngineOptions

@@ -24,7 +24,7 @@ from step35.cli.tune import tune
 from step35.errors import Step35Error
 
 if TYPE_CHECKING:
-    from step35.engine.decode_loop import Stats
+    from step35.engine.turn import Stats
 
 EXAMPLES = """
 \b

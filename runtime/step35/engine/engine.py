@@ -11,12 +11,11 @@ from step35.engine.budget import Budget
 from step35.engine.loading import ON_THIS_BOX, Loading
 from step35.engine.session import Session, n_cells
 from step35.errors import ContextFull, DoesNotFit, ModelError, SettingsError
-from step35.native.interface import ContextInterface, ModelInterface
+from step35.native.interface import ContextInterface, GrammarInterface, ModelInterface
 from step35.options import EngineOptions
 from step35.planning.memory_pressure import Level, Reading
 from step35.planning.model_header import Header, Headers
 from step35.row_counts import head_rows, verify_rows
-from step35.sampling.token_chooser import TokenGrammar
 from step35.sizes import format_size
 
 if TYPE_CHECKING:
@@ -225,7 +224,7 @@ class Engine:
         """MTP heads that draft."""
         return len(self.drafter.heads)
 
-    def open_grammar(self, gbnf: str) -> TokenGrammar:
+    def open_grammar(self, gbnf: str) -> GrammarInterface:
         """Returns a grammar's state at its start; raises SettingsError on text that isn't GBNF."""
         return self.model.open_grammar(gbnf)
 

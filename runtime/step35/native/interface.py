@@ -1,18 +1,29 @@
-"""What the engine and its drafting need of llama.cpp; tests put a fake in its place."""
+"""What the rest of the runtime needs of llama.cpp; tests put a fake in its place."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from step35.native.rows import Rows
 from step35.options import ContextOptions
 
-if TYPE_CHECKING:
-    from step35.native.grammar import Grammar
-
 OnExperts = Callable[[int, np.ndarray], None]
 """Takes a layer and its experts (n_rows, n_expert_used), int32, of one decode."""
+
+
+class GrammarInterface(Protocol):
+    """A grammar's state, as in native.grammar.Grammar: which tokens may come next."""
+
+    def allowed(self, ids: np.ndarray) -> np.ndarray:
+        """Returns which of the token ids (bool, same length) may come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Moves on past a chosen token, which must be allowed."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class ContextInterface(Protocol):
@@ -91,6 +102,6 @@ class ModelInterface(Protocol):
 
     def is_eog(self, token: int) -> bool: ...
 
-    def open_grammar(self, gbnf: str) -> "Grammar": ...
+    def open_grammar(self, gbnf: str) -> GrammarInterface: ...
 
     def all_metadata(self) -> dict[str, str]: ...

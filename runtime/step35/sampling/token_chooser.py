@@ -2,25 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
+from step35.native.interface import GrammarInterface
 from step35.sampling.sampler import Sampling, adjust, choose, log_probabilities
-
-
-class TokenGrammar(Protocol):
-    """What a chooser needs of a grammar's state: which tokens may come next, as in native.grammar.Grammar."""
-
-    def allowed(self, ids: np.ndarray) -> np.ndarray:
-        """Returns which of the token ids (bool, same length) may come next."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """Moves on past a chosen token, which must be allowed."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +25,7 @@ class Chooser:
         self,
         sampling: Sampling,
         *,
-        grammar: TokenGrammar | None = None,
+        grammar: GrammarInterface | None = None,
         n_logprobs: int | None = None,
         process: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
@@ -67,7 +53,7 @@ class Chooser:
             self.logprobs.append(_logprobs(logits, token, self._n_logprobs))
         return token
 
-    def _allowed(self, grammar: TokenGrammar, token: int, logits: np.ndarray, position: int) -> int:
+    def _allowed(self, grammar: GrammarInterface, token: int, logits: np.ndarray, position: int) -> int:
         """Returns the token if the grammar allows it, else the choice among those that it allows.
 
         To ask for one token is cheap; to ask for the whole vocabulary is not, and seldom needed.

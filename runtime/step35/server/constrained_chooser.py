@@ -3,17 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from step35.chat.reasoning_budget import ReasoningWatch
 from step35.markup import THINK, THINK_END, TOOL_CALL
+from step35.native.interface import GrammarInterface
 from step35.sampling.sampler import Sampling, adjust, choose
 from step35.sampling.token_chooser import Chooser, TokenLogprobs
-
-if TYPE_CHECKING:
-    from step35.native.grammar import Grammar
 
 MAX_PERIOD = 128
 MAX_REPEATED = 1024
@@ -23,7 +20,7 @@ MAX_REPEATED = 1024
 class LazyGrammar:
     """A grammar that is in force after its trigger token; before, only the `forbidden` tokens may not come."""
 
-    def __init__(self, grammar: "Grammar", trigger_token: int | None, forbidden: Iterable[int]) -> None:
+    def __init__(self, grammar: GrammarInterface, trigger_token: int | None, forbidden: Iterable[int]) -> None:
         """With `trigger_token` None the grammar is in force from the start."""
         self._grammar = grammar
         self._trigger_token = trigger_token

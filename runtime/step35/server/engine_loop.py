@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from step35.chat.events import ContentDelta
 from step35.chat.prompt_builder import LEAST_CHECKPOINT
-from step35.engine.decode_loop import Turn, step
+from step35.engine.decode_loop import step
+from step35.engine.turn import Turn
 from step35.errors import Cancelled, ContextFull, Step35Error
 from step35.server.cache.session_pool import SessionPool
 from step35.server.errors import BROKEN, UNAVAILABLE, ApiError, api_error

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from step35.chat.answer import Answer
 from step35.chat.prompt_builder import Prompt
-from step35.engine.decode_loop import Turn
+from step35.engine.turn import Turn
 from step35.server.cache.session_pool import SessionSlot
 from step35.server.constrained_chooser import ConstrainedChooser
 from step35.server.event_log import EventLog

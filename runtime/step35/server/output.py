@@ -7,7 +7,7 @@ from typing import Literal
 from step35.chat.events import merged
 from step35.chat.messages import Conversation
 from step35.chat.sampled_turns import KnownTurn, TurnMap, known_turn
-from step35.engine.decode_loop import Stats
+from step35.engine.turn import Stats
 from step35.server.cache.session_pool import SessionPool
 from step35.server.constrained_chooser import is_endless
 from step35.server.errors import BROKEN, ApiError

@@ -20,6 +20,7 @@ from convert_step35.planning.models import load_models
 from convert_step35.writing import trimming
 from convert_step35.writing.rewriting import entries_of, rewrite
 from convert_step35.writing.trimming import TRIMMED_ARCH, nearest_kept
+from real_engine import open_engine
 from step35.cli import cli
 from step35.engine.decode_loop import begin, generate
 from step35.engine.engine import Engine
@@ -79,7 +80,7 @@ def test_a_side_file_gives_the_same_heads_as_the_whole_model(heads: Path, counts
 
 
 def test_counting_takes_the_models_own_tokens(counts: Path) -> None:
-    with Engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
+    with open_engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
         wanted = np.bincount(engine.tokenize(TEXT, add_bos=False), minlength=N_VOCAB)
     got = json.loads(counts.read_text())
     assert got["n_tokens"] == sum(got["counts"]) and len(got["counts"]) == N_VOCAB
@@ -169,7 +170,7 @@ def test_a_kept_token_stands_for_itself_and_any_other_for_its_nearest(n_kept: in
 
 def written(options: EngineOptions, sampling: Sampling) -> tuple[list[int], int]:
     """Returns the tokens that follow a prompt, and how many were drafts."""
-    with Engine(options) as engine, engine.open_session() as session:
+    with open_engine(options) as engine, engine.open_session() as session:
         turn = begin(session, engine.tokenize(TEXT[:600]), Chooser(sampling), 96)
         tokens = list(generate(turn))
         return tokens, turn.stats.n_accepted

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from real_engine import open_engine
 from step35.chat.dialogue import Dialogue, Reply
 from step35.chat.messages import Message
 from step35.chat.session_file import read_session, write_session
@@ -20,7 +21,9 @@ QUESTIONS = ("Hello!", "What is the capital of France?", "Write a Python functio
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine(EngineOptions(tiny_gguf(), draft="2", n_ctx=2048, n_batch=64, n_threads=1, n_sessions=2)) as engine:
+    with open_engine(
+        EngineOptions(tiny_gguf(), draft="2", n_ctx=2048, n_batch=64, n_threads=1, n_sessions=2)
+    ) as engine:
         yield engine
 
 

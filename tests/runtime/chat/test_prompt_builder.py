@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import checkpoints
+from real_engine import open_engine
 from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.chat.prompt_builder import Prompt, PromptBuilder, TokenCache
 from step35.chat.sampled_turns import KnownTurn, TurnMap, known_turn
 from step35.chat.template import ChatTemplate
-from step35.engine.engine import Engine
 from step35.engine.prefix import common_prefix
 from step35.native.long_runs import cut_long_runs
 from step35.options import EngineOptions
@@ -201,7 +201,7 @@ def test_a_history_is_tokenized_once():
 def test_the_models_own_tokens_are_the_same_message_by_message():
     contents = ("Be brief. ☃\n\n", "<|im_start|>Hi  <think>", "x" * 300, " \n\n a\n")
     text = TEMPLATE.render(Conversation(tuple(map(user, contents))))
-    with Engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
+    with open_engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=64, n_threads=1)) as engine:
         whole = partial(engine.tokenize, add_bos=False)
         assert TokenCache(whole)(text) == whole(text)
 

@@ -22,7 +22,8 @@ from checkpoints import BUNDLED
 from real_engine import open_engine
 from reference.checkpoint import load_checkpoint
 from reference.model import MoE, Step35
-from step35.engine.decode_loop import Turn, begin, step
+from step35.engine.decode_loop import begin, step
+from step35.engine.turn import Turn
 from step35.options import EngineOptions
 from step35.sampling.sampler import Sampling, gumbel, truncate
 from step35.sampling.token_chooser import Chooser

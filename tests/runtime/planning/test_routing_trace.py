@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from real_engine import open_engine
 from step35.cli.trace import record
-from step35.engine.engine import Engine
 from step35.errors import SettingsError
 from step35.options import EngineOptions
 from step35.planning.machine import known_machines
@@ -73,7 +73,7 @@ def test_nothing_traced_is_refused():
 
 def test_a_traced_run_counts_every_token_in_every_moe_layer_and_changes_nothing():
     header = read_header(tiny_gguf())
-    with Engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=256, n_batch=32, n_threads=1)) as engine:
+    with open_engine(EngineOptions(tiny_gguf(), draft="off", n_ctx=256, n_batch=32, n_threads=1)) as engine:
         tokens = engine.tokenize(TEXT)[:100]
         once, twice = record(engine, [tokens, tokens])
     assert sorted(once) == [i for i, layer in enumerate(header.shape.trunk) if layer.is_moe]

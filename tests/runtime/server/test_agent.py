@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from narrowed import present
+from real_engine import open_engine
 from server_fakes import GREEDY, events_of, serve
 from step35.chat.messages import Conversation, Message, Tool, ToolCall
 from step35.chat.prompt_builder import Prompt
-from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.server import run_start
 from step35.server.api.collected import collect
@@ -64,7 +64,7 @@ class Played:
 def tiny_service(session_dir: Path | None = None, **options) -> Service:
     defaults = {"draft": "off", "n_ctx": 12288, "n_batch": 128, "n_sessions": 3, "n_threads": 1, "kv_type": "f32"}
     engine_options = EngineOptions(tiny_gguf("F32"), **defaults | options)
-    return Service(Serving("tiny", Limits(2, 8), session_dir), lambda: Engine(engine_options))
+    return Service(Serving("tiny", Limits(2, 8), session_dir), lambda: open_engine(engine_options))
 
 
 async def ask_model(service: Service, prompt, name: str = "r") -> Played:

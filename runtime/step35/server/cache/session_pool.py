@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from step35.chat.prompt_builder import Prompt
 from step35.chat.sampled_turns import KnownTurn
-from step35.engine.decode_loop import Turn
 from step35.engine.engine import Engine
 from step35.engine.prefix import Cached, common_prefix, plan_sync
 from step35.engine.session import Session, n_cells
+from step35.engine.turn import Turn
 from step35.errors import DoesNotFit, NativeError, SettingsError
 from step35.server.cache.session_disk import SessionDisk
 from step35.server.cache.slots import MIN_FORK, Choice, SlotView, choose_slot, eviction_order, why_broken

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from narrowed import present
+from real_engine import open_engine
 from server_fakes import answer, serve
 from step35.chat.collected import Collected
-from step35.engine.engine import Engine
 from step35.options import EngineOptions
 from step35.server.api import chat_completions
 from step35.server.api.collected import collect
@@ -54,7 +54,7 @@ def answers(draft: str) -> tuple[dict[str, Collected], int]:
 
     ticks = count()  # every decode takes as long: what is drafted doesn't depend on the machine, and is much
     return serve(
-        Service(Serving("tiny", Limits(1, 8)), lambda: Engine(options, clock=lambda: float(next(ticks)))), talk
+        Service(Serving("tiny", Limits(1, 8)), lambda: open_engine(options, clock=lambda: float(next(ticks)))), talk
     )
 
 
