@@ -1,4 +1,4 @@
-"""Plays with sequences that share a cache; prints, as JSON, what came of it. Run by test_backend_real, with each backend.
+"""Plays with sequences that share a cache; prints, as JSON, what came of it. Run by test_real_build, with each backend.
 
 `logits`: of the last row of each decode, with flash attention and without. `cells`: how many cells of a layer with full
 attention each decode looked at.

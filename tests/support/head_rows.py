@@ -1,4 +1,4 @@
-"""Prints, as JSON, what the first head of the tiny model returns for four rows: run with each backend, see test_backend_real.
+"""Prints, as JSON, what the first head of the tiny model returns for four rows: run with each backend, see test_real_build.
 
 For each number of output rows: the hidden states that come back, and the last row's best tokens.
 """

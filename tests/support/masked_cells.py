@@ -1,6 +1,6 @@
 """Prints, as JSON, the CPU seconds of a decode of two sequences, side by side and with a third one's cells between.
 
-A program of test_backend_real, run with each backend.
+A program of test_real_build, run with each backend.
 """
 
 import json

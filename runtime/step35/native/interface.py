@@ -1,4 +1,4 @@
-"""What the rest of the runtime needs of llama.cpp. This folder has the real classes; tests put fakes in their place."""
+"""What the rest of the runtime needs of llama.cpp; tests put a fake in its place."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -13,7 +13,7 @@ OnExperts = Callable[[int, np.ndarray], None]
 
 
 class GrammarInterface(Protocol):
-    """A grammar's state, as grammar.Grammar: which tokens may come next."""
+    """A grammar's state, as in native.grammar.Grammar: which tokens may come next."""
 
     def allowed(self, ids: np.ndarray) -> np.ndarray:
         """Returns which of the token ids (bool, same length) may come next."""
