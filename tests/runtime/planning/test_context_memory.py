@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import planned_gguf
 from checkpoints import REAL, TINY, Shape
-from convert_step35.source.mapping import MtpMode
+from convert_step35.planning.plan import MtpMode
 from dry_run import DryModel, sizes_of
 from fake_native import FakeModel, Script, loader
 from step35.engine.engine import Engine
