@@ -75,7 +75,7 @@ def _data(tensor: PlannedTensor, generated: dict[Kind, np.ndarray]) -> Iterator[
 
 
 def _matrix(tensor: PlannedTensor, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    pool = _pool(tensor.kind, tensor.mapped.row_size)
+    pool = _pool(tensor.ggml_type, tensor.mapped.row_size)
     n_left = tensor.n_bytes // pool.shape[1]
     while n_left:
         n = min(n_left, CHUNK_BLOCKS)

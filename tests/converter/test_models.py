@@ -15,7 +15,7 @@ from checkpoints import REAL, config, tensor_shapes
 from convert_step35.errors import ConvertError
 from convert_step35.models import Models, load_models, models_path
 from convert_step35.planning.presets import PRESETS
-from convert_step35.planning.recipes import choose_types, ggml_type
+from convert_step35.planning.recipes import choose_types, parse_ggml_type
 from convert_step35.source.architecture import read_architecture
 from convert_step35.source.mapping import map_tensors
 
@@ -32,7 +32,7 @@ def test_it_is_found_at_the_root_of_the_checkout() -> None:
 def test_every_type_of_a_recipe_exists(models: Models) -> None:
     for recipe in models.recipes.values():
         for name in (recipe.experts_gate_up, recipe.experts_down, recipe.rest, recipe.mtp):
-            assert ggml_type(name).name == name, recipe.name
+            assert parse_ggml_type(name).name == name, recipe.name
 
 
 def test_recipes_are_ordered_by_size_and_none_hides_a_preset(models: Models) -> None:

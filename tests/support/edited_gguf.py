@@ -32,7 +32,8 @@ def edit_gguf(
     kept = [tensor for tensor in file.tensors.values() if not any(_matches(tensor.name, mark) for mark in without)]
     new_shapes = {tensor.name: tensor.shape for tensor in kept} | dict(shapes)
     new_types = {name: tensor.ggml_type for name, tensor in file.tensors.items()} | dict(types)
-    infos, offset = [], 0
+    infos: list[TensorInfo] = []
+    offset = 0
     for name, shape in new_shapes.items():
         infos.append(TensorInfo(name, new_types.get(name, GGMLQuantizationType.F32), shape, offset))
         offset += padded(_n_bytes(infos[-1]))
@@ -50,7 +51,7 @@ def _matches(name: str, mark: str) -> bool:
 
 
 def _n_bytes(info: TensorInfo) -> int:
-    n_per_block, block_bytes = GGML_QUANT_SIZES[info.kind]
+    n_per_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
     return math.prod(info.shape) // n_per_block * block_bytes
 
 

@@ -12,7 +12,7 @@ from convert_step35.cli.console import PATH
 from convert_step35.cli.workspace import Workspace, open_workspace
 from convert_step35.models import load_models
 from convert_step35.planning.plan import ConversionOptions, MtpMode, Plan, TargetSize
-from convert_step35.planning.recipes import ggml_type, parse_override
+from convert_step35.planning.recipes import parse_ggml_type, parse_override
 from convert_step35.sizes import parse_size
 
 _DEFAULT_TYPE = "Q8_0"
@@ -37,7 +37,7 @@ class GivenOptions:
             types=self._types(),
             overrides=tuple(parse_override(text) for text in self.overrides),
             mtp=MtpMode(self.mtp),
-            mtp_type=ggml_type(self.mtp_type) if self.mtp_type is not None else None,
+            mtp_type=parse_ggml_type(self.mtp_type) if self.mtp_type is not None else None,
             split_max_bytes=parse_size(self.split_max_size) if self.split_max_size is not None else None,
         )
 

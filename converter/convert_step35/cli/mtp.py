@@ -21,7 +21,7 @@ from convert_step35.cli.progress import bytes_bar
 from convert_step35.cli.tables import heads_summary
 from convert_step35.errors import OptionError, OutputError
 from convert_step35.gguf.model import GgufModel
-from convert_step35.planning.recipes import ggml_type
+from convert_step35.planning.recipes import parse_ggml_type
 from convert_step35.quantization.quantizers import load_quantizers
 from convert_step35.sizes import format_size
 from convert_step35.writing.output import write_atomically
@@ -52,7 +52,7 @@ def requantize(file: Path, out: Path, type_name: str, overwrite: bool, threads: 
 
     FILE is a model with heads in it or a side file of heads. All other tensors are copied byte for byte.
     """
-    kind = ggml_type(type_name)
+    kind = parse_ggml_type(type_name)
     plan = plan_heads(file, kind)
     _refuse_existing(plan.model, output_path(out), overwrite)
     report = _requantize(plan, out, kind, threads or cores())

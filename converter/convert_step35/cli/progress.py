@@ -62,7 +62,8 @@ def _bar(what: str, *, total: float, total_bytes: int) -> Iterator[tuple[Progres
 def progress_bar(plan: Plan) -> Iterator[Callable[[PlannedTensor, Chunk], None]]:
     """Show a bar on stderr where that is a terminal; yields what to call for each finished chunk."""
     total = sum(
-        cost(t.kind, t.mapped.row_size * t.n_bytes // row_bytes(t.kind, t.mapped.row_size)) for t in plan.tensors
+        cost(t.ggml_type, t.mapped.row_size * t.n_bytes // row_bytes(t.ggml_type, t.mapped.row_size))
+        for t in plan.tensors
     )
     with _bar("converting", total=total, total_bytes=plan.n_bytes) as (bar, task):
         lock = Lock()
@@ -71,10 +72,10 @@ def progress_bar(plan: Plan) -> Iterator[Callable[[PlannedTensor, Chunk], None]]
             # Without a terminal nothing is shown, and the threads skip the lock.
             if bar.disable:
                 return
-            n_bytes = chunk.n_rows * row_bytes(tensor.kind, tensor.mapped.row_size)
+            n_bytes = chunk.n_rows * row_bytes(tensor.ggml_type, tensor.mapped.row_size)
             # Several threads report at once, and none may overwrite what another added.
             with lock:
                 done = bar.tasks[0].fields["done_bytes"] + n_bytes
-                bar.update(task, advance=cost(tensor.kind, chunk.n_rows * tensor.mapped.row_size), done_bytes=done)
+                bar.update(task, advance=cost(tensor.ggml_type, chunk.n_rows * tensor.mapped.row_size), done_bytes=done)
 
         yield advance

@@ -87,7 +87,7 @@ def _convert(workspace: Workspace, made: Plan, out: Path, n_threads: int) -> dic
         write_atomically(report_path(out), to_json(build_report(made, results, prints)))
 
     unfinished = ["going on with an unfinished conversion"] if journal_path(out).exists() else []
-    quantizers.prepare({tensor.kind for tensor in made.tensors})
+    quantizers.prepare({tensor.ggml_type for tensor in made.tensors})
     print_notes(*made.notes, *quantizers.notes, *unfinished)
     try:
         with progress_bar(made) as on_progress:

@@ -46,7 +46,7 @@ def plan_table(plan: Plan) -> Table:
     table = _table("tensor", "shape", "type", "bytes", right=("bytes",))
     for tensor in plan.tensors:
         shape = " x ".join(str(n) for n in tensor.mapped.shape)
-        table.add_row(tensor.mapped.name, shape, tensor.kind.name, f"{tensor.n_bytes:,}")
+        table.add_row(tensor.mapped.name, shape, tensor.ggml_type.name, f"{tensor.n_bytes:,}")
     return table
 
 

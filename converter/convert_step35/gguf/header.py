@@ -21,10 +21,10 @@ _PACK = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One metadata key. For an array `kind` is the type of its items and `value` a tuple."""
+    """One metadata key. For an array `value_type` is the type of its items and `value` a tuple."""
 
     key: str
-    kind: V
+    value_type: V
     value: Any
 
     @property
@@ -37,7 +37,7 @@ class TensorInfo:
     """One tensor of a header: `shape` outermost first, `offset` in bytes from the start of the data."""
 
     name: str
-    kind: GgmlType
+    ggml_type: GgmlType
     shape: tuple[int, ...]
     offset: int
 
@@ -58,9 +58,9 @@ def encode_header(entries: Sequence[Entry], tensors: Sequence[TensorInfo], align
 
 def _typed(entry: Entry) -> bytes:
     if entry.is_array:
-        items = b"".join(_value(entry.kind, item) for item in entry.value)
-        return struct.pack("<IIQ", V.ARRAY, entry.kind, len(entry.value)) + items
-    return struct.pack("<I", entry.kind) + _value(entry.kind, entry.value)
+        items = b"".join(_value(entry.value_type, item) for item in entry.value)
+        return struct.pack("<IIQ", V.ARRAY, entry.value_type, len(entry.value)) + items
+    return struct.pack("<I", entry.value_type) + _value(entry.value_type, entry.value)
 
 
 def _value(kind: V, value: Any) -> bytes:
@@ -75,5 +75,5 @@ def _string(text: str) -> bytes:
 def _tensor(tensor: TensorInfo) -> bytes:
     n_dims = len(tensor.shape)
     return _string(tensor.name) + struct.pack(
-        f"<I{n_dims}QIQ", n_dims, *reversed(tensor.shape), tensor.kind, tensor.offset
+        f"<I{n_dims}QIQ", n_dims, *reversed(tensor.shape), tensor.ggml_type, tensor.offset
     )

@@ -47,7 +47,7 @@ class PlannedTensor:
     """One tensor of one file; `offset` counts from the start of the file."""
 
     mapped: MappedTensor
-    kind: GgmlType
+    ggml_type: GgmlType
     offset: int
     n_bytes: int
 
@@ -284,13 +284,14 @@ def _split_entries(i: int, n: int, n_tensors: int) -> tuple[Entry, ...]:
 
 
 def _file(path: Path, entries: Sequence[Entry], tensors: Sequence[MappedTensor], choice: TypeChoice) -> PlannedFile:
-    infos, offset = [], 0
+    infos: list[TensorInfo] = []
+    offset = 0
     for tensor in tensors:
         infos.append(TensorInfo(tensor.name, choice.types[tensor.name], tensor.shape, offset))
         offset += padded(tensor_bytes(tensor, choice.types[tensor.name]))
     header = encode_header(entries, infos)
     planned = tuple(
-        PlannedTensor(tensor, info.kind, len(header) + info.offset, tensor_bytes(tensor, info.kind))
+        PlannedTensor(tensor, info.ggml_type, len(header) + info.offset, tensor_bytes(tensor, info.ggml_type))
         for tensor, info in zip(tensors, infos, strict=True)
     )
     return PlannedFile(path, header, planned, len(header) + offset)

@@ -33,11 +33,11 @@ class Override:
     """`REGEX=TYPE`: the type of every matrix whose GGUF name the expression is found in; the first match wins."""
 
     pattern: re.Pattern[str]
-    kind: GgmlType
+    ggml_type: GgmlType
 
     @property
     def text(self) -> str:
-        return f"{self.pattern.pattern}={self.kind.name}"
+        return f"{self.pattern.pattern}={self.ggml_type.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +55,12 @@ def parse_override(text: str) -> Override:
     if not separator or not pattern:
         raise OptionError(f"bad --tensor-type: expected REGEX=TYPE, got {quoted(text)}")
     try:
-        return Override(re.compile(pattern), ggml_type(name))
+        return Override(re.compile(pattern), parse_ggml_type(name))
     except (re.error, RecursionError, OverflowError) as exc:
         raise OptionError(f"bad --tensor-type: {quoted(pattern)} is no regular expression: {exc}") from exc
 
 
-def ggml_type(name: str) -> GgmlType:
+def parse_ggml_type(name: str) -> GgmlType:
     """A ggml type by its name in any case; OptionError lists those that can be made."""
     found = next((kind for kind in QUANTIZABLE if kind.name == name.upper()), None)
     if found is None:
@@ -95,7 +95,7 @@ def choose_types(
     if wanted in recipes:
         rule = _recipe_rule(recipes[wanted])
     elif wanted in {kind.name for kind in QUANTIZABLE}:
-        kind = ggml_type(wanted)
+        kind = parse_ggml_type(wanted)
         rule = _same_for_all(kind)
     else:
         raise _unknown_type(name, [*PRESETS, *recipes, *(k.name for k in QUANTIZABLE)])
@@ -176,7 +176,7 @@ def _facts(arch: Architecture, tensors: Sequence[MappedTensor], has_imatrix: boo
 
 def _manual(overrides: Sequence[Override], by_name: dict[str, GgmlType]) -> Callable[[str], GgmlType | None]:
     def forced(name: str) -> GgmlType | None:
-        return next((o.kind for o in overrides if o.pattern.search(name)), by_name.get(name))
+        return next((o.ggml_type for o in overrides if o.pattern.search(name)), by_name.get(name))
 
     return forced
 
@@ -187,7 +187,7 @@ def _same_for_all(kind: GgmlType) -> Callable[[MappedTensor], GgmlType]:
 
 def _recipe_rule(recipe: Recipe) -> Callable[[MappedTensor], GgmlType]:
     gate_up, down, rest, mtp = (
-        ggml_type(t) for t in (recipe.experts_gate_up, recipe.experts_down, recipe.rest, recipe.mtp)
+        parse_ggml_type(t) for t in (recipe.experts_gate_up, recipe.experts_down, recipe.rest, recipe.mtp)
     )
 
     def rule(tensor: MappedTensor) -> GgmlType:

@@ -67,7 +67,7 @@ def convert(
     An interrupt or an error of the machine leaves the partial files and the journal, and the same call resumes
     there; a checkpoint that can't be converted leaves nothing.
     """
-    tools.quantizers.prepare({tensor.kind for tensor in plan.tensors})
+    tools.quantizers.prepare({tensor.ggml_type for tensor in plan.tensors})
     with Journal(journal_path, fingerprint) as journal:
         try:
             results = _write(plan, journal, tools, before_publish)
@@ -211,13 +211,13 @@ class _Conversion:
         """Quantize a chunk and measure what that did to it; its bytes are in `buffers` after that."""
         planned, quantizers = self._tensors[index], self._tools.quantizers
         importance = self._importance(planned.mapped, chunk)
-        sums = quantizers.pack(planned.kind, weights, buffers.packed, importance, buffers.scratch)
+        sums = quantizers.pack(planned.ggml_type, weights, buffers.packed, importance, buffers.scratch)
         if sums is None:
             wide = buffers.scratch[0, : weights.size].reshape(weights.shape)
             raise non_finite(quantizers.widened(weights, wide), planned.mapped)
-        packed = buffers.packed[: chunk.n_rows * row_bytes(planned.kind, planned.mapped.row_size)]
+        packed = buffers.packed[: chunk.n_rows * row_bytes(planned.ggml_type, planned.mapped.row_size)]
         # A scale that is NaN or infinite makes the sum so; so do squares of huge weights.
-        if not math.isfinite(sums.squared_error) and not quantizers.ggml.is_valid(planned.kind, packed):
+        if not math.isfinite(sums.squared_error) and not quantizers.ggml.is_valid(planned.ggml_type, packed):
             raise _bad_scale(planned)
         return packed, sums
 
@@ -254,7 +254,7 @@ class _Conversion:
         if digest is None:
             return
         errors = tensor_errors(planned.mapped, [records[i].errors for i in sorted(records)])
-        quantizer = self._tools.quantizers.name(planned.kind)
+        quantizer = self._tools.quantizers.name(planned.ggml_type)
         self._results[index] = TensorResult(planned, digest, errors, quantizer)
 
     def _digest_of_file(self, index: int, buffers: _Buffers) -> str | None:
@@ -269,7 +269,7 @@ class _Conversion:
     def _checked(self, index: int, chunk: Chunk, buffers: _Buffers) -> np.ndarray:
         """The chunk's bytes as the file has them; a chunk that an earlier run left damaged is converted again."""
         planned = self._tensors[index]
-        data = buffers.packed[: chunk.n_rows * row_bytes(planned.kind, planned.mapped.row_size)]
+        data = buffers.packed[: chunk.n_rows * row_bytes(planned.ggml_type, planned.mapped.row_size)]
         self._output.read(index, data, _offset(planned, chunk))
         if zlib.crc32(data.data) == self._records[index][chunk.index].crc:
             return data
@@ -316,10 +316,10 @@ def _largest_chunk(tensors: Sequence[PlannedTensor]) -> int:
 
 def _bad_scale(planned: PlannedTensor) -> CheckpointError:
     return CheckpointError(
-        f"quantization failed: {planned.mapped.name} as {planned.kind.name} has a scale that is NaN or infinite; "
+        f"quantization failed: {planned.mapped.name} as {planned.ggml_type.name} has a scale that is NaN or infinite; "
         "choose another type for it with --tensor-type"
     )
 
 
 def _offset(planned: PlannedTensor, chunk: Chunk) -> int:
-    return planned.offset + chunk.first_row * row_bytes(planned.kind, planned.mapped.row_size)
+    return planned.offset + chunk.first_row * row_bytes(planned.ggml_type, planned.mapped.row_size)

@@ -29,7 +29,7 @@ def build_report(plan: Plan, results: Sequence[TensorResult], fingerprint: dict[
         "notes": list(plan.notes),
         "files": [{"name": file.path.name, "bytes": file.n_bytes, "tensors": len(file.tensors)} for file in plan.files],
         "totals": totals(plan),
-        "quantizers": {result.tensor.kind.name: result.quantizer for result in results},
+        "quantizers": {result.tensor.ggml_type.name: result.quantizer for result in results},
         "tensors": [{**entry, **_measured(result)} for entry, result in zip(plan_entries(plan), results, strict=True)],
     }
 
@@ -63,7 +63,7 @@ def _written(out: Path, tensor: Written, was: GgufTensor | None, errors: TensorE
     entry = {
         "file": out.name,
         "name": tensor.name,
-        "type": tensor.kind.name,
+        "type": tensor.ggml_type.name,
         "shape": list(tensor.shape),
         "offset": tensor.offset,
         "n_bytes": tensor.n_bytes,
@@ -78,7 +78,7 @@ def totals(plan: Plan) -> dict[str, Any]:
     """Weights, bytes, bits a weight, and bytes by type."""
     by_type: dict[str, int] = {}
     for tensor in plan.tensors:
-        by_type[tensor.kind.name] = by_type.get(tensor.kind.name, 0) + tensor.n_bytes
+        by_type[tensor.ggml_type.name] = by_type.get(tensor.ggml_type.name, 0) + tensor.n_bytes
     n_data = sum(by_type.values())
     return {
         "tensors": len(plan.tensors),
@@ -98,7 +98,7 @@ def tensor_entry(tensor: PlannedTensor) -> dict[str, Any]:
     return {
         "name": tensor.mapped.name,
         "source": tensor.mapped.source,
-        "type": tensor.kind.name,
+        "type": tensor.ggml_type.name,
         "shape": list(tensor.mapped.shape),
         "offset": tensor.offset,
         "n_bytes": tensor.n_bytes,

@@ -38,11 +38,11 @@ class Change:
 
     mapped: MappedTensor
     stored: GgufTensor
-    kind: GgmlType
+    ggml_type: GgmlType
 
     @property
     def n_bytes(self) -> int:
-        return tensor_bytes(self.mapped, self.kind)
+        return tensor_bytes(self.mapped, self.ggml_type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def requantize(
     plan: HeadsPlan, out: Path, kind: GgmlType, quantizers: Quantizers, n_threads: int, on_bytes: Callable[[int], None]
 ) -> Requantized:
     """Write the file with its heads quantized again; PlanError or GgufError leave nothing behind."""
-    quantizers.prepare({c.kind for c in plan.changes} | {c.stored.ggml_type for c in plan.changes})
+    quantizers.prepare({c.ggml_type for c in plan.changes} | {c.stored.ggml_type for c in plan.changes})
     errors: dict[str, TensorErrors] = {}
     made = {c.stored.name: _made(c, plan.model.path, quantizers, n_threads, errors) for c in plan.changes}
     tensors = [made.get(name, tensor) for name, tensor in plan.model.tensors.items()]
@@ -125,7 +125,7 @@ def open_heads(path: Path) -> tuple[GgufModel, list[MappedTensor]]:
 
 
 def _check(change: Change, path: Path) -> None:
-    name, kind = change.mapped.name, change.kind
+    name, kind = change.mapped.name, change.ggml_type
     if change.stored.ggml_type not in QUANTIZABLE:
         raise GgufError(
             f"{path}: {name} has the type {change.stored.ggml_type.name}, which can't be read back; convert it again"
@@ -147,7 +147,7 @@ def _notes(changes: Sequence[Change]) -> Iterator[str]:
             " from the checkpoint (run --mtp only --mtp-type)"
         )
         if sum(c.n_bytes for c in changes) > sum(c.stored.n_bytes for c in changes):
-            yield f"{changes[0].kind.name} takes more room than that, and brings back nothing of what was lost"
+            yield f"{changes[0].ggml_type.name} takes more room than that, and brings back nothing of what was lost"
 
 
 def _entries(plan: HeadsPlan, kind: GgmlType) -> list[Entry]:
@@ -159,7 +159,7 @@ def _entries(plan: HeadsPlan, kind: GgmlType) -> list[Entry]:
 
 
 def _with_new_type(entry: Entry, kind: GgmlType) -> Entry:
-    if entry.key != RECIPE_KEY or entry.kind is not V.STRING:
+    if entry.key != RECIPE_KEY or entry.value_type is not V.STRING:
         return entry
     words = [word for word in entry.value.split() if not word.startswith(MTP_OPTION)]
     return replace(entry, value=" ".join([*words, mtp_text(kind)]))
@@ -177,7 +177,7 @@ def _made(change: Change, path: Path, quantizers: Quantizers, n_threads: int, er
                     yield packed
         errors[change.mapped.name] = tensor_errors(change.mapped, sums)
 
-    return Made(change.mapped.name, change.kind, change.mapped.shape, change.n_bytes, pieces)
+    return Made(change.mapped.name, change.ggml_type, change.mapped.shape, change.n_bytes, pieces)
 
 
 def _convert(
@@ -190,8 +190,8 @@ def _convert(
     scratch = np.empty((2, chunk.n_rows * columns), np.float32)
     rows = scratch[0].reshape(chunk.n_rows, columns)
     quantizers.dequantize(stored.ggml_type, data, rows)
-    packed = np.empty(chunk.n_rows * row_bytes(change.kind, columns), np.uint8)
-    sums = quantizers.pack(change.kind, rows, packed, None, scratch)
+    packed = np.empty(chunk.n_rows * row_bytes(change.ggml_type, columns), np.uint8)
+    sums = quantizers.pack(change.ggml_type, rows, packed, None, scratch)
     if sums is None:
         raise GgufError(f"damaged GGUF file: {path}: {stored.name} holds NaN or infinity; convert it again")
     return packed, sums

@@ -27,7 +27,7 @@ class Made:
     """A tensor with data of its own: `pieces` yields its bytes in order, `n_bytes` in all, as uint8 arrays."""
 
     name: str
-    kind: GgmlType
+    ggml_type: GgmlType
     shape: tuple[int, ...]
     n_bytes: int
     pieces: Callable[[], Iterator[np.ndarray]]
@@ -38,7 +38,7 @@ class Written:
     """A tensor of the new file; `offset` counts from the start of the file."""
 
     name: str
-    kind: GgmlType
+    ggml_type: GgmlType
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
@@ -74,7 +74,7 @@ def rewrite(
             pieces = tensor.pieces() if isinstance(tensor, Made) else _copied(tensor, source.homes[tensor.name])
             offset = len(header) + info.offset
             digest = _write(target, pieces, offset, tensor.n_bytes, on_bytes)
-            written.append(Written(info.name, info.kind, info.shape, offset, tensor.n_bytes, digest))
+            written.append(Written(info.name, info.ggml_type, info.shape, offset, tensor.n_bytes, digest))
     return written
 
 
@@ -86,10 +86,10 @@ def _entry(file: GgufFile, key: str) -> Entry:
 
 def _placed(tensors: Sequence[GgufTensor | Made], alignment: int) -> tuple[list[TensorInfo], int]:
     """The infos with their final offsets, and the bytes of all data."""
-    infos, offset = [], 0
+    infos: list[TensorInfo] = []
+    offset = 0
     for tensor in tensors:
-        kind = tensor.kind if isinstance(tensor, Made) else tensor.ggml_type
-        infos.append(TensorInfo(tensor.name, kind, tensor.shape, offset))
+        infos.append(TensorInfo(tensor.name, tensor.ggml_type, tensor.shape, offset))
         offset += padded(tensor.n_bytes, alignment)
     return infos, offset
 

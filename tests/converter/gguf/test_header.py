@@ -78,7 +78,7 @@ def data_bytes(infos: list[TensorInfo]) -> int:
 
 
 def n_bytes(info: TensorInfo) -> int:
-    n_per_block, block_bytes = GGML_QUANT_SIZES[info.kind]
+    n_per_block, block_bytes = GGML_QUANT_SIZES[info.ggml_type]
     return math.prod(info.shape) // n_per_block * block_bytes
 
 
@@ -104,10 +104,10 @@ def test_our_reader_reads_back_what_was_encoded(path: Path, keys: list[Entry], i
     assert file.metadata.keys() == {key.key for key in keys}
     for key in keys:
         assert same(file.metadata[key.key], key.value)
-        assert file.value_types[key.key] == ((V.ARRAY, key.kind) if key.is_array else (key.kind, None))
+        assert file.value_types[key.key] == ((V.ARRAY, key.value_type) if key.is_array else (key.value_type, None))
     assert len(header) % ALIGNMENT == 0 and (not infos or file.data_offset == len(header))
     assert [(t.name, t.ggml_type, t.shape, t.offset - len(header), t.n_bytes) for t in file.tensors.values()] == [
-        (info.name, info.kind, info.shape, info.offset, n_bytes(info)) for info in infos
+        (info.name, info.ggml_type, info.shape, info.offset, n_bytes(info)) for info in infos
     ]
 
 
@@ -128,10 +128,12 @@ def test_gguf_py_reads_back_what_was_encoded(path: Path, keys: list[Entry], info
     for key in keys:
         field = field_of(reader, key.key)
         # gguf-py forgets the type of an empty array's items.
-        assert field.types == ([V.ARRAY, key.kind] if key.value else [V.ARRAY]) if key.is_array else [key.kind]
+        assert (
+            field.types == ([V.ARRAY, key.value_type] if key.value else [V.ARRAY]) if key.is_array else [key.value_type]
+        )
         assert same(field.contents() if key.value != () else (), key.value)
     assert [(t.name, t.tensor_type, tuple(reversed(t.shape.tolist())), t.n_bytes) for t in reader.tensors] == [
-        (info.name, info.kind, info.shape, n_bytes(info)) for info in infos
+        (info.name, info.ggml_type, info.shape, n_bytes(info)) for info in infos
     ]
 
 

@@ -123,16 +123,16 @@ def test_mtp_modes_divide_the_tensors(real: Workspace) -> None:
 
 def test_the_first_matching_override_wins(real: Workspace) -> None:
     overrides = (parse_override(r"blk\.4[0-4]\.ffn_down_exps=q6_K"), parse_override("ffn_down_exps=Q5_K"))
-    types = {t.mapped.name: t.kind for t in plan(real, types="Q4_K_S", overrides=overrides).tensors}
+    types = {t.mapped.name: t.ggml_type for t in plan(real, types="Q4_K_S", overrides=overrides).tensors}
     assert types["blk.44.ffn_down_exps.weight"] is T.Q6_K and types["blk.39.ffn_down_exps.weight"] is T.Q5_K
     assert types["blk.44.ffn_up_exps.weight"] is T.Q4_K
 
 
 def test_an_override_never_touches_router_norms_or_biases(real: Workspace) -> None:
     made = plan(real, types="Q8_0", overrides=(parse_override(".*=Q4_K"),))
-    assert {t.kind for t in made.tensors if t.mapped.name.endswith(("norm.weight", "bias", "gate_inp.weight"))} == {
-        T.F32
-    }
+    assert {
+        t.ggml_type for t in made.tensors if t.mapped.name.endswith(("norm.weight", "bias", "gate_inp.weight"))
+    } == {T.F32}
 
 
 def test_low_bit_types_without_an_imatrix_are_refused(real: Workspace) -> None:
@@ -141,7 +141,7 @@ def test_low_bit_types_without_an_imatrix_are_refused(real: Workspace) -> None:
 
 
 def test_any_ggml_type_can_be_named_for_all_matrices(real: Workspace) -> None:
-    assert {t.kind for t in plan(real, types="q4_k").tensors} == {T.Q4_K, T.F32}
+    assert {t.ggml_type for t in plan(real, types="q4_k").tensors} == {T.Q4_K, T.F32}
 
 
 @pytest.mark.parametrize("text", ["ffn", "=Q8_0", "(=Q8_0", "ffn=Q9"])
