@@ -155,6 +155,8 @@ def examine_model(path: Path, machine: Machine, load_engine: LoadEngine) -> Iter
     yield Finding("size", f"{format_size(header.n_bytes)} of weights fit")
     try:
         yield self_test(headers, options, load_engine)
+    except DoesNotFit as error:
+        yield Finding("size", str(error), f"see what would fit: step35 plan {path}")
     except Step35Error as error:
         yield Finding("self-test", str(error), f"check the file with convert-step35 inspect {path}")
 

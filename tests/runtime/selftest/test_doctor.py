@@ -314,6 +314,15 @@ def test_a_model_that_does_not_load_is_a_finding():
     assert "convert-step35 inspect" in last.remedy
 
 
+def test_a_model_for_which_the_gpu_is_too_full_is_no_damaged_file():
+    def full(*_):
+        raise DoesNotFit("can't load x.gguf: unable to allocate Vulkan0 buffer; the GPU's memory is full")
+
+    last = list(examine_model(tiny_gguf(), probe(a_box()), full))[-1]
+    assert last.what == "size"
+    assert "step35 plan" in last.remedy
+
+
 def test_the_command_exits_1_on_a_bad_file(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"nonsense")
     done = subprocess.run(
