@@ -31,7 +31,7 @@ _SDIST = click.option(
 @backend.command()
 @click.option("--cuda", "target", flag_value="cuda", help="For NVIDIA GPUs; needs the CUDA toolkit.")
 @click.option("--rocm", "target", flag_value="rocm", help="For AMD GPUs; needs ROCm.")
-@click.option("--vulkan", "target", flag_value="vulkan", help="For any GPU with Vulkan; needs glslc.")
+@click.option("--vulkan", "target", flag_value="vulkan", help="For any GPU with Vulkan; needs glslc and headers.")
 @click.option("--metal", "target", flag_value="metal", help="For Macs; the default there.")
 @click.option("--cpu", "target", flag_value="cpu", help="Without GPUs; the default elsewhere.")
 @click.option(
