@@ -52,7 +52,7 @@ class Wanted:
 
 def this_box() -> BuildHost:
     """Returns the box that this runs on."""
-    return BuildHost(platform.system(), shutil.which, os.environ, _read, _compile_shader)
+    return BuildHost(platform.system(), shutil.which, os.environ, _read, _compile_shader, hardware.may_open)
 
 
 def _read(path: str) -> str | None:

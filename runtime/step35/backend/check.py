@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from step35.errors import BackendError, NativeError
+from step35.native.load_failures import DRIVER_IS_MISSING
 from step35.planning.hardware import Sources, this_box
 from step35.selftest import synthetic_model
 from step35.selftest.missing_gpu import missing_gpu
@@ -26,9 +27,14 @@ def self_test(
     """Returns what was compared and where it ran.
 
     Raises BackendError if the libraries can't run, compute something else, or are for GPUs and find none; a build for
-    another box doesn't need one (`needs_gpu`).
+    another box needs none (`needs_gpu`), nor NVIDIA's driver, without which its libraries can't be loaded here.
     """
-    ours = _trial(folder, try_out)
+    try:
+        ours = _trial(folder, try_out)
+    except BackendError as error:
+        if needs_gpu or DRIVER_IS_MISSING not in str(error):
+            raise
+        return f"not run: {DRIVER_IS_MISSING}"
     if ours.gpu_backends and not ours.gpus and needs_gpu:
         missing = missing_gpu(box(), ours.gpu_backends)
         raise BackendError(

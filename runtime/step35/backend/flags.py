@@ -46,6 +46,10 @@ def _no_file(path: str) -> str | None:
     return None
 
 
+def _no_device(path: str) -> bool | None:
+    return None
+
+
 def _no_errors(glslc: str, source: str) -> str:
     return ""
 
@@ -63,6 +67,8 @@ class BuildHost:
     """Returns a file's text, None where there is none."""
     compile_shader: Callable[[str, str], str] = _no_errors
     """Compiles a compute shader's source with a glslc; returns what it says of errors."""
+    may_open: Callable[[str], bool | None] = _no_device
+    """Whether this user may read and write a device's file; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

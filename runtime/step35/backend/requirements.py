@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from step35.backend.flags import VULKAN_PACKAGES, BuildHost
 from step35.errors import BackendError
+from step35.selftest.missing_gpu import closed_node
 
 FEATURES = {
     "GL_KHR_cooperative_matrix": "cooperative matrices",
@@ -29,6 +30,12 @@ _ROCM_LIBRARIES = (
 
 def check_requirements(target: str, extra: Mapping[str, str], box: BuildHost) -> list[str]:
     """Returns notes on what the build will lack; raises BackendError on what would stop it after minutes."""
+    closed = closed_node(box.may_open) if target in ("vulkan", "cuda", "rocm") else None
+    notes = [f"the self-test will find no GPU: {closed.found}; {closed.remedy}"] if closed else []
+    return [*notes, *_missing_parts(target, extra, box)]
+
+
+def _missing_parts(target: str, extra: Mapping[str, str], box: BuildHost) -> list[str]:
     if target == "vulkan":
         _check_headers(extra, box)
         return list(_missing_features(box))

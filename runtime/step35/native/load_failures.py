@@ -7,10 +7,11 @@ _GPU_IS_FULL = re.compile(
     r"out of memory|OutOfDeviceMemory|failed to allocate (?:buffer|compute)|Requested buffer size"
 )
 _LIBRARY = re.compile(r"(?:^|[\s:])(lib[\w+-]+)\.so[\w.]*: cannot open shared object file")
+DRIVER_IS_MISSING = "NVIDIA's driver isn't installed here"
 _LIBRARIES = {
     "libvulkan": "the Vulkan loader isn't installed: libvulkan1 (Debian), vulkan-loader (Fedora), "
     "vulkan-icd-loader (Arch)",
-    "libcuda": "NVIDIA's driver isn't installed here; in a container, start that with --gpus all",
+    "libcuda": f"{DRIVER_IS_MISSING}; in a container, start that with --gpus all",
     "libcudart": "CUDA's runtime isn't found: install the toolkit of the build, or pip install nvidia-cuda-runtime; "
     "LD_LIBRARY_PATH names its folder",
     "libcublas": "cuBLAS isn't found: install the toolkit of the build, or pip install nvidia-cublas; "

@@ -249,7 +249,7 @@ def this_box() -> Sources:
         system_memory,
         address_space,
         _gpu_backends,
-        _may_open,
+        may_open,
     )
 
 
@@ -287,7 +287,8 @@ def _gpu_backends() -> Sequence[str]:
     return devices.gpu_backends()
 
 
-def _may_open(path: str) -> bool | None:
+def may_open(path: str) -> bool | None:
+    """Returns whether this user may read and write a device's file; None where there is none."""
     return os.access(path, os.R_OK | os.W_OK) if Path(path).exists() else None
 
 

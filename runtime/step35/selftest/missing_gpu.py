@@ -24,14 +24,19 @@ def missing_gpu(sources: Sources, backends: Sequence[str]) -> MissingGpu:
     return MissingGpu(f"none, though llama.cpp is built for {', '.join(backends)}: {cause.found}", cause.remedy)
 
 
-def _closed_node(sources: Sources, backends: Sequence[str]) -> MissingGpu | None:
-    closed = [node for node in (*RENDER_NODES, AMD_NODE, NVIDIA_NODE) if sources.may_open(node) is False]
+def closed_node(may_open: Callable[[str], bool | None]) -> MissingGpu | None:
+    """Returns the GPU's device files that this user may not open, with the remedy; None where there are none."""
+    closed = [node for node in (*RENDER_NODES, AMD_NODE, NVIDIA_NODE) if may_open(node) is False]
     if not closed:
         return None
     return MissingGpu(
         f"this user may not read and write {', '.join(closed)}",
         "add yourself to the render group: sudo usermod -aG render,video $USER, then log in again",
     )
+
+
+def _closed_node(sources: Sources, backends: Sequence[str]) -> MissingGpu | None:
+    return closed_node(sources.may_open)
 
 
 def _nvidia(sources: Sources, backends: Sequence[str]) -> MissingGpu | None:

@@ -25,9 +25,11 @@ FIRST_RUN_S = 20 * 60.0
 N_BATCH = 64
 LISTING = "before it listed its devices"
 _CHILD = """\
-from step35.engine.engine import Engine
 from step35.selftest.trial import report
-report(Engine)
+def load(*loading):
+    from step35.engine.engine import Engine
+    return Engine(*loading)
+report(load)
 """
 
 
@@ -136,9 +138,9 @@ def _refusal(lines: list[dict], errors: bytes, code: int) -> str:
 
 def report(load_engine: LoadEngine) -> None:
     """Prints where the made-up model runs, before it runs, and then its logits: a JSON line each."""
-    from step35.native.devices import gpu_backends, used_devices
-
     try:
+        from step35.native.devices import gpu_backends, used_devices
+
         names = [device.name for device in used_devices()]
         _print({"gpu_backends": gpu_backends(), "gpus": names})
         _print({"logits": made_up_logits(load_engine).tolist()})

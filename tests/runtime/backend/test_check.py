@@ -7,6 +7,7 @@ import pytest
 
 from step35.backend.check import self_test, stock_folder
 from step35.errors import BackendError, NativeError
+from step35.native.load_failures import library_remedy
 from step35.planning.hardware import Sources
 from step35.selftest import synthetic_model
 from step35.selftest.trial import Crashed, Trial
@@ -50,6 +51,18 @@ def test_a_build_for_gpus_that_finds_none_fails_with_the_cause() -> None:
 
 def test_a_build_for_another_box_needs_none() -> None:
     assert verdict(Trial(logits(), ("vulkan",)), needs_gpu=False).endswith("on the CPU")
+
+
+def test_a_build_for_another_box_needs_no_driver_here() -> None:
+    """A CUDA build can't even be loaded without libcuda.so.1."""
+    error = "can't load llama.cpp from /builds/ours: libcuda.so.1: cannot open shared object file: No such file; "
+
+    def fail(folder: Path) -> Trial:
+        raise NativeError(error + (library_remedy(error) or ""))
+
+    assert self_test(FOLDER, needs_gpu=False, try_out=fail) == "not run: NVIDIA's driver isn't installed here"
+    with pytest.raises(BackendError, match="libcuda"):
+        self_test(FOLDER, try_out=fail)
 
 
 def test_a_build_that_computes_something_else_is_refused() -> None:

@@ -1,5 +1,7 @@
 """What a build for GPUs needs and the box lacks is said before the build, with where to get it."""
 
+from dataclasses import replace
+
 import pytest
 
 from step35.backend.flags import BuildHost
@@ -74,6 +76,14 @@ def test_what_an_old_glslc_leaves_out_is_said() -> None:
     assert "Debian 13" in note
     (note,) = check_requirements("vulkan", {}, box(COMPLETE, *FEATURES))
     assert "integer dot products" in note
+
+
+def test_a_user_outside_the_render_group_is_told_before_the_build() -> None:
+    closed = replace(box(COMPLETE), may_open={"/dev/dri/renderD128": False}.get)
+    (note,) = check_requirements("vulkan", {}, closed)
+    assert note.startswith("the self-test will find no GPU: this user may not read and write /dev/dri/renderD128; ")
+    assert "usermod -aG render" in note
+    assert check_requirements("cpu", {}, closed) == []
 
 
 def test_cublas_and_hipblas_are_notes_because_cmake_may_know_more_places() -> None:
