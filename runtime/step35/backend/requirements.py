@@ -16,7 +16,10 @@ FEATURES = {
     "GL_EXT_bfloat16": "bfloat16",
 }
 """The extensions of glslc that ggml's shaders use, each left out without a word where glslc doesn't know it."""
-_NEWER_GLSLC = "Debian 13 and newer, Fedora and Arch (shaderc) or LunarG's Vulkan SDK have a newer one, pip has none"
+_NEWER_GLSLC = (
+    "prompts are read slower than the GPU could; get glslc of Debian 13 or newer, of Fedora or Arch (shaderc), or "
+)
+_SDK = "LunarG's Vulkan SDK's, pip has none"
 _CUBLAS = (
     "install CUDA's toolkit with its libraries: libcublas-dev-13-0 (Debian) or libcublas-devel-13-0 (Fedora) of "
     "NVIDIA's repository, cuda (Arch), or pip install nvidia-cublas, and name its folder by CPATH and "
@@ -95,8 +98,10 @@ def _missing_features(box: BuildHost) -> Iterator[str]:
     glslc = box.which("glslc")
     said = {name: box.compile_shader(glslc, _shader(name)) for name in FEATURES} if glslc else {}
     lacking = [FEATURES[name] for name, errors in said.items() if f"extension not supported: {name}" in errors]
-    if lacking:
-        yield f"{glslc} lacks {', '.join(lacking)}: prompts are read slower than the GPU could; {_NEWER_GLSLC}"
+    if lacking == ["bfloat16"]:  # Debian 13's doesn't know it either
+        yield f"{glslc} lacks bfloat16: tensors of that type are slower than they could be; get {_SDK}"
+    elif lacking:
+        yield f"{glslc} lacks {', '.join(lacking)}: {_NEWER_GLSLC}{_SDK}"
 
 
 def _shader(extension: str) -> str:

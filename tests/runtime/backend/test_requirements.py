@@ -10,6 +10,7 @@ from step35.errors import BackendError
 
 NEW = "#define VK_HEADER_VERSION 309\n#define VK_EXT_layer_settings 1\n"
 OLD = "// VK_HEADER_VERSION is\n#define VK_HEADER_VERSION 239\n"
+SDK = "get LunarG's Vulkan SDK's, pip has none"
 VULKAN, SPIRV = "vulkan/vulkan_core.h", "spirv/unified1/spirv.hpp"
 COMPLETE = {f"/usr/include/{VULKAN}": NEW, f"/usr/include/{SPIRV}": ""}
 
@@ -76,6 +77,8 @@ def test_what_an_old_glslc_leaves_out_is_said() -> None:
     assert "Debian 13" in note
     (note,) = check_requirements("vulkan", {}, box(COMPLETE, *FEATURES))
     assert "integer dot products" in note
+    (note,) = check_requirements("vulkan", {}, box(COMPLETE, "GL_EXT_bfloat16"))
+    assert note == "/usr/bin/glslc lacks bfloat16: tensors of that type are slower than they could be; " + SDK
 
 
 def test_a_user_outside_the_render_group_is_told_before_the_build() -> None:
