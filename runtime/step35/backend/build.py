@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from step35.backend import series, upstream
 from step35.backend.check import self_test
 from step35.backend.flags import BuildHost, Flags, flags_for
 from step35.backend.processes import run_logged
+from step35.backend.requirements import check_requirements
 from step35.backend.sources import cache_folder, pristine
 from step35.errors import BackendError
 from step35.native import builds
@@ -30,6 +32,7 @@ LIBRARIES = ("llama", "ggml-rpc-server")
 """The targets: libllama with all of ggml, and the server for a second box."""
 GPU_COMPILER_BYTES = 3 * 2**30
 """Room for one nvcc or hipcc: twenty of them may fill a box that has cores and little memory."""
+SHADER_S = 60
 Say = Callable[[str], None]
 
 
@@ -49,7 +52,24 @@ class Wanted:
 
 def this_box() -> BuildHost:
     """Returns the box that this runs on."""
-    return BuildHost(platform.system(), shutil.which, os.environ)
+    return BuildHost(platform.system(), shutil.which, os.environ, _read, _compile_shader, hardware.may_open)
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _compile_shader(glslc: str, source: str) -> str:
+    """Returns glslc's errors; "" where it says nothing or can't be run: cmake meets that again."""
+    command = [glslc, "-o", "-", "-fshader-stage=compute", "--target-env=vulkan1.3", "-"]
+    try:
+        done = subprocess.run(command, check=False, input=source.encode(), capture_output=True, timeout=SHADER_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stderr.decode(errors="replace")
 
 
 def build(wanted: Wanted, box: BuildHost, patches: Path, say: Say, test: Callable[[Path], str] = self_test) -> Build:
@@ -62,6 +82,8 @@ def build(wanted: Wanted, box: BuildHost, patches: Path, say: Say, test: Callabl
     if made.folder.is_dir():
         say(f"{made.name} is there already")
         return builds.read(made.folder)
+    for note in check_requirements(flags.target, wanted.extra or {}, box):
+        say(note)
     cmake = find_cmake(box)
     with _locked(made.name) as workplace:
         _prepare(workplace.folder, patches, patch_list, wanted.sdist, say)

@@ -1,31 +1,50 @@
 """A build's self-test: the made-up model's logits, beside the stock wheel's and those of the torch reference."""
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from step35.errors import BackendError
-from step35.native.chosen_build import VARIABLE
+from step35.errors import BackendError, NativeError
+from step35.native.load_failures import DRIVER_IS_MISSING
+from step35.planning.hardware import Sources, this_box
 from step35.selftest import synthetic_model
+from step35.selftest.missing_gpu import missing_gpu
+from step35.selftest.trial import Crashed, Trial, run_trial
 
 TOLERANCE = 0.05
 """Of the logits' spread, as in selftest/doctor.py: a GPU may round products to 10 bits."""
-_LOGITS = """\
-import json
-from step35.selftest.doctor import made_up_logits
-from step35.engine.engine import Engine
-print(json.dumps(made_up_logits(Engine).tolist()))
-"""
 
 
-def self_test(folder: Path) -> str:
-    """Returns what was compared; raises BackendError if the libraries can't run or compute something else."""
-    ours, stock = logits_of(folder), logits_of(stock_folder())
+def self_test(
+    folder: Path,
+    *,
+    needs_gpu: bool = True,
+    try_out: Callable[[Path], Trial] = run_trial,
+    box: Callable[[], Sources] = this_box,
+) -> str:
+    """Returns what was compared and where it ran.
+
+    Raises BackendError if the libraries can't run, compute something else, or are for GPUs and find none; a build for
+    another box needs none (`needs_gpu`), nor NVIDIA's driver, without which its libraries can't be loaded here.
+    """
+    try:
+        ours = _trial(folder, try_out)
+    except BackendError as error:
+        if needs_gpu or DRIVER_IS_MISSING not in str(error):
+            raise
+        return f"not run: {DRIVER_IS_MISSING}"
+    if ours.gpu_backends and not ours.gpus and needs_gpu:
+        missing = missing_gpu(box(), ours.gpu_backends)
+        raise BackendError(
+            f"the build found no GPU: {missing.found}; {missing.remedy}; or, if it is for another box, build it with "
+            "--no-gpu-here"
+        )
+    return f"{_compared(folder, ours.logits, _trial(stock_folder(), try_out).logits)}, on {ours.where}"
+
+
+def _compared(folder: Path, ours: np.ndarray, stock: np.ndarray) -> str:
     known = synthetic_model.known_logits()
     off = float(np.abs(ours - stock).max()) / known.spread
     if not off <= TOLERANCE or int(ours.argmax()) != known.best:  # a NaN isn't
@@ -48,10 +67,13 @@ def stock_folder() -> Path:
 
 def logits_of(folder: Path) -> np.ndarray:
     """Returns the made-up model's logits after its prompt, computed by the libraries of a folder."""
-    environment = os.environ | {VARIABLE: str(folder)}
-    command = [sys.executable, "-c", _LOGITS]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        raise BackendError(f"the libraries of {folder} don't run: {reason}")
-    return np.array(json.loads(done.stdout.splitlines()[-1]), np.float32)
+    return _trial(folder, run_trial).logits
+
+
+def _trial(folder: Path, try_out: Callable[[Path], Trial]) -> Trial:
+    try:
+        return try_out(folder)
+    except Crashed as error:
+        raise BackendError(f"the libraries of {folder} don't run: {error}; try another driver or toolkit") from error
+    except NativeError as error:
+        raise BackendError(f"the libraries of {folder} don't run: {error}") from error

@@ -17,6 +17,11 @@ ARCHITECTURES = {
     },
     "rocm": {"strix-halo": "gfx1151", "rdna4": "gfx1200;gfx1201", "rdna3": "gfx1100", "mi300": "gfx942"},
 }
+VULKAN_PACKAGES = (
+    "libvulkan-dev, spirv-headers and glslc (Debian 13 or newer), vulkan-headers, vulkan-loader-devel, "
+    "spirv-headers-devel and glslc (Fedora), vulkan-headers, vulkan-icd-loader, spirv-headers and shaderc (Arch), or "
+    "LunarG's Vulkan SDK; pip has no glslc and no Vulkan headers"
+)
 _PATTERNS = {"cuda": r"(?:sm_)?(\d{2,3}[af]?(?:-real|-virtual)?)", "rocm": r"(gfx[0-9a-f]{3,4})"}
 _SWITCHES = {"cuda": "GGML_CUDA", "rocm": "GGML_HIP", "vulkan": "GGML_VULKAN", "metal": "GGML_METAL"}
 # The wheel's own settings where they decide the arithmetic; ggml's RPC backend; and nothing that isn't used.
@@ -37,6 +42,18 @@ _COMMON = {
 }
 
 
+def _no_file(path: str) -> str | None:
+    return None
+
+
+def _no_device(path: str) -> bool | None:
+    return None
+
+
+def _no_errors(glslc: str, source: str) -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class BuildHost:
     """What decides the flags of a box."""
@@ -46,6 +63,12 @@ class BuildHost:
     which: Callable[[str], str | None]
     """Returns the path of a program, as shutil.which does."""
     environment: Mapping[str, str]
+    read: Callable[[str], str | None] = _no_file
+    """Returns a file's text, None where there is none."""
+    compile_shader: Callable[[str, str], str] = _no_errors
+    """Compiles a compute shader's source with a glslc; returns what it says of errors."""
+    may_open: Callable[[str], bool | None] = _no_device
+    """Whether this user may read and write a device's file; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +151,7 @@ def _rocm(box: BuildHost) -> tuple[dict[str, str], dict[str, str]]:
 
 def _vulkan(box: BuildHost) -> tuple[dict[str, str], dict[str, str]]:
     if not box.which("glslc"):
-        raise BackendError("no Vulkan SDK: expected glslc in PATH; install glslc and Vulkan's headers")
+        raise BackendError(f"no Vulkan SDK: expected glslc in PATH; get {VULKAN_PACKAGES}")
     return {}, {}
 
 

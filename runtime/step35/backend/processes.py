@@ -5,11 +5,14 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 from step35.errors import BackendError
 
 GRACE_S = 20
+MOST_LINES = 24
+"""Of one error of cmake's."""
 _PROGRESS = re.compile(r"^\[\s*(?:\d+%|\d+/\d+)\]")
 _ERROR = re.compile(r"(?!-- ).*(\b[eE]rror\b|undefined reference|cannot find|No space left)")  # -- is cmake's talk
 
@@ -49,13 +52,19 @@ def _started(command: list[str], environment: Mapping[str, str], lock: int) -> s
 
 
 def first_error(log: Path) -> str:
-    """Returns the first line of a log that tells of an error, else the last one."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    start = next((i for i, line in enumerate(lines) if _ERROR.match(line)), len(lines) - 1)
-    end = start + 1
-    while 0 < end < len(lines) and lines[end - 1].endswith(":"):  # cmake's message goes on
-        end += 1
-    return " ".join(lines[max(start, 0) : end]) or "no output"
+    """Returns the first error of a log, cmake's with its whole message; else the last line."""
+    lines = [line.rstrip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    start = next((i for i, line in enumerate(lines) if _ERROR.match(line.strip())), None)
+    if start is None:
+        return lines[-1].strip() if lines else "no output"
+    message = list(takewhile(_is_indented, lines[start + 1 : start + MOST_LINES]))
+    is_cmakes = lines[start].startswith("CMake Error")
+    return " ".join(line.strip() for line in [lines[start], *(message if is_cmakes else [])])
+
+
+def _is_indented(line: str) -> bool:
+    """Whether a line belongs to cmake's message above it."""
+    return line.startswith(" ")
 
 
 def _stop(child: subprocess.Popen[str]) -> None:

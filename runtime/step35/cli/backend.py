@@ -31,7 +31,7 @@ _SDIST = click.option(
 @backend.command()
 @click.option("--cuda", "target", flag_value="cuda", help="For NVIDIA GPUs; needs the CUDA toolkit.")
 @click.option("--rocm", "target", flag_value="rocm", help="For AMD GPUs; needs ROCm.")
-@click.option("--vulkan", "target", flag_value="vulkan", help="For any GPU with Vulkan; needs glslc.")
+@click.option("--vulkan", "target", flag_value="vulkan", help="For any GPU with Vulkan; needs glslc and headers.")
 @click.option("--metal", "target", flag_value="metal", help="For Macs; the default there.")
 @click.option("--cpu", "target", flag_value="cpu", help="Without GPUs; the default elsewhere.")
 @click.option(
@@ -47,21 +47,25 @@ _SDIST = click.option(
     "-j", "--jobs", "n_jobs", type=click.IntRange(1), help="Compilers at a time; default the cores, as memory allows."
 )
 @click.option("--no-use", is_flag=True, help="Build it, but don't choose it.")
-def build(target, architectures, definitions, sdist, n_jobs, no_use) -> None:
+@click.option("--no-gpu-here", is_flag=True, help="It is for another box: pass the self-test without a GPU.")
+def build(target, architectures, definitions, sdist, n_jobs, no_use, no_gpu_here) -> None:
     """Builds the pinned llama.cpp with the patches and its RPC backend, tests it, and chooses it.
 
     Without an option for a GPU it is what the stock wheel is. Builds for GPUs have not been tried by those who
     wrote this.
     """
+    from functools import partial
+
     from step35.backend.build import Wanted, this_box
     from step35.backend.build import build as make
+    from step35.backend.check import self_test
     from step35.backend.upstream import patches_folder
     from step35.native import builds
 
     if not target and Path("/proc/driver/nvidia/version").exists():
         click.echo("step35: this box has an NVIDIA driver; --cuda builds for its GPU", err=True)
     wanted = Wanted(target or "", architectures, _pairs(definitions), sdist, n_jobs or 0)
-    made = make(wanted, this_box(), patches_folder(), _say)
+    made = make(wanted, this_box(), patches_folder(), _say, partial(self_test, needs_gpu=not no_gpu_here))
     if not no_use:
         builds.use(made.name)
         click.echo("step35: chosen; step35 backend use stock takes it back", err=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from step35.errors import BackendError, NativeError, Step35Error
 from step35.native import builds
+from step35.native.load_failures import library_remedy
 
 VARIABLE = "LLAMA_CPP_LIB_PATH"
 """llama_cpp reads it when it is imported."""
@@ -51,7 +52,9 @@ def _unusable(cause: Exception, where: str | None, pinned: str) -> Step35Error:
             f"pip install --force-reinstall --no-cache-dir {PACKAGE}=={pinned}"
         )
     remedy = f"unset {VARIABLE}, or fix what it names"
-    if Path(where).parent == builds.home():
+    if missing := library_remedy(str(cause)):
+        remedy = f"{missing}; step35 backend use stock does without"
+    elif Path(where).parent == builds.home():
         remedy = f"step35 backend remove {Path(where).name} and build it again; step35 backend use stock does without"
     return BackendError(f"can't load llama.cpp from {where}: {cause}; {remedy}")
 

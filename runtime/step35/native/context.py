@@ -12,6 +12,7 @@ from step35.cores import usable_cores
 from step35.errors import Cancelled, ContextFull, NativeError
 from step35.native.interface import OnExperts
 from step35.native.library import HEADS_RETURN_ALL_ROWS, C, bind, forget_errors, reason
+from step35.native.load_failures import memory_remedy
 from step35.native.rows import Rows
 from step35.options import ContextOptions
 
@@ -172,9 +173,10 @@ class Context:
         forget_errors()
         ctx = C.llama_init_from_model(handle, params)
         if not ctx:
+            why = reason()
             raise NativeError(
                 f"can't open a context of {options.n_ctx} tokens, {options.n_seq} sequences, batch {options.n_batch}: "
-                f"{reason()}; ask for a smaller context"
+                f"{why}; {memory_remedy(why) or 'ask for a smaller context'}"
             )
         return ctx
 

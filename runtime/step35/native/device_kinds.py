@@ -14,3 +14,8 @@ class Device:
     total_bytes: int
     free_bytes: int
     address: str | None
+
+
+def used(devices: list[Device]) -> list[Device]:
+    """Returns the GPUs that llama.cpp takes: an integrated one only where there is no other."""
+    return [device for device in devices if device.kind != INTEGRATED] or devices

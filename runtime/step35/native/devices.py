@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from step35.errors import NativeError
-from step35.native.device_kinds import DISCRETE, INTEGRATED, Device
+from step35.native.device_kinds import DISCRETE, INTEGRATED, Device, used
 from step35.native.library import C, bind, start_backend
 
 
@@ -19,13 +19,23 @@ class _DeviceProps(ctypes.Structure):
 _device_count = bind("ggml_backend_dev_count", "", [], ctypes.c_size_t)
 _device_get = bind("ggml_backend_dev_get", "", [ctypes.c_size_t], ctypes.c_void_p)
 _device_props = bind("ggml_backend_dev_get_props", "", [ctypes.c_void_p, ctypes.POINTER(_DeviceProps)], None)
+_GPU_BACKENDS = ("cann", "cuda", "hip", "metal", "musa", "opencl", "sycl", "vulkan", "webgpu")
 _GPU_KINDS = {1: DISCRETE, 2: INTEGRATED}
 
 
 def may_have_gpus() -> bool:
     """Whether this build of llama.cpp may know GPUs; unlike `devices`, reads nothing of ggml's environment."""
-    names = {path.name.split(".")[0].removeprefix("lib") for path in C._base_path.glob("*ggml*")}
+    names = _ggml_libraries()
     return not names or bool(names - {"ggml", "ggml-base", "ggml-cpu", "ggml-blas", "ggml-rpc"})
+
+
+def gpu_backends() -> list[str]:
+    """Returns ggml's names of this build's GPU backends; none where ggml's libraries don't stand apart."""
+    return sorted(name for name in _GPU_BACKENDS if f"ggml-{name}" in _ggml_libraries())
+
+
+def _ggml_libraries() -> set[str]:
+    return {path.name.split(".")[0].removeprefix("lib") for path in C._base_path.glob("*ggml*")}
 
 
 def devices() -> list[Device]:
@@ -37,6 +47,11 @@ def devices() -> list[Device]:
         name, address = props.description.decode(), props.id.decode() if props.id else None
         found.append(Device(name, _GPU_KINDS[props.type], props.total, props.free, address))
     return found
+
+
+def used_devices() -> list[Device]:
+    """Returns those of this box's GPUs that llama.cpp takes."""
+    return used(devices())
 
 
 def gpu_names() -> list[str]:

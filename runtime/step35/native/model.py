@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from step35.choices import LOAD_MODES
-from step35.errors import ModelError, NativeError, SettingsError
+from step35.errors import DoesNotFit, ModelError, NativeError, SettingsError, Step35Error
 from step35.markup import TURN_START
 from step35.native.context import Context
 from step35.native.devices import add_rpc_server
@@ -16,6 +16,7 @@ from step35.native.draft_vocabulary import ARCHITECTURE, DraftVocabulary
 from step35.native.grammar import Grammar
 from step35.native.interface import OnExperts
 from step35.native.library import C, bind, forget_errors, reason, start_backend
+from step35.native.load_failures import memory_remedy
 from step35.native.long_runs import cut_long_runs
 from step35.options import ContextOptions, ModelOptions
 
@@ -169,8 +170,14 @@ def _load(options: ModelOptions, is_trimmed: bool) -> Any:
     forget_errors()
     handle = C.llama_model_load_from_file(os.fsencode(options.path), params)
     if not handle:
-        raise ModelError(f"can't load {options.path}: {reason()}; if a download was cut short, fetch the file again")
+        raise _refused(options, reason())
     return handle
+
+
+def _refused(options: ModelOptions, why: str) -> Step35Error:
+    if remedy := memory_remedy(why):
+        return DoesNotFit(f"can't load {options.path}: {why}; {remedy}")
+    return ModelError(f"can't load {options.path}: {why}; if a download was cut short, fetch the file again")
 
 
 @cache  # llama.cpp borrows it

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from step35.cores import usable_cores
-from step35.native.device_kinds import INTEGRATED, Device
+from step35.native.device_kinds import INTEGRATED, Device, used
 from step35.planning.machine import GIB, Gpu, Machine, known_machines
 
 PROBE_S = 2.0
@@ -43,6 +43,10 @@ def _unknown() -> Memory | None:
     return None
 
 
+def _no_file(path: str) -> bool | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """Where facts come from. `read` returns a system file's text, or None where there is none."""
@@ -57,6 +61,10 @@ class Sources:
     """Of the system; None if it can't be read."""
     address_space: Callable[[], Memory | None] = _unknown
     """Of this process, as `ulimit -v` limits it; None without a limit."""
+    gpu_backends: Callable[[], Sequence[str]] = tuple
+    """ggml's names of the GPU backends that the running llama.cpp has, such as vulkan."""
+    may_open: Callable[[str], bool | None] = _no_file
+    """Whether this user may read and write a device's file; None where there is none."""
 
 
 def probe(sources: Sources) -> Machine:
@@ -64,7 +72,7 @@ def probe(sources: Sources) -> Machine:
     total, available = ram(sources) or (0, 0)
     n_cores = physical_cores(sources)
     bandwidth = sources.bandwidth(n_cores)
-    devices = _used([_sharing(device) if sources.system == "Darwin" else device for device in sources.devices()])
+    devices = used([_sharing(device) if sources.system == "Darwin" else device for device in sources.devices()])
     gpus = tuple(_gpu(sources, device, available, bandwidth) for device in devices)
     machine = Machine(
         name="this machine",
@@ -209,12 +217,6 @@ def gtt_limit(sources: Sources, address: str | None) -> int | None:
     return sum(int(text) for text in texts if text) or None
 
 
-def _used(devices: list[Device]) -> list[Device]:
-    """Returns the GPUs that llama.cpp takes: an integrated one only where there is no other."""
-    discrete = [device for device in devices if device.kind != INTEGRATED]
-    return discrete or devices
-
-
 _VENDORS = {"nvidia", "amd", "apple", "intel"}  # a driver names them or doesn't
 
 
@@ -238,7 +240,17 @@ def link_bandwidth(sources: Sources, address: str | None) -> float:
 
 def this_box() -> Sources:
     """Returns the sources of the box that this runs on."""
-    return Sources(_read, _devices, cached_bandwidth, usable_cores(), platform.system(), system_memory, address_space)
+    return Sources(
+        _read,
+        _devices,
+        cached_bandwidth,
+        usable_cores(),
+        platform.system(),
+        system_memory,
+        address_space,
+        _gpu_backends,
+        may_open,
+    )
 
 
 def system_memory() -> Memory | None:
@@ -267,6 +279,17 @@ def _devices() -> list[Device]:
     from step35.native import devices
 
     return devices.devices()
+
+
+def _gpu_backends() -> Sequence[str]:
+    from step35.native import devices
+
+    return devices.gpu_backends()
+
+
+def may_open(path: str) -> bool | None:
+    """Returns whether this user may read and write a device's file; None where there is none."""
+    return os.access(path, os.R_OK | os.W_OK) if Path(path).exists() else None
 
 
 def before_loading() -> Sources:

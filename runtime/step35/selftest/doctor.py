@@ -1,22 +1,21 @@
 """What may be wrong with an installation, a box or a file: each finding with its remedy."""
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, Self
 
 import numpy as np
 
 from step35.errors import BackendError, DoesNotFit, ModelError, NativeError, Step35Error
-from step35.native.rows import Rows
 from step35.options import EngineOptions
 from step35.planning.admission import drop_from_page_cache, memory_demand
 from step35.planning.hardware import Sources, cgroup_limits, probe
 from step35.planning.machine import Machine
 from step35.planning.model_header import Header, Headers, read_headers
 from step35.selftest import synthetic_model
+from step35.selftest.missing_gpu import missing_gpu
+from step35.selftest.trial import LISTING, N_BATCH, Crashed, LoadEngine, Trial, last_logits, run_trial
 from step35.sizes import format_size
 
 CANARY = ([0, 671, 6102, 294, 8760, 344], 11111)
@@ -26,9 +25,9 @@ SAMPLE_BYTES = 256 * 2**20
 SLOW_DISK = 300e6
 N_SAMPLES, SAMPLE_PAGE, MOST_HEADER = 512, 4096, 16 * 2**20
 EMPTY_SHARE = 0.01
-N_SELF_TEST = 64
 ARITHMETIC_ERROR = 0.05
 """Of the logits' spread; a CPU comes to 0.1 %, and GPUs may round products to 10 bits."""
+ANOTHER_DRIVER = "try another driver or build of llama.cpp; on the CPU: --ngl 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +43,12 @@ class Finding:
         return not self.remedy
 
 
-class TestedTrunk(Protocol):
-    """What the doctor does with an engine's trunk; see native.context.Context."""
-
-    def truncate(self, seq: int, n_keep: int) -> None: ...
-
-    def decode(self, rows: Sequence[Rows]) -> None: ...
-
-    def logits(self) -> np.ndarray: ...
+RunTrial = Callable[[], Trial]
 
 
-class TestedEngine(Protocol):
-    """What the doctor needs of an engine."""
-
-    @property
-    def trunk(self) -> TestedTrunk: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-LoadEngine = Callable[[EngineOptions, Headers], TestedEngine]
-
-
-def examine(sources: Sources, model: Path | None, load_engine: LoadEngine) -> Iterator[Finding]:
+def examine(
+    sources: Sources, model: Path | None, load_engine: LoadEngine, try_out: RunTrial = run_trial
+) -> Iterator[Finding]:
     """Yields findings, the installation's first; goes no further where the rest depends on what is broken."""
     try:
         yield installation()
@@ -76,11 +56,15 @@ def examine(sources: Sources, model: Path | None, load_engine: LoadEngine) -> It
         yield Finding("llama-cpp-python", str(error), "do what is said there; without it nothing runs")
         return
     yield backend()
+    computed = arithmetic(try_out)
+    if LISTING in computed.found:  # and listing them here would end this process as well
+        yield computed
+        return
     machine = probe(replace(sources, bandwidth=lambda n_threads: 1.0))
     yield memory(sources, machine)
     yield devices(sources, machine)
     yield load_mode(machine)
-    yield arithmetic(load_engine)
+    yield computed
     if model is not None:
         yield from examine_model(model, machine, load_engine)
 
@@ -110,7 +94,11 @@ def memory(sources: Sources, machine: Machine) -> Finding:
 
 
 def devices(sources: Sources, machine: Machine) -> Finding:
-    """Looks for GPUs that the system has and this build of llama.cpp doesn't use."""
+    """Looks for GPUs that the system has and this build of llama.cpp doesn't use, or that it finds none of."""
+    backends = sources.gpu_backends()
+    if backends and not machine.gpus:
+        missing = missing_gpu(sources, backends)
+        return Finding("GPU", missing.found, missing.remedy)
     driver = (sources.read("/proc/driver/nvidia/version") or "").splitlines()
     if driver and not machine.gpus:
         found = f"a driver ({driver[0]}), but no device that llama.cpp can use"
@@ -128,35 +116,20 @@ def load_mode(machine: Machine) -> Finding:
     return Finding("load mode", f"{machine.load_mode}: {why}; a plan may say otherwise")
 
 
-def arithmetic(load_engine: LoadEngine) -> Finding:
+def arithmetic(try_out: RunTrial) -> Finding:
     """Runs a made-up Step-3.5, whose logits are known from another implementation, on the devices of this box."""
     try:
-        logits = made_up_logits(load_engine)
+        trial = try_out()
+    except Crashed as error:
+        return Finding("arithmetic", str(error), ANOTHER_DRIVER)
     except Step35Error as error:
         return Finding("arithmetic", str(error), "fix that, and run step35 doctor again")
-    known = synthetic_model.known_logits()
-    error = max(abs(float(logits[token]) - value) for token, value in known.logits.items()) / known.spread
-    found = (
-        f"a made-up model gives token {int(logits.argmax())} (known {known.best}), logits off by at most {error:.1%}"
-    )
-    is_right = int(logits.argmax()) == known.best and error < ARITHMETIC_ERROR
-    return Finding(
-        "arithmetic", found, "" if is_right else "try another driver or build of llama.cpp; on the CPU: --ngl 0"
-    )
-
-
-def made_up_logits(load_engine: LoadEngine) -> np.ndarray:
-    """Returns the logits that the made-up model gives after its prompt."""
-    with tempfile.TemporaryDirectory(prefix="step35-doctor-") as folder:
-        path = Path(folder) / "made-up.gguf"
-        synthetic_model.write(path)
-        options = EngineOptions(path, draft="off", n_ctx=512, n_batch=N_SELF_TEST)
-        with load_engine(options, read_headers(path)) as engine:
-            parts = [
-                list(synthetic_model.PROMPT[i : i + N_SELF_TEST])
-                for i in range(0, len(synthetic_model.PROMPT), N_SELF_TEST)
-            ]
-            return _last_logits(engine, parts)
+    known, best = synthetic_model.known_logits(), int(trial.logits.argmax())
+    error = max(abs(float(trial.logits[token]) - value) for token, value in known.logits.items()) / known.spread
+    found = f"a made-up model gives token {best} (known {known.best}), logits off by at most {error:.1%}"
+    found += f", on {trial.where}" if trial.gpus else ""
+    is_right = best == known.best and error < ARITHMETIC_ERROR
+    return Finding("arithmetic", found, "" if is_right else ANOTHER_DRIVER)
 
 
 # the model
@@ -173,7 +146,7 @@ def examine_model(path: Path, machine: Machine, load_engine: LoadEngine) -> Iter
     yield heads(header)
     yield disk(path, header.n_bytes)
     yield holes(header.files)
-    options = EngineOptions(path, draft="off", n_ctx=512, n_batch=N_SELF_TEST)
+    options = EngineOptions(path, draft="off", n_ctx=512, n_batch=N_BATCH)
     try:
         memory_demand(options, headers, machine).check()
     except DoesNotFit as error:
@@ -182,6 +155,8 @@ def examine_model(path: Path, machine: Machine, load_engine: LoadEngine) -> Iter
     yield Finding("size", f"{format_size(header.n_bytes)} of weights fit")
     try:
         yield self_test(headers, options, load_engine)
+    except DoesNotFit as error:
+        yield Finding("size", str(error), f"see what would fit: step35 plan {path}")
     except Step35Error as error:
         yield Finding("self-test", str(error), f"check the file with convert-step35 inspect {path}")
 
@@ -233,10 +208,10 @@ def self_test(headers: Headers, options: EngineOptions, load_engine: LoadEngine)
     """Decodes the published canary on a real model; on another, the same tokens in two ways, which must agree."""
     shape = headers.model.shape
     is_real = (shape.n_trunk, shape.n_vocab) == (REAL_TRUNK, REAL_VOCAB)
-    prompt = CANARY[0] if is_real else [token % shape.n_vocab for token in range(3, 3 + 7 * N_SELF_TEST, 7)]
+    prompt = CANARY[0] if is_real else [token % shape.n_vocab for token in range(3, 3 + 7 * N_BATCH, 7)]
     with load_engine(options, headers) as engine:
-        at_once = _last_logits(engine, [prompt])
-        in_two = at_once if is_real else _last_logits(engine, [prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]])
+        at_once = last_logits(engine, [prompt])
+        in_two = at_once if is_real else last_logits(engine, [prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]])
     token = int(at_once.argmax())
     if not np.isfinite(at_once).all():
         return Finding(
@@ -255,12 +230,3 @@ def self_test(headers: Headers, options: EngineOptions, load_engine: LoadEngine)
         f"token {token} after {len(prompt)} tokens",
         "" if agrees else "decoding in two steps gives another token: try another driver or build",
     )
-
-
-def _last_logits(engine: TestedEngine, parts: list[list[int]]) -> np.ndarray:
-    start = 0
-    engine.trunk.truncate(0, 0)
-    for part in parts:
-        engine.trunk.decode([Rows(0, start, part, outputs=1)])
-        start += len(part)
-    return engine.trunk.logits()[-1].copy()

@@ -247,10 +247,14 @@ def test_the_first_error_of_a_log_is_told(tmp_path: Path) -> None:
     assert first_error(log) == "CMake Error at CMakeLists.txt:3 (find_package): Could not find hip"
     log.write_text(
         "-- Warning: NCCL not found, an error for some\nCMake Error at a/CMakeLists.txt:178 (target_link_libraries):\n"
-        '  Target "ggml-cuda" links to:\n\n    CUDA::cublas\n\n  but the target was not found.\n'
+        '  Target "ggml-cuda" links to:\n\n    CUDA::cublas\n\n  but the target was not found.\n\n'
+        "Call Stack (most recent call first):\n  CMakeLists.txt:3 (include)\n\n\n-- Configuring incomplete\n"
     )
-    want = 'CMake Error at a/CMakeLists.txt:178 (target_link_libraries): Target "ggml-cuda" links to: CUDA::cublas'
+    want = 'CMake Error at a/CMakeLists.txt:178 (target_link_libraries): Target "ggml-cuda" links to: CUDA::cublas '
+    want += "but the target was not found."
     assert first_error(log) == want
+    log.write_text("CMake Error: the source directory is gone\n" + 99 * "  more\n")
+    assert first_error(log) == "CMake Error: the source directory is gone" + 23 * " more"
     log.write_text("[ 3%] x\n/usr/bin/ld: cannot find -lcuda\ncollect2: error: ld returned 1\n")
     assert first_error(log) == "/usr/bin/ld: cannot find -lcuda"
     log.write_text("a\nb\n")

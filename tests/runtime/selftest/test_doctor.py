@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,14 +29,25 @@ from step35.selftest.doctor import (
     memory,
     self_test,
 )
+from step35.selftest.trial import LISTING, Crashed, Trial, made_up_logits
 from tiny_model import tiny_gguf
 
 FIRST_WEIGHTS = [-0.32410097122192383, -0.08300900459289551, 0.8700135946273804]
 
 
-def a_box(files=None, *, available=60):
+def a_box(files=None, *, available=60, backends=(), nodes=None):
+    """A box without GPUs; `nodes` are its device files, and whether this user may open them."""
     memory = Memory(64 * GIB, available * GIB)
-    return Sources((files or {}).get, list, lambda n_threads: 50e9, 8, "Linux", lambda: memory)
+    return Sources(
+        (files or {}).get,
+        list,
+        lambda n_threads: 50e9,
+        8,
+        "Linux",
+        lambda: memory,
+        gpu_backends=lambda: backends,
+        may_open=(nodes or {}).get,
+    )
 
 
 class FakeEngine:
@@ -117,18 +129,49 @@ def test_the_known_logits_are_the_torch_references():
 def test_llama_cpp_that_computes_something_else_is_found():
     """As a driver does that breaks one kernel: the token is right, the logits are not."""
     known = synthetic_model.known_logits()
-    finding = arithmetic(lambda *_: FakeEngine(synthetic_model.N_VOCAB, lambda prompt: known.best))
+    engine = FakeEngine(synthetic_model.N_VOCAB, lambda prompt: known.best)
+    finding = arithmetic(lambda: Trial(made_up_logits(lambda *_: engine)))
     assert not finding.is_well
     assert f"gives token {known.best} (known {known.best}), logits off by at most" in finding.found
     assert "another driver" in finding.remedy
 
 
 def test_an_engine_that_cannot_be_loaded_is_a_finding():
-    def full(*_):
+    def full():
         raise DoesNotFit("doesn't fit: RAM expected less")
 
     assert arithmetic(full) == Finding("arithmetic", "doesn't fit: RAM expected less", arithmetic(full).remedy)
     assert not arithmetic(full).is_well
+
+
+def test_a_driver_that_crashes_is_a_finding():
+    """Symptom: the doctor itself died of it, without a word."""
+
+    def crash():
+        raise Crashed("llama.cpp crashed with signal 11 (SIGSEGV) on AMD Radeon 8060S")
+
+    finding = arithmetic(crash)
+    assert finding.found.endswith("signal 11 (SIGSEGV) on AMD Radeon 8060S")
+    assert finding.remedy.startswith("try another driver")
+
+
+def test_a_driver_that_crashes_when_it_is_listed_ends_the_examination():
+    def crash():
+        raise Crashed(f"llama.cpp crashed with signal 6 (SIGABRT) {LISTING}")
+
+    def never():
+        raise AssertionError("listed in the doctor's own process")
+
+    findings = list(examine(replace(a_box(), devices=never), tiny_gguf(), _engine, crash))
+    assert [f.what for f in findings] == ["llama-cpp-python", "backend", "arithmetic"]
+
+
+def test_the_gpu_that_computed_is_named():
+    known = synthetic_model.known_logits()
+    logits = np.full(synthetic_model.N_VOCAB, -1e3, np.float32)
+    logits[list(known.logits)] = list(known.logits.values())
+    assert arithmetic(lambda: Trial(logits, ("vulkan",), ("AMD Radeon 8060S",))).found.endswith(", on AMD Radeon 8060S")
+    assert arithmetic(lambda: Trial(logits)).found.endswith("off by at most 0.0%")
 
 
 def test_the_made_up_weights_are_the_same_everywhere():
@@ -161,6 +204,45 @@ def test_a_gpu_that_llama_cpp_was_not_built_for_is_found():
     finding = devices(box, probe(box))
     assert "NVRM version" in finding.found
     assert "step35 backend build --cuda" in finding.remedy
+
+
+DRIVER = {"/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX 580.1\nGCC"}
+NODE = "/dev/dri/renderD128"
+
+
+@pytest.mark.parametrize(
+    ("backends", "files", "nodes", "found", "remedy"),
+    [
+        (
+            ["vulkan"],
+            {},
+            {NODE: False},
+            f"may not read and write {NODE}",
+            "usermod -aG render,video $USER, then log in",
+        ),
+        (["hip"], {}, {NODE: True, "/dev/kfd": False}, "may not read and write /dev/kfd", "usermod -aG render"),
+        (["vulkan"], {}, {NODE: True}, f"{NODE} is there, but no driver", "mesa-vulkan-drivers"),
+        (["hip"], {}, {NODE: True}, "no driver", "install ROCm"),
+        (["cuda"], {}, {NODE: True}, "no driver", "backend build --vulkan"),
+        (["cuda"], DRIVER, {}, "NVRM version: NVIDIA UNIX 580.1), but no /dev/nvidia0", "--gpus all"),
+        (["cuda"], DRIVER, {"/dev/nvidia0": True}, "no device that llama.cpp can use", "update the driver"),
+        (["vulkan"], DRIVER, {"/dev/nvidia0": True}, "no device that llama.cpp can use", "backend build --cuda"),
+        (["cuda"], {}, {}, "no driver and no device file", "backend use stock"),
+        (["metal"], {}, {}, "Metal lists no device", "backend use stock"),
+    ],
+)
+def test_a_build_for_gpus_that_finds_none_is_found(backends, files, nodes, found, remedy):
+    """Symptom: somebody outside the render group runs on the CPU and is told that all is well."""
+    box = a_box(files, backends=backends, nodes=nodes)
+    finding = devices(box, probe(box))
+    assert finding.found.startswith(f"none, though llama.cpp is built for {backends[0]}: ")
+    assert found in finding.found
+    assert remedy in finding.remedy
+
+
+def test_a_build_for_the_cpu_needs_no_gpu():
+    box = a_box(nodes={NODE: False})
+    assert devices(box, probe(box)) == Finding("GPU", "none")
 
 
 def test_a_full_memory_is_found():
@@ -230,6 +312,15 @@ def test_a_model_that_does_not_load_is_a_finding():
     last = list(examine_model(tiny_gguf(), probe(a_box()), broken))[-1]
     assert (last.what, last.found) == ("self-test", "can't open a context")
     assert "convert-step35 inspect" in last.remedy
+
+
+def test_a_model_for_which_the_gpu_is_too_full_is_no_damaged_file():
+    def full(*_):
+        raise DoesNotFit("can't load x.gguf: unable to allocate Vulkan0 buffer; the GPU's memory is full")
+
+    last = list(examine_model(tiny_gguf(), probe(a_box()), full))[-1]
+    assert last.what == "size"
+    assert "step35 plan" in last.remedy
 
 
 def test_the_command_exits_1_on_a_bad_file(tmp_path):
