@@ -118,7 +118,7 @@ def test_requests_and_answers_are_recorded_where_a_folder_is_named(tmp_path: Pat
         server.ready()
         _, answer = server.post("/v1/completions", {"prompt": "swordfish", "max_tokens": 3, "temperature": 0})
         files = server.wait(lambda: sorted(folder.iterdir())[1:] and sorted(folder.iterdir()))
-        assert ("step35: --trace is now --record" in server.lines) == (option == "--trace")
+        assert ("step35: --trace is now called --record" in server.lines) == (option == "--trace")
     own = answer["id"].removeprefix("cmpl-")
     assert [path.name for path in files] == [f"{own}-answer.txt", f"{own}-request.json"]
     assert json.loads(files[1].read_text())["prompt"] == "swordfish"
