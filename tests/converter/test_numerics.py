@@ -1,6 +1,6 @@
 """An F32 GGUF computes in llama.cpp what the torch reference computes, several windows deep.
 
-The MTP heads' logits are held against the reference in test_runtime_heads.py, the reference against
+The MTP heads' logits are compared with the reference in runtime/drafting/test_mtp_heads.py, the reference with
 transformers in test_reference.py.
 """
 
