@@ -13,6 +13,7 @@ from step35.cli.bench import bench
 from step35.cli.chat import chat
 from step35.cli.count_tokens import count_tokens
 from step35.cli.doctor import doctor
+from step35.cli.error_line import error_line
 from step35.cli.generate import generate
 from step35.cli.launch import launch
 from step35.cli.mtp import mtp
@@ -87,7 +88,7 @@ def main() -> None:
     except (Step35Error, OSError) as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
-        _fail(str(error), 1)
+        _fail(error_line(error), 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from step35.chat.dialogue import Dialogue
+from step35.cli.error_line import error_line
 from step35.engine.engine import Engine
 from step35.errors import Cancelled, Step35Error
 from step35.planning.memory_pressure import Level
@@ -31,7 +32,7 @@ def run(engine: Engine, sampling: Sampling) -> None:
             except (Step35Error, OSError) as error:
                 if engine.pressure is Level.STOP:
                     raise
-                click.echo(f"step35: error: {error}", err=True)
+                click.echo(f"step35: error: {error_line(error)}", err=True)
 
 
 def _enable_history() -> None:
