@@ -40,7 +40,7 @@ def generate(prompt, prompt_file, n_predict, temp, top_k, top_p, min_p, seed, as
             click.echo(f"step35: {note}", err=True)
         turn = begin(session, engine.tokenize(text), Chooser(sampling), n_predict)
         pieces = []
-        for piece in stream_text(run(turn), engine.model.piece):
+        for piece in stream_text(run(turn), engine.piece):
             pieces.append(piece)
             if not as_json:
                 click.echo(piece, nl=False)
